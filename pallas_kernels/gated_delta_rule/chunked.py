@@ -1,0 +1,264 @@
+"""The chunkwise gated delta rule in plain JAX, forward and backward: read it beside the paper's section 3.
+
+One head, one chunk of C tokens, rows q_i, k_i [K] and v_i [V], state S [K, V] entering the chunk:
+
+    G_i = g_1 + ... + g_i      gamma_i = exp(G_i)      D_ij = exp(G_i - G_j) for i >= j, else 0      r_j = D_Cj
+    inverse = (I + strict(D . K K^T) diag(beta))^-1
+    rho = inverse (V - gamma (K S))                    rho_i = v_i - alpha_i S_{i-1}^T k_i, the prediction error
+    O   = scale gamma (Q S) + scale (D . Q K^T) (beta rho)
+    S' = gamma_C S + K^T (r beta rho)
+
+The paper's WY form writes the same with W and U; the residual form needs neither, and its backward (below) never
+differentiates the inverse. What the forward keeps for the backward is rho and the state every BLOCK tokens.
+
+Documents: `runs` numbers them along the sequence. A pair (i, j) interacts when both are of one document; gamma_i
+counts when token i still belongs to the document that entered the chunk; r_j when it belongs to the last one.
+
+Axes in einsum strings: b batch, h key head, r value heads of a key head, i j tokens, k key dim, v value dim.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 128  # tokens between kept states, and per step of the backward's gradient stage
+
+
+def _dot(spec, x, y, operand):
+    """einsum with operands rounded to `operand` and accumulation in at least fp32."""
+    exact = operand != jnp.bfloat16
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    accumulate = jnp.promote_types(jnp.float32, operand)
+    return jnp.einsum(
+        spec, x.astype(operand), y.astype(operand), precision=precision, preferred_element_type=accumulate
+    )
+
+
+def _decays(g, runs):
+    """D [b h r i j], gamma [b h r i], r [b h r j] and gamma_C [b h r] of one tile; runs [b, 1 + tile] or None.
+
+    G_i - G_j is summed over its own tokens: as a difference of two cumulative sums it would lose the digits that a
+    strongly decaying token elsewhere in the tile has used up. Exponents are masked before exp.
+    """
+    tokens = jnp.arange(g.shape[-1])
+    log_decay = jnp.cumsum(jnp.where(tokens[:, None] > tokens, g[..., :, None], 0), axis=-2)
+    pairs, entered = tokens[:, None] >= tokens, True
+    if runs is not None:
+        run = runs[:, None, None, 1:]
+        pairs = pairs & (run[..., :, None] == run[..., None, :])
+        entered = run == runs[:, None, None, :1]
+    decay = jnp.exp(jnp.where(pairs, log_decay, -jnp.inf))
+    gamma = jnp.exp(jnp.where(entered, jnp.cumsum(g, axis=-1), -jnp.inf))
+    return decay, gamma, decay[..., -1, :], gamma[..., -1]
+
+
+def _invert(lower):
+    """(I + lower)^-1 for strictly lower triangular `lower` [..., C, C], C a power of two, by halves.
+
+    The corner of the inverse is -X1 L X0 with X0, X1 the halves' inverses: substitution by blocks, as stable as
+    substitution by rows. A power series of `lower` is not: with correlated keys its terms grow without bound.
+    """
+    size = lower.shape[-1]
+    if size == 1:
+        return jnp.ones_like(lower)
+    half = size // 2
+    first, second = lower[..., :half, :half], lower[..., half:, half:]
+    halves = _invert(jnp.stack([first, second], axis=-3))
+    first, second = halves[..., 0, :, :], halves[..., 1, :, :]
+    highest = jax.lax.Precision.HIGHEST
+    corner = -jnp.matmul(jnp.matmul(second, lower[..., half:, :half], precision=highest), first, precision=highest)
+    top = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
+    return jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+
+
+def _prepare(q, k, g, beta, runs, scale, operand):
+    """What a chunk's tokens do to each other, independent of the state."""
+    decay, gamma, r, gamma_all = _decays(g, runs)
+    strict = jnp.tril(_dot("bhik,bhjk->bhij", k, k, operand), -1)[:, :, None]
+    lower = decay * strict * beta[..., None, :]
+    inverse = _invert(lower)
+    attention = scale * decay * _dot("bhik,bhjk->bhij", q, k, operand)[:, :, None] * beta[..., None, :]
+    return gamma, r, gamma_all, inverse, attention
+
+
+def _tile(arrays, runs, start, size):
+    """Tokens [start, start + size) of q k v g beta ..., heads before tokens, value heads as [h, r]."""
+    q, k, *by_value_head = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in arrays)
+    heads = q.shape[2]
+    q, k = (jnp.swapaxes(x, 1, 2) for x in (q, k))
+    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1, *x.shape[3:]), 1, 3)  # noqa: E731
+    runs = None if runs is None else jax.lax.dynamic_slice_in_dim(runs, start, size + 1, axis=1)
+    return q, k, *(split(x) for x in by_value_head), runs
+
+
+def _prepare_chunks(q, k, g, beta, runs, scale, operand, chunk):
+    """A block cut into chunks: per chunk its span and (k, q, beta, *_prepare), made for all of them at once."""
+    spans = [slice(start, start + chunk) for start in range(0, g.shape[-1], chunk)]
+    stack = lambda cut: jnp.stack([cut(span) for span in spans])  # noqa: E731
+    q, k = stack(lambda span: q[:, :, span]), stack(lambda span: k[:, :, span])
+    g, beta = stack(lambda span: g[..., span]), stack(lambda span: beta[..., span])
+    if runs is not None:
+        runs = stack(lambda span: runs[:, span.start : span.stop + 1])
+    prepare = partial(_prepare, scale=scale, operand=operand)
+    prepared = jax.vmap(prepare, in_axes=(0, 0, 0, 0, None if runs is None else 0))(q, k, g, beta, runs)
+    return [(span, q[n], k[n], beta[n], *(x[n] for x in prepared)) for n, span in enumerate(spans)]
+
+
+def _put(buffer, tile, start):
+    """Write a heads-first tile of a value-head array back at its tokens."""
+    tile = jnp.moveaxis(tile, 3, 1)
+    tile = tile.reshape(*tile.shape[:2], *buffer.shape[2:]).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, tile, start, axis=1)
+
+
+def _operand(q, k, v):
+    """Dtype of dot operands: bf16 when all inputs are, else exact."""
+    dtype = jnp.result_type(q, k, v)
+    return dtype if dtype == jnp.bfloat16 else jnp.promote_types(jnp.float32, dtype)
+
+
+def _reverse_cumsum(x, axis):
+    return jax.lax.cumsum(x, axis=axis % x.ndim, reverse=True)
+
+
+def _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, *, read=True, keep=False):
+    """((o if `read`, final state), (rho [B,T,Hv,V], state entering each block [N,b,h,r,K,V]) if `keep`)."""
+    batch, length, heads, key_dim = q.shape
+    block, operand = min(BLOCK, length), _operand(q, k, v)
+
+    def step(carry, start):
+        state, o, kept_rho = carry
+        kept_state = state.astype(operand) if keep else None
+        qb, kb, vb, gb, betab, runsb = _tile((q, k, v, g, beta), runs, start, block)
+        o_parts, rho_parts = [], []
+        chunks = _prepare_chunks(qb, kb, gb, betab, runsb, scale, operand, chunk)
+        for span, qc, kc, bc, gamma, r, gamma_all, inverse, attention in chunks:
+            error = vb[..., span, :] - gamma[..., None] * _dot("bhik,bhrkv->bhriv", kc, state, operand)
+            rho = _dot("bhrij,bhrjv->bhriv", inverse, error, operand)
+            if read:
+                carried = scale * gamma[..., None] * _dot("bhik,bhrkv->bhriv", qc, state, operand)
+                o_parts.append(carried + _dot("bhrij,bhrjv->bhriv", attention, rho, operand))
+            written = _dot("bhik,bhriv->bhrkv", kc, (r * bc)[..., None] * rho, operand)
+            state = gamma_all[..., None, None] * state + written
+            rho_parts.append(rho)
+        if read:
+            o = _put(o, jnp.concatenate(o_parts, axis=3), start)
+        if keep:
+            kept_rho = _put(kept_rho, jnp.concatenate(rho_parts, axis=3), start)
+        return (state, o, kept_rho), kept_state
+
+    state = initial_state.reshape(batch, heads, -1, key_dim, v.shape[-1])
+    o = jnp.zeros_like(v) if read else None
+    kept_rho = jnp.zeros(v.shape, operand) if keep else None
+    starts = jnp.arange(0, length, block)
+    (state, o, kept_rho), kept_states = jax.lax.scan(step, (state, o, kept_rho), starts)
+    return (o, state.reshape(initial_state.shape)), (kept_rho, kept_states)
+
+
+def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale, chunk):
+    """All gradients in one reverse scan over blocks: the serial stage chunk by chunk, then the block's gradients.
+
+    serial, reverse:  drho = attention^T dO + r beta (K dS'),   dV = inverse^T drho,
+                      dS = gamma_C dS' + Q^T (scale gamma dO) - K^T (gamma dV)
+    per block:        M1 = scale D . (dO rho^T),  M2 = -strict(D . (dV rho^T)),  H = M1 . QK^T + M2 . KK^T
+                      dQ = scale gamma (dO S^T) + (M1 beta) K
+                      dK = -(gamma dV) S^T + beta r (rho dS'^T) + (M2 beta) K + (M1 beta)^T Q + (M2 beta)^T K
+                      dbeta_j = sum_i H_ij + k_j . (r rho dS'^T)_j
+                      dg_m = sum_{i >= m > j} H_ij beta_j + (reads of S by i >= m) + (writes by j < m that leave)
+                             + gamma_C <S, dS'>
+    g_m scales every pair it lies between. As a cumulative sum of row sums less column sums the same number would
+    cancel to rounding noise where decay is strong, and the chain rule multiplies that noise by g.
+    """
+    batch, length, heads, key_dim = q.shape
+    block, operand = min(BLOCK, length), _operand(q, k, v)
+    dot = partial(_dot, operand=operand)
+
+    def step(carry, x):
+        d_state, dq, dk, dv, dg, dbeta = carry
+        start, state = x
+        arrays = (q, k, g, beta, do, kept_rho)
+        qb, kb, gb, betab, dob, rho, runsb = _tile(arrays, runs, start, block)
+        d_left = d_state  # gradient of the state that leaves the block
+        dv_parts = []
+        chunks = _prepare_chunks(qb, kb, gb, betab, runsb, scale, operand, chunk)
+        for span, qc, kc, bc, gamma, r, gamma_all, inverse, attention in reversed(chunks):
+            doc = dob[..., span, :]
+            drho = dot("bhrji,bhrjv->bhriv", attention, doc)
+            drho += (r * bc)[..., None] * dot("bhik,bhrkv->bhriv", kc, d_state)
+            dvc = dot("bhrji,bhrjv->bhriv", inverse, drho)
+            d_state = gamma_all[..., None, None] * d_state
+            d_state += dot("bhik,bhriv->bhrkv", qc, (scale * gamma)[..., None] * doc)
+            d_state -= dot("bhik,bhriv->bhrkv", kc, gamma[..., None] * dvc)
+            dv_parts.append(dvc)
+        dvb = jnp.concatenate(dv_parts[::-1], axis=3)
+
+        decay, gamma, r, gamma_all = _decays(gb, runsb)
+        m1 = scale * decay * dot("bhriv,bhrjv->bhrij", dob, rho)
+        m2 = -decay * jnp.tril(dot("bhriv,bhrjv->bhrij", dvb, rho), -1)
+        h = m1 * dot("bhik,bhjk->bhij", qb, kb)[:, :, None] + m2 * dot("bhik,bhjk->bhij", kb, kb)[:, :, None]
+        m1, m2 = m1 * betab[..., None, :], m2 * betab[..., None, :]
+        dq_read = scale * gamma[..., None] * dot("bhriv,bhrkv->bhrik", dob, state)
+        dk_read = -dot("bhriv,bhrkv->bhrik", gamma[..., None] * dvb, state)
+        dk_write = dot("bhriv,bhrkv->bhrik", r[..., None] * rho, d_left)
+        # dq and dk of a key head are summed over its value heads before they leave fp32
+        dqb = dq_read.sum(2) + dot("bhrij,bhjk->bhik", m1, kb)
+        dkb = (dk_read + betab[..., None] * dk_write).sum(2) + dot("bhrij,bhjk->bhik", m2, kb)
+        dkb += dot("bhrji,bhjk->bhik", m1, qb) + dot("bhrji,bhjk->bhik", m2, kb)
+
+        kw = (kb[:, :, None] * dk_write).sum(-1)
+        between = jnp.tril(_reverse_cumsum(h * betab[..., None, :], axis=-2), -1).sum(-1)
+        read = _reverse_cumsum((qb[:, :, None] * dq_read).sum(-1) + (kb[:, :, None] * dk_read).sum(-1), axis=-1)
+        written = jnp.cumsum(betab * kw, axis=-1) - betab * kw
+        through = gamma_all * (state * d_left).sum((-2, -1))
+        dgb = between + read + written + through[..., None]
+
+        put_key = lambda buffer, tile: _put(buffer, tile[:, :, None], start)  # noqa: E731
+        new = (put_key(dq, dqb), put_key(dk, dkb), _put(dv, dvb, start), _put(dg, dgb, start))
+        return (d_state, *new, _put(dbeta, h.sum(-2) + kw, start)), None
+
+    d_final = d_final.reshape(batch, heads, -1, key_dim, v.shape[-1])
+    carry = (d_final, *(jnp.zeros_like(x) for x in (q, k, v, g, beta)))
+    (d_state, *grads), _ = jax.lax.scan(step, carry, (jnp.arange(0, length, block), kept_states), reverse=True)
+    return *grads, d_state.reshape(batch, -1, key_dim, v.shape[-1])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
+def _op(q, k, v, g, beta, initial_state, runs, scale, chunk, residuals):
+    return _forward(q, k, v, g, beta, initial_state, runs, scale, chunk)[0]
+
+
+def _op_fwd(q, k, v, g, beta, initial_state, runs, scale, chunk, residuals):
+    keep = residuals == "saved"
+    outputs, kept = _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, keep=keep)
+    # the initial state is needed only to run the forward again
+    return outputs, (q, k, v, g, beta, runs, *(kept if keep else (initial_state, None)))
+
+
+def _op_bwd(scale, chunk, residuals, kept, cotangents):
+    q, k, v, g, beta, runs, rho, states = kept
+    if residuals == "inputs":
+        _, (rho, states) = _forward(q, k, v, g, beta, rho, runs, scale, chunk, read=False, keep=True)
+    do, d_final = cotangents
+    grads = _backward(q, k, v, g, beta, runs, rho, states, do, d_final, scale, chunk)
+    return *grads, None
+
+
+_op.defvjp(_op_fwd, _op_bwd)
+
+
+def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, chunk, residuals):
+    """Arguments as in api.gated_delta_rule; segment_ids may be None. Any T: the tail is padded with empty tokens."""
+    from pallas_kernels.gated_delta_rule.reference import document_starts
+
+    length = q.shape[1]
+    block = min(BLOCK, -(-length // chunk) * chunk)
+    padding = -length % block
+    runs = None
+    if segment_ids is not None:
+        runs = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
+        runs = jnp.pad(jnp.pad(runs, ((0, 0), (1, 0))), ((0, 0), (0, padding)), mode="edge")
+    if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
+        q, k, v, g, beta = (jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for x in (q, k, v, g, beta))
+    o, state = _op(q, k, v, g, beta, initial_state, runs, scale, chunk, residuals)
+    return o[:, :length], state

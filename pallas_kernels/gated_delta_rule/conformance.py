@@ -1,0 +1,157 @@
+"""What makes an implementation of the gated delta rule correct: cases, float64 oracle, errors and their limits.
+
+Used by the tests, by `gdn doctor` on the machine at hand, and by tuning, which admits nothing that fails here.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.gated_delta_rule.api import gated_delta_rule
+
+OUTPUTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One set of random inputs and how to run it."""
+
+    name: str
+    T: int
+    B: int = 2
+    H: int = 2
+    Hv: int = 2
+    K: int = 32
+    V: int = 48
+    dtype: str = "float32"
+    chunk: int = 64
+    residuals: str = "saved"
+    log_decay: float = -0.05  # typical g; 0 is exactly DeltaNet
+    spread: float = 0.5  # log-normal spread of g; 0: constant
+    strong: float = 0.0  # fraction of tokens with g = -20 strewn in
+    cosine: float = 0.0  # expected cosine of two keys; 1: identical
+    beta: tuple[float, float] = (0.0, 1.0)
+    documents: float = 0.0  # chance that a token starts a document
+    carried: bool = True  # random initial state and gradient of the final one
+
+
+# Cases that differ in content alone share T, and so one compilation.
+CASES = (
+    *(Case(name=f"T={T}", T=T) for T in (1, 63, 64, 65, 129, 500)),
+    *(Case(name=f"chunk={C}", T=150, chunk=C, cosine=0.5) for C in (16, 32, 128)),
+    Case(name="inputs kept", T=200, residuals="inputs", documents=0.03),
+    Case(name="group value", T=150, Hv=6, documents=0.02),
+    Case(name="odd sizes", T=70, K=20, V=40, H=3, Hv=3),
+    Case(name="no state", T=200, carried=False),
+    Case(name="decay 0.999", T=200, log_decay=-1e-3, cosine=0.9),
+    Case(name="decay 0.3", T=200, log_decay=-1.2, cosine=0.9),
+    Case(name="g=0", T=200, log_decay=0.0),
+    Case(name="g=-20", T=200, log_decay=-20.0, spread=0.0),
+    Case(name="resets strewn in", T=200, strong=0.2, cosine=0.5),
+    Case(name="beta=0", T=200, beta=(0.0, 0.0)),
+    Case(name="beta=1", T=200, beta=(1.0, 1.0), cosine=0.5),
+    Case(name="beta=2", T=200, beta=(2.0, 2.0)),
+    Case(name="beta in (1,2)", T=200, beta=(1.0, 2.0), cosine=0.5),
+    Case(name="cosine 0.99", T=200, cosine=0.99),
+    Case(name="identical keys", T=200, cosine=1.0, beta=(0.5, 1.0)),
+    Case(name="documents", T=200, documents=0.05),
+    Case(name="every token a document", T=200, documents=1.0),
+)
+
+
+def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None, list[np.ndarray]]:
+    """(q, k, v, g, beta, initial state), segment ids and (do, d final state); float64 values that `dtype` holds."""
+    random = np.random.default_rng(seed)
+    normal = random.standard_normal
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    key = (case.B, case.T, case.H, case.K)
+    value = (case.B, case.T, case.Hv, case.V)
+    q = unit(normal(key))
+    base = unit(normal((case.B, 1, case.H, case.K))) * case.K**0.5
+    k = unit(case.cosine**0.5 * base + (1 - case.cosine) ** 0.5 * normal(key))
+    g = case.log_decay * np.exp(case.spread * normal(value[:3]))
+    g = np.where(random.uniform(size=g.shape) < case.strong, -20.0, g)
+    beta = random.uniform(*case.beta, size=value[:3])
+    state = normal((case.B, case.Hv, case.K, case.V)) * case.carried
+    segments = None
+    if case.documents:
+        segments = np.cumsum(random.uniform(size=key[:2]) < case.documents, axis=1).astype(np.int32) % 3
+    do, d_state = normal(value), normal(state.shape) * case.carried
+    hold = lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(np.float64)  # noqa: E731
+    q, k, v, do = (hold(x, case.dtype) for x in (q, k, normal(value), do))
+    g, beta, state, d_state = (hold(x, jnp.float32) for x in (g, beta, state, d_state))
+    return [q, k, v, g, beta, state], segments, [do, d_state]
+
+
+@partial(jax.jit, static_argnames=("impl", "chunk", "residuals"))
+def _run(arrays, segments, cotangents, *, impl, chunk, residuals):
+    def op(q, k, v, g, beta, state):
+        return gated_delta_rule(
+            q, k, v, g, beta,
+            initial_state=state, segment_ids=segments, impl=impl, chunk=chunk, residuals=residuals,
+        )  # fmt: skip
+
+    outputs, vjp = jax.vjp(op, *arrays)
+    return *outputs, *vjp(tuple(cotangents))
+
+
+def outputs_and_gradients(case: Case, arrays, segments, cotangents, *, impl: str, dtype) -> dict[str, np.ndarray]:
+    """Every output and gradient of one call at `dtype` (g, beta and states at least fp32), as float64 arrays."""
+    exact = jnp.promote_types(jnp.float32, dtype)
+    dtypes = (dtype, dtype, dtype, exact, exact, exact)
+    arrays = [jnp.asarray(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+    cotangents = [jnp.asarray(x, dtype) for x, dtype in zip(cotangents, (dtype, exact), strict=True)]
+    segments = None if segments is None else jnp.asarray(segments, jnp.int32)
+    results = _run(arrays, segments, cotangents, impl=impl, chunk=case.chunk, residuals=case.residuals)
+    return {name: np.asarray(x).astype(np.float64) for name, x in zip(OUTPUTS, results, strict=True)}
+
+
+def oracle(case: Case, arrays, segments, cotangents) -> dict[str, np.ndarray]:
+    """The token recurrence and its gradients in float64."""
+    with jax.enable_x64(True):
+        return outputs_and_gradients(case, arrays, segments, cotangents, impl="reference", dtype=jnp.float64)
+
+
+def errors(case: Case, impl: str, seed: int = 0) -> dict[str, float]:
+    """Relative L2 error of every output and gradient of `impl` against float64.
+
+    dg is measured against max(|dg|, |do . o|): under strong decay dg itself is pure cancellation. A reference that is
+    exactly zero must be matched by zero; anything else counts as infinite.
+    """
+    arrays, segments, cotangents = inputs(case, seed)
+    got = outputs_and_gradients(case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype))
+    want = oracle(case, arrays, segments, cotangents)
+    norms = {name: np.linalg.norm(x) for name, x in want.items()}
+    norms["dg"] = max(norms["dg"], np.linalg.norm((cotangents[0] * want["o"]).sum(-1)))
+    out = {}
+    for name in OUTPUTS:
+        difference = np.linalg.norm(got[name] - want[name])
+        out[name] = float(difference / norms[name]) if norms[name] else float(np.inf if difference else 0.0)
+    return out
+
+
+def limits(case: Case, impl: str) -> dict[str, float]:
+    """The accuracy that is asked of each output (relative L2); infinite where only finiteness is."""
+    hard = case.cosine >= 0.99 or max(case.beta) > 1
+    rounded = impl.startswith("triton") or case.dtype == "bfloat16"
+    if not rounded:
+        exact = 1e-12 if case.dtype == "float64" else 1e-5
+        return dict.fromkeys(OUTPUTS, 20 * exact if hard else exact)
+    if case.cosine == 1:
+        return dict.fromkeys(OUTPUTS, np.inf)
+    if hard:
+        return dict.fromkeys(OUTPUTS, 5e-2)
+    return dict.fromkeys(OUTPUTS, 1e-2) | {"dg": 2.5e-2, "dbeta": 2.5e-2}
+
+
+def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
+    """`name error > limit` for everything outside its limit or not finite."""
+    allowed = limits(case, impl)
+    return [
+        f"{name} {error:.1e} > {allowed[name]:.1e}"
+        for name, error in errors(case, impl, seed).items()
+        if not (np.isfinite(error) and error <= allowed[name])
+    ]

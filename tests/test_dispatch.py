@@ -1,0 +1,71 @@
+"""Choosing an implementation, and running an op on each device's own part of batch and heads."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from pallas_kernels import dispatch
+from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule
+from pallas_kernels.gated_delta_rule.conformance import Case
+
+
+def test_auto_takes_the_first_that_can_run_and_says_why_once(caplog):
+    reasons = {"triton": "no CUDA device", "chunked": None}
+    with caplog.at_level(logging.INFO, logger="pallas_kernels"):
+        for _ in range(3):
+            choice = dispatch.choose("an_op", "auto", reasons.get)
+    assert choice == dispatch.Choice("chunked", "triton: no CUDA device")
+    assert [r.message for r in caplog.records] == ["an_op: auto takes chunked (triton: no CUDA device)"]
+
+
+def test_a_named_implementation_never_falls_back():
+    with pytest.raises(NotImplementedError, match="an_op: impl 'triton' cannot run: no CUDA device"):
+        dispatch.choose("an_op", "triton", {"triton": "no CUDA device"}.get)
+    with pytest.raises(NotImplementedError, match="no implementation can run: triton: a; chunked: b"):
+        dispatch.choose("an_op", "auto", {"triton": "a", "chunked": "b"}.get)
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2}])
+def test_sharded_op_equals_the_plain_one_and_gathers_nothing(axes):
+    mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    case = Case(name="sharded", T=70, B=4, documents=0.05)
+    arrays, segments, (do, d_state) = conformance.inputs(case)
+    arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
+
+    def run(arrays, segments):
+        def loss(arrays):
+            *tokens, state = arrays
+            o, state = gated_delta_rule(*tokens, initial_state=state, segment_ids=segments, impl="chunked")
+            return (o * do).sum() + (state * d_state).sum()
+
+        return jax.grad(loss)(arrays)
+
+    plain = jax.jit(run)(arrays, segments)
+    batch = tuple(name for name in axes if name in dispatch.MESH_AXES["batch"])
+    sharding = NamedSharding(mesh, PartitionSpec(batch))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put((arrays, segments), sharding)
+        compiled = jax.jit(run, out_shardings=sharding).lower(*placed).compile()
+    if "tensor" not in axes:
+        assert "all-gather" not in compiled.as_text()
+    for x, y in zip(plain, compiled(*placed), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
+
+
+def test_a_batch_that_does_not_divide_stays_whole():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    layouts = (("batch", None),)
+    seen = []
+
+    def op(x):
+        seen.append(x.shape)
+        return (x,)
+
+    with jax.set_mesh(mesh):
+        for batch in (3, 8):
+            jax.jit(lambda x: dispatch.shard(op, (x,), layouts, layouts))(jnp.ones((batch, 2)))
+    assert seen == [(3, 2), (2, 2)]

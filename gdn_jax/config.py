@@ -1,0 +1,297 @@
+"""What an experiment is: four frozen groups, strict JSON, and the hash that names a run's directory.
+
+model   what is learned, never how it is computed
+optim   the recipe: schedule, batch, precision
+data    which tokens, in which windows
+run     how it is computed and logged; of it only `seed` decides a number
+
+A group's rules are checked when it is made, so an invalid experiment cannot exist.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gdn_jax.errors import UserError, nearest
+
+# mixer name in a pattern -> the field of Model that configures it
+MIXER_FIELDS = {"gated_deltanet": "gated_deltanet", "attention": "attention", "swa": "attention"}
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def _positive(group: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(group, name)
+        _require(value > 0, f"{type(group).__name__}.{name} is {value}; it must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedDeltaNetConfig:
+    """The Gated DeltaNet mixer (paper section 3.4); every ablation of its Table S.1 is a switch here."""
+
+    heads: int
+    key_dim: int  # per head
+    value_dim: int  # per head
+    value_heads: int | None = None  # group-value attention: a multiple of heads; None: as many as heads
+    conv_width: int = 4  # 0: no short convolution
+    decay: bool = True  # False: the plain delta rule, alpha = 1
+    output_gate: bool = True
+    output_norm: bool = True
+    feature_map: Literal["silu", "relu", "elu1"] = "silu"  # of q and k; elu1 is 1 + elu
+    qk_norm: Literal["l2", "l1"] = "l2"
+    beta_bias: bool = True
+    negative_eigenvalues: bool = False  # beta in (0, 2) instead of (0, 1)
+
+    def __post_init__(self):
+        _positive(self, "heads", "key_dim", "value_dim", "num_value_heads")
+        _require(
+            self.num_value_heads % self.heads == 0,
+            f"gated_deltanet.value_heads {self.value_heads} is not a multiple of heads {self.heads}; "
+            f"each key head serves a whole number of value heads.",
+        )
+        _require(
+            self.conv_width >= 0,
+            f"gated_deltanet.conv_width is {self.conv_width}; use 0 for none or a positive width.",
+        )
+
+    @property
+    def num_value_heads(self) -> int:
+        return self.heads if self.value_heads is None else self.value_heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Softmax attention with RoPE; `window` counts visible tokens, the current one included, and binds `swa` only."""
+
+    heads: int
+    head_dim: int
+    window: int = 2048
+    rope_base: float = 10000.0
+
+    def __post_init__(self):
+        _positive(self, "heads", "head_dim", "window", "rope_base")
+        _require(
+            self.head_dim % 2 == 0,
+            f"attention.head_dim {self.head_dim} is odd; RoPE rotates pairs, make it even.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A pattern of mixers repeated; every mixer is followed by a SwiGLU MLP unless d_ff is 0."""
+
+    pattern: tuple[str, ...]
+    repeats: int
+    d_model: int
+    d_ff: int
+    vocab: int = 32000
+    tied: bool = True
+    norm_eps: float = 1e-5
+    init: Literal["lit", "fla"] = "lit"  # which family's initialisation (released code or FLA)
+    rescale_o_proj: bool = False  # lit: also divide the recurrent mixers' output projection by sqrt(2 layers)
+    gated_deltanet: GatedDeltaNetConfig | None = None
+    attention: AttentionConfig | None = None
+
+    def __post_init__(self):
+        _require(len(self.pattern) > 0, "model.pattern is empty; name at least one mixer.")
+        _positive(self, "repeats", "d_model", "vocab", "norm_eps")
+        _require(self.d_ff >= 0, f"model.d_ff is {self.d_ff}; use 0 for no MLP or a positive width.")
+        for mixer in self.pattern:
+            _require(
+                mixer in MIXER_FIELDS,
+                f"model.pattern names {mixer!r}, which is no mixer{nearest(mixer, MIXER_FIELDS)}; "
+                f"there are {', '.join(MIXER_FIELDS)}.",
+            )
+            field = MIXER_FIELDS[mixer]
+            _require(
+                getattr(self, field) is not None,
+                f"model.pattern uses {mixer!r} but model.{field} is not set; set it.",
+            )
+        if self.attention is not None:
+            width = self.attention.heads * self.attention.head_dim
+            _require(
+                self.d_model == width,
+                f"d_model {self.d_model} is not attention.heads {self.attention.heads} x head_dim "
+                f"{self.attention.head_dim} = {width}; attention keeps the model's width.",
+            )
+
+    @property
+    def layers(self) -> int:
+        """Number of blocks (mixer + MLP)."""
+        return self.repeats * len(self.pattern)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, linear warm-up from 0 and cosine to min_lr_ratio * lr at the last step."""
+
+    steps: int
+    batch_size: int  # windows of data.seq_len tokens per optimizer step
+    lr: float = 4e-4
+    min_lr_ratio: float = 0.1
+    warmup: float = 0.01  # fraction of steps
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    decay_all: bool = True  # the released recipe; False spares norms, biases, A_log and dt_bias
+    clip: float = 1.0  # global gradient norm
+    precision: Literal["bf16", "fp32"] = "bf16"  # of activations; parameters, gates, norms and states are fp32
+
+    def __post_init__(self):
+        _positive(self, "steps", "batch_size", "lr", "eps", "clip")
+        for name in ("min_lr_ratio", "warmup", "b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optim.{name} is {value}; it must be between 0 and 1.")
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must not be negative.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which tokens. `source` names a directory made by `gdn data prepare`, or `python-stdlib`, which makes itself."""
+
+    source: str = "python-stdlib"
+    tokenizer: str = "byte"  # or the path of a SentencePiece .model or tokenizers .json file
+    seq_len: int = 4096
+    validation: float = 0.01  # fraction of documents held out
+    reset_at_documents: bool = False  # True: state, convolution and attention do not cross document borders
+
+    def __post_init__(self):
+        _positive(self, "seq_len")
+        _require(
+            0 < self.validation < 1,
+            f"data.validation is {self.validation}; it must be a fraction between 0 and 1.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How it is computed, stored and logged. Everything but `seed` may change when a run is resumed."""
+
+    seed: int = 3407
+    dir: str = ""  # where the run lives; empty: runs/<id>/<hash8>
+    data_root: str = "data"  # where prepared data lives
+    impl: Literal["auto", "chunked", "reference", "triton", "triton_interpret"] = "auto"
+    chunk: Literal[16, 32, 64, 128] = 64
+    residuals: Literal["saved", "inputs"] = "saved"
+    remat: bool = False  # recompute each pattern repeat in the backward
+    micro_batches: int = 1  # gradient accumulation: slices of a batch per device pass
+    fsdp: int = 1  # devices that share the parameters; the rest of the mesh is data parallel
+    log_every: int = 10
+    eval_every: int = 500
+    eval_windows: int = 64  # held-out windows per evaluation during training
+    save_every: int = 500
+    keep: int = 3  # checkpoints kept
+    profile_at: int = -1  # first step of the profiler's window; -1: never
+    profile_steps: int = 3
+    tensorboard: bool = False
+    wandb: str = ""  # Weights & Biases project; empty: off
+    compile_cache: str = ".jax_cache"  # directory of compiled programs; empty: off
+
+    def __post_init__(self):
+        _positive(
+            self, "micro_batches", "fsdp", "log_every", "eval_every", "eval_windows", "save_every", "keep",
+            "profile_steps",
+        )  # fmt: skip
+        _require(0 <= self.seed < 2**31, f"run.seed is {self.seed}; it must be in [0, 2^31).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One ID, fully resolved."""
+
+    id: str
+    model: Model
+    optim: Optim
+    data: Data
+    run: Run = Run()
+
+    def __post_init__(self):
+        _require(
+            self.optim.batch_size % self.run.micro_batches == 0,
+            f"optim.batch_size {self.optim.batch_size} is not divisible by run.micro_batches "
+            f"{self.run.micro_batches}; choose a divisor.",
+        )
+
+    @property
+    def hash8(self) -> str:
+        """Eight hex digits of everything that decides a number: model, optim, data and the seed."""
+        return hashlib.sha256(canonical(self).encode()).hexdigest()[:8]
+
+    @property
+    def model_hash8(self) -> str:
+        """Eight hex digits of the model group alone."""
+        return hashlib.sha256(_dumps(_drop_none(to_dict(self.model))).encode()).hexdigest()[:8]
+
+
+def to_dict(config: Any) -> dict:
+    """Plain nested dict of a configuration; tuples become lists, as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def canonical(experiment: Experiment) -> str:
+    """Canonical JSON of what decides a number. A mixer that is not configured leaves no trace."""
+    groups = {name: to_dict(getattr(experiment, name)) for name in ("model", "optim", "data")}
+    return _dumps(_drop_none(groups | {"seed": experiment.run.seed}))
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Nested dict -> {"optim.lr": 4e-4, ...}."""
+    out = {}
+    for key, value in tree.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def from_dict(cls: type, tree: Any, where: str = "") -> Any:
+    """Strict inverse of to_dict: an unknown or missing key or a wrong type is a UserError that names it."""
+    where = where or cls.__name__.lower()
+    _require(isinstance(tree, dict), f"{where} is {tree!r}; it must be an object with named fields.")
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in tree:
+        _require(key in fields, f"{where} has no field {key!r}{nearest(key, fields)}.")
+    for name, field in fields.items():
+        _require(
+            name in tree or field.default is not dataclasses.MISSING,
+            f"{where} lacks the field {name!r}; add it.",
+        )
+    return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in tree.items()})
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(arg for arg in args if arg is not type(None))
+        return None if value is None else _coerce(inner, value, where)
+    if origin is Literal:
+        _require(value in args, f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}.")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), f"{where} is {value!r}; it must be a list.")
+        return tuple(_coerce(args[0], item, where) for item in value)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    correct = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    _require(correct, f"{where} is {value!r}; it must be of type {hint.__name__}.")
+    return value
+
+
+def _drop_none(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _drop_none(value) for key, value in tree.items() if value is not None}
+    return tree
+
+
+def _dumps(tree: Any) -> str:
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"))

@@ -1,0 +1,210 @@
+"""The layers every model shares, and how parameters start.
+
+Parameters are fp32 `nnx.Param`s; a layer is told at call time how to compute (`Compute`), never at
+construction, so a model's parameters and its hash do not depend on precision, implementation or memory
+policy.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from beartype import beartype
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, jaxtyped
+
+from gdn_jax.config import Experiment, Model
+
+Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """How to compute: activation dtype, kernel choice, what the backward recomputes. Hashable: jit-static."""
+
+    dtype: Any = jnp.bfloat16  # of the residual stream and of matmul operands
+    impl: str = "auto"  # of the recurrent ops, see pallas_kernels
+    chunk: int = 64
+    residuals: str = "saved"
+    remat: bool = False  # recompute each repeat of the pattern in the backward
+
+
+def compute_for(experiment: Experiment) -> Compute:
+    """The `Compute` that an experiment's optim.precision and run groups ask for."""
+    run = experiment.run
+    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[experiment.optim.precision]
+    return Compute(dtype=dtype, impl=run.impl, chunk=run.chunk, residuals=run.residuals, remat=run.remat)
+
+
+def dot_precision(dtype: Any) -> jax.lax.Precision:
+    """HIGHEST for fp32 operands, which a GPU would else round to TF32; bf16 products are exact already."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+# --- initialisation: two families, chosen by cfg.init ---
+
+
+def normal(std: float) -> Initialiser:
+    """N(0, std^2)."""
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def uniform(bound: float) -> Initialiser:
+    """U(-bound, bound)."""
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def linear_init(cfg: Model, fan_in: int, *, residual: bool = False) -> Initialiser:
+    """Start of a Linear kernel: lit U(+-fan_in^-1/2), fla N(0, 0.02^2).
+
+    `residual` marks a projection that writes to the residual stream: lit divides it by the square root of the
+    number of such writes, two a layer, or one where there is no MLP. fla does not rescale.
+    """
+    if cfg.init == "fla":
+        return normal(0.02)
+    writes = cfg.layers * (2 if cfg.d_ff else 1)
+    return uniform(fan_in**-0.5 / (math.sqrt(writes) if residual else 1.0))
+
+
+def conv_init(cfg: Model, width: int) -> Initialiser:
+    """Start of a depthwise convolution, whose fan-in is its width: lit U(+-width^-1/2), fla N(0, 0.02^2)."""
+    return normal(0.02) if cfg.init == "fla" else uniform(width**-0.5)
+
+
+def log_decay_rate_init(key: jax.Array, heads: int, low: float = 0.0, high: float = 16.0) -> jax.Array:
+    """A_log = log A with A ~ U(low, high) [heads]; A is kept >= 1e-4, whose logarithm is finite."""
+    return jnp.log(jnp.maximum(jax.random.uniform(key, (heads,), jnp.float32, low, high), 1e-4))
+
+
+def dt_bias_init(key: jax.Array, heads: int) -> jax.Array:
+    """dt_bias [heads] with softplus(dt_bias) = dt, dt log-uniform in [1e-3, 0.1] and at least 1e-4."""
+    dt = jnp.exp(jax.random.uniform(key, (heads,), jnp.float32, math.log(1e-3), math.log(0.1)))
+    dt = jnp.maximum(dt, 1e-4)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+# --- layers ---
+
+
+class Linear(nnx.Module):
+    """y = x kernel (+ bias), kernel [in, out]; operands in compute.dtype, accumulated in fp32."""
+
+    def __init__(self, d_in: int, d_out: int, init: Initialiser, *, rngs: nnx.Rngs, bias: bool = False):
+        self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out)))
+        self.bias = nnx.Param(jnp.zeros(d_out, jnp.float32)) if bias else None
+
+    def __call__(
+        self, x: Float[Array, "*B I"], compute: Compute, *, out_dtype: Any = None
+    ) -> Float[Array, "*B O"]:
+        """Output in compute.dtype, or in out_dtype where rounding would hurt (gate logits)."""
+        y = jnp.matmul(
+            x.astype(compute.dtype),
+            self.kernel[...].astype(compute.dtype),
+            precision=dot_precision(compute.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(out_dtype or compute.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """y = x / sqrt(mean(x^2) + eps) * weight (* SiLU(gate)) over the last axis, in fp32; y has x's dtype.
+
+    On [B, T, H, V] one weight [V] is shared by all heads: the Gated DeltaNet output norm, which is gated
+    AFTER it.
+    """
+
+    def __init__(self, size: int, eps: float):
+        self.weight = nnx.Param(jnp.ones(size, jnp.float32))
+        self.eps = eps
+
+    def __call__(
+        self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"] | None = None
+    ) -> Float[Array, "*B D"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps) * self.weight[...]
+        if gate is not None:
+            y = y * jax.nn.silu(gate.astype(jnp.float32))
+        return y.astype(x.dtype)
+
+
+class ShortConv(nnx.Module):
+    """Depthwise causal convolution y_t = sum_j w[W-1-j] x_{t-j}, j < W, with weight [W, C] and no bias.
+
+    W shifted multiply-adds: XLA fuses them into one pass over x, where a general convolution would not be
+    fused.
+    """
+
+    def __init__(self, channels: int, width: int, init: Initialiser, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(init(rngs.params(), (width, channels)))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        history: Float[Array, "B W1 C"] | None = None,
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B W1 C"]]:
+        """y in x's dtype, and the last W-1 inputs, which as `history` continue the sequence (None: zeros).
+
+        Taps stay within a segment; the first segment continues the history.
+        """
+        past, T = self.weight.shape[0] - 1, x.shape[1]
+        if history is None:
+            padded = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
+        else:
+            padded = jnp.concatenate([history.astype(x.dtype), x], axis=1)
+        segments = None
+        if segment_ids is not None:
+            segments = jnp.pad(
+                segment_index(segment_ids), ((0, 0), (past, 0))
+            )  # history belongs to segment 0
+        y = jnp.zeros(x.shape, jnp.float32)
+        for tap in range(past + 1):
+            shifted = padded[:, tap : tap + T].astype(jnp.float32)
+            if segments is not None:
+                same = segments[:, tap : tap + T] == segments[:, past:]
+                shifted = jnp.where(same[..., None], shifted, 0.0)
+            y = y + self.weight[tap] * shifted
+        return y.astype(x.dtype), padded[:, T:]
+
+
+class SwiGLU(nnx.Module):
+    """y = down(SiLU(gate x) * (up x)), without biases."""
+
+    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+        D, F = cfg.d_model, cfg.d_ff
+        self.gate_proj = Linear(D, F, linear_init(cfg, D), rngs=rngs)
+        self.up_proj = Linear(D, F, linear_init(cfg, D), rngs=rngs)
+        self.down_proj = Linear(F, D, linear_init(cfg, F, residual=True), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], compute: Compute) -> Float[Array, "B T D"]:
+        hidden = jax.nn.silu(self.gate_proj(x, compute)) * self.up_proj(x, compute)
+        return self.down_proj(hidden, compute)
+
+
+@jaxtyped(typechecker=beartype)
+def rope(
+    x: Float[Array, "B T H K"], offset: Int[Array, ""] | int = 0, base: float = 10000.0
+) -> Float[Array, "B T H K"]:
+    """Rotary position embedding: the pair (x_i, x_{i+K/2}) turns by (offset + t) * base^(-2i/K), i < K/2.
+
+    Angles and rotation are fp32; the output has x's dtype. K must be even.
+    """
+    half = x.shape[-1] // 2
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = (offset + jnp.arange(x.shape[1])).astype(jnp.float32)[:, None, None] * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+@jaxtyped(typechecker=beartype)
+def segment_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Number the segments of each row 0, 1, 2, ...: any integers, a change of id starts a new segment."""
+    starts: Bool[Array, "B T-1"] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))

@@ -1,0 +1,30 @@
+"""The training loss: plain mean cross entropy of the next token."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gdn_jax.layers import Compute
+from gdn_jax.model import LM
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+
+
+def next_token_loss(model: LM, batch: dict[str, jax.Array], compute: Compute) -> Float[Array, ""]:
+    """Mean over all targets of -log p(token_{t+1} | tokens_{<=t}), in nats; no z-loss.
+
+    batch: "tokens" [B, T+1] int32; optionally "segment_ids" [B, T+1] (packed documents that must not see each
+    other) and "weights" [B] >= 0, one for each row (0 leaves a row out; all 0 gives 0). Targets across a
+    border count too.
+    """
+    tokens, segment_ids = batch["tokens"], batch.get("segment_ids")
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    if segment_ids is not None:
+        segment_ids = segment_ids[:, :-1]
+    rows = batch.get("weights")
+    rows = jnp.ones(tokens.shape[0], jnp.float32) if rows is None else rows.astype(jnp.float32)
+    weights = jnp.broadcast_to(rows[:, None], targets.shape)
+    total = jnp.sum(weights)
+    hidden, _ = model(inputs, compute=compute, segment_ids=segment_ids)
+    return linear_cross_entropy(hidden, model.head_kernel(), targets, weights) / jnp.where(
+        total > 0, total, 1.0
+    )

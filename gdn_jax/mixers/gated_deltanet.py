@@ -1,0 +1,160 @@
+"""Gated DeltaNet (paper section 3.4): the gated delta rule between short convolutions and a gated norm."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gdn_jax.config import Model
+from gdn_jax.layers import (
+    Compute,
+    Linear,
+    RMSNorm,
+    ShortConv,
+    conv_init,
+    dt_bias_init,
+    linear_init,
+    log_decay_rate_init,
+)
+from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+
+
+class OpInputs(NamedTuple):
+    """What the gated delta rule reads: q, k, v in compute.dtype; log decay g, write strength beta in fp32."""
+
+    q: Float[Array, "B T H K"]
+    k: Float[Array, "B T H K"]
+    v: Float[Array, "B T Hv V"]
+    g: Float[Array, "B T Hv"]
+    beta: Float[Array, "B T Hv"]
+
+
+class GatedDeltaNetCache(NamedTuple):
+    """The whole past in constant memory: the state, and the convolutions' last inputs (none without them)."""
+
+    state: Float[Array, "B Hv K V"]  # fp32
+    q_conv: Float[Array, "B W1 HK"]
+    k_conv: Float[Array, "B W1 HK"]
+    v_conv: Float[Array, "B W1 HvV"]
+
+
+class GatedDeltaNet(nnx.Module):
+    """Token mixer S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t (eq. 10).
+
+    q = L2(SiLU(conv(W_q x))), k likewise, v = SiLU(conv(W_v x)), beta = sigmoid(W_b x),
+    log alpha = -exp(A_log) softplus(W_a x + dt_bias), y = W_o [RMSNorm(o) * SiLU(W_g x)].
+    Every line has a switch in GatedDeltaNetConfig; a switched-off part has no parameters.
+    """
+
+    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+        self.config = mixer = cfg.gated_deltanet
+        D, Hv = cfg.d_model, mixer.num_value_heads
+        key_size, value_size = mixer.heads * mixer.key_dim, Hv * mixer.value_dim
+
+        def project(size: int, bias: bool = False) -> Linear:
+            return Linear(D, size, linear_init(cfg, D), rngs=rngs, bias=bias)
+
+        def conv(size: int) -> ShortConv | None:
+            width = mixer.conv_width
+            return ShortConv(size, width, conv_init(cfg, width), rngs=rngs) if width else None
+
+        self.q_proj, self.k_proj, self.v_proj = project(key_size), project(key_size), project(value_size)
+        self.q_conv, self.k_conv, self.v_conv = conv(key_size), conv(key_size), conv(value_size)
+        self.b_proj = project(Hv, bias=mixer.beta_bias)
+        self.a_proj = project(Hv) if mixer.decay else None
+        self.A_log = nnx.Param(log_decay_rate_init(rngs.params(), Hv)) if mixer.decay else None
+        self.dt_bias = nnx.Param(dt_bias_init(rngs.params(), Hv)) if mixer.decay else None
+        self.g_proj = project(value_size) if mixer.output_gate else None
+        self.o_norm = RMSNorm(mixer.value_dim, cfg.norm_eps) if mixer.output_norm else None
+        init = linear_init(cfg, value_size, residual=cfg.rescale_o_proj)
+        self.o_proj = Linear(value_size, D, init, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        compute: Compute,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: GatedDeltaNetCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], GatedDeltaNetCache | None]:
+        inputs, histories = self.op_inputs(x, compute=compute, segment_ids=segment_ids, cache=cache)
+        if cache is not None and x.shape[1] == 1:
+            o, state = gated_delta_rule_step(*(array[:, 0] for array in inputs), cache.state)
+            o = o[:, None]
+        else:
+            o, state = gated_delta_rule(
+                *inputs,
+                initial_state=None if cache is None else cache.state,
+                segment_ids=segment_ids,
+                impl=compute.impl,
+                chunk=compute.chunk,
+                residuals=compute.residuals,
+            )
+        y = self.o_proj(self._output(o, x, compute), compute)
+        return y, None if cache is None else GatedDeltaNetCache(state, *histories)
+
+    def op_inputs(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        compute: Compute,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: GatedDeltaNetCache | None = None,
+    ) -> tuple[OpInputs, tuple[Array, Array, Array]]:
+        """The op's inputs for x, and the new histories of the three convolutions."""
+        mixer = self.config
+
+        def convolve(
+            proj: Linear, conv: ShortConv | None, history: Array | None
+        ) -> tuple[Array, Array | None]:
+            y = proj(x, compute)
+            return (y, history) if conv is None else conv(y, segment_ids=segment_ids, history=history)
+
+        past = (None, None, None) if cache is None else cache[1:]
+        q, q_past = convolve(self.q_proj, self.q_conv, past[0])
+        k, k_past = convolve(self.k_proj, self.k_conv, past[1])
+        v, v_past = convolve(self.v_proj, self.v_conv, past[2])
+
+        def features(y: Array) -> Array:
+            heads = y.reshape(*y.shape[:2], mixer.heads, mixer.key_dim)
+            return _normalise(FEATURE_MAPS[mixer.feature_map](heads), mixer.qk_norm).astype(compute.dtype)
+
+        v = jax.nn.silu(v).reshape(*v.shape[:2], mixer.num_value_heads, mixer.value_dim)
+        beta = jax.nn.sigmoid(self.b_proj(x, compute, out_dtype=jnp.float32))
+        if mixer.negative_eigenvalues:
+            beta = 2.0 * beta  # I - beta k k^T then has an eigenvalue in (-1, 1)
+        if mixer.decay:
+            a = self.a_proj(x, compute, out_dtype=jnp.float32)
+            g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
+        else:
+            g = jnp.zeros_like(beta)
+        return OpInputs(features(q), features(k), v, g, beta), (q_past, k_past, v_past)
+
+    def _output(self, o: Float[Array, "B T Hv V"], x: Float[Array, "B T D"], compute: Compute) -> Array:
+        gate = self.g_proj(x, compute).reshape(o.shape) if self.g_proj is not None else None
+        if self.o_norm is not None:
+            o = self.o_norm(o, gate)
+        elif gate is not None:
+            o = o * jax.nn.silu(gate)
+        return o.reshape(*o.shape[:2], -1)
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any) -> GatedDeltaNetCache:
+        """The cache of an empty sequence; max_len does not matter, its size is constant."""
+        mixer, past = self.config, max(self.config.conv_width - 1, 0)
+        Hv, K, V = mixer.num_value_heads, mixer.key_dim, mixer.value_dim
+        state = jnp.zeros((batch, Hv, K, V), jnp.float32)
+        key_past = jnp.zeros((batch, past, mixer.heads * K), dtype)
+        return GatedDeltaNetCache(state, key_past, key_past, jnp.zeros((batch, past, Hv * V), dtype))
+
+
+FEATURE_MAPS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda x: 1.0 + jax.nn.elu(x)}
+
+
+def _normalise(x: Float[Array, "B T H K"], norm: str) -> Float[Array, "B T H K"]:
+    """Each head's vector to unit L2 or L1 norm, in fp32."""
+    x = x.astype(jnp.float32)
+    if norm == "l2":
+        return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+    return x / (jnp.sum(jnp.abs(x), axis=-1, keepdims=True) + 1e-6)

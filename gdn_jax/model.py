@@ -1,0 +1,133 @@
+"""The language model: embedding, a scan over repeats of the mixer pattern, final norm, head."""
+
+import jax
+import jax.numpy as jnp
+from beartype import beartype
+from flax import nnx
+from jaxtyping import Array, Float, Int, PyTree, jaxtyped
+
+from gdn_jax.config import Model
+from gdn_jax.errors import UserError
+from gdn_jax.layers import Compute, Linear, RMSNorm, SwiGLU, dot_precision, linear_init, normal
+from gdn_jax.mixers import MIXERS
+
+
+class Block(nnx.Module):
+    """x += mixer(norm(x)); x += mlp(norm(x)), the latter unless d_ff is 0."""
+
+    def __init__(self, cfg: Model, mixer: str, *, rngs: nnx.Rngs):
+        self.mixer_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mixer = MIXERS[mixer](cfg, rngs=rngs)
+        self.mlp_norm = RMSNorm(cfg.d_model, cfg.norm_eps) if cfg.d_ff else None
+        self.mlp = SwiGLU(cfg, rngs=rngs) if cfg.d_ff else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        compute: Compute,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: PyTree = None,
+    ) -> tuple[Float[Array, "B T D"], PyTree]:
+        y, cache = self.mixer(self.mixer_norm(x), compute=compute, segment_ids=segment_ids, cache=cache)
+        x = x + y
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x), compute)
+        return x, cache
+
+
+class Group(nnx.Module):
+    """One repeat of the pattern: the unit that the model scans over, so that unlike blocks can alternate."""
+
+    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+        self.blocks = nnx.List([Block(cfg, mixer, rngs=rngs) for mixer in cfg.pattern])
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        compute: Compute,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: tuple | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple | None]:
+        new = []
+        for i, block in enumerate(self.blocks):
+            past = None if cache is None else cache[i]
+            x, past = block(x, compute=compute, segment_ids=segment_ids, cache=past)
+            new.append(past)
+        return x, None if cache is None else tuple(new)
+
+
+class LM(nnx.Module):
+    """A language model; the parameters of `groups` carry a leading axis [repeats]."""
+
+    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+        self.config = cfg
+        self.embed = nnx.Param(normal(0.02)(rngs.params(), (cfg.vocab, cfg.d_model)))
+        keys = jax.random.split(rngs.params(), cfg.repeats)
+        self.groups = jax.vmap(lambda key: Group(cfg, rngs=nnx.Rngs(key)))(keys)
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        init = linear_init(cfg, cfg.d_model)
+        self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab, init, rngs=rngs)
+
+    @jaxtyped(typechecker=beartype)
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        compute: Compute,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: PyTree = None,
+    ) -> tuple[Float[Array, "B T D"], PyTree]:
+        """Final hidden states in compute.dtype, and the new cache (None without one).
+
+        tokens in [0, vocab). segment_ids, any integers: documents packed in a row do not see each other; a
+        change of id starts a new one. cache: from `init_cache` or an earlier call; any T continues it. Not
+        both (UserError).
+        """
+        if cache is not None and segment_ids is not None:
+            raise UserError(
+                "the model got segment_ids and a cache; packed documents are for training, pass one of them."
+            )
+        x = self.embed[tokens].astype(compute.dtype)
+
+        def body(x: Array, scanned: tuple) -> tuple[Array, PyTree]:
+            group, past = scanned
+            return group(x, compute=compute, segment_ids=segment_ids, cache=past)
+
+        if compute.remat:
+            body = jax.checkpoint(
+                body, prevent_cse=False
+            )  # a scan already keeps XLA from merging the two passes
+        x, cache = jax.lax.scan(body, x, (self.groups, cache))
+        return self.norm(x), cache
+
+    def head_kernel(self) -> Float[Array, "D vocab"]:
+        """The output projection, fp32: the transposed embedding when tied."""
+        return self.embed[...].T if self.head is None else self.head.kernel[...]
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
+        """fp32 logits of hidden states."""
+        kernel = self.head_kernel().astype(hidden.dtype)
+        precision = dot_precision(hidden.dtype)
+        return jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, max_len: int, compute: Compute) -> PyTree:
+        """The cache of an empty sequence: one entry for each mixer of the pattern, stacked over repeats."""
+        one = tuple(block.mixer.init_cache(batch, max_len, compute.dtype) for block in self.groups.blocks)
+        return jax.tree.map(lambda x: jnp.repeat(x[None], self.config.repeats, axis=0), one)
+
+
+def init_model(cfg: Model, key: Array) -> LM:
+    """A model with freshly drawn fp32 parameters; jit it with out_shardings to have them born sharded."""
+    return LM(cfg, rngs=nnx.Rngs(key))
+
+
+def abstract_model(cfg: Model) -> LM:
+    """The model with ShapeDtypeStructs for parameters: shapes without memory."""
+    return jax.eval_shape(lambda: init_model(cfg, jax.random.key(0)))
+
+
+def count_parameters(cfg: Model) -> int:
+    """Number of parameters; a tied embedding counts once."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_model(cfg)))

@@ -1,0 +1,47 @@
+"""Linear head and cross entropy in one op: signature, checks, choice of implementation."""
+
+from typing import Literal
+
+from beartype import beartype
+from jaxtyping import Array, Float, Int, jaxtyped
+
+from pallas_kernels.linear_cross_entropy.chunked import linear_cross_entropy_chunked, token_nll_chunked
+from pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+
+
+@jaxtyped(typechecker=beartype)
+def linear_cross_entropy(
+    x: Float[Array, "B T D"],
+    kernel: Float[Array, "D vocab"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int = 512,
+    impl: Literal["auto", "chunked", "reference"] = "auto",
+) -> Float[Array, ""]:
+    """Weighted cross entropy of a linear head: sum_bt weights_bt * -log softmax(x_bt kernel)[targets_bt].
+
+    targets lie in [0, vocab) (not checked). The logits exist for `chunk` tokens of every row at a time, never
+    as [B, T, vocab]; T need not be a multiple of chunk. Operands of the GEMMs have x's dtype (kernel is cast
+    to it), statistics, loss and the sum of the kernel's gradient are fp32. Differentiable once in x, kernel
+    and weights. "auto" is "chunked"; "reference" makes all logits and is the oracle. Raises ValueError if
+    chunk < 1.
+    """
+    _check_chunk(chunk)
+    if impl == "reference":
+        return linear_cross_entropy_reference(x, kernel, targets, weights)
+    return linear_cross_entropy_chunked(x, kernel, targets, weights, chunk)
+
+
+@jaxtyped(typechecker=beartype)
+def token_nll(
+    x: Float[Array, "B T D"], kernel: Float[Array, "D vocab"], targets: Int[Array, "B T"], *, chunk: int = 512
+) -> Float[Array, "B T"]:
+    """Each token's -log softmax(x_bt kernel)[targets_bt], fp32; arguments as of linear_cross_entropy."""
+    _check_chunk(chunk)
+    return token_nll_chunked(x, kernel, targets, chunk)
+
+
+def _check_chunk(chunk: int) -> None:
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; it counts tokens per slice and must be at least 1.")

@@ -1,0 +1,107 @@
+"""Experiment IDs: what they resolve to, that they survive JSON, and what their hashes depend on."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import experiments
+from experiments import EXPERIMENTS, collect, find, get
+from experiments.models import MODELS, model_config, scales_of
+from gdn_jax.config import Experiment, from_dict, to_dict
+from gdn_jax.errors import UserError
+from gdn_jax.model import count_parameters
+
+
+@pytest.mark.parametrize("id", EXPERIMENTS)
+def test_json_round_trip(id):
+    experiment = get(id)
+    assert experiment.id == id
+    again = from_dict(Experiment, json.loads(json.dumps(to_dict(experiment))))
+    assert again == experiment and again.hash8 == experiment.hash8
+
+
+def test_which_ids_exist():
+    expected = {f"smoke/{name}" for name in MODELS}
+    expected |= {f"table3/{name}/{scale}" for name in MODELS for scale in scales_of(name)}
+    assert expected <= set(EXPERIMENTS)
+    assert {"gated-deltanet", "gated-deltanet-fla", "transformer", "gated-deltanet-h1"} <= set(MODELS)
+    assert "table3/gated-deltanet-fla/400m-matched" not in EXPERIMENTS
+    assert [e.id for e in find("table3/transformer/*")] == [
+        f"table3/transformer/{scale}" for scale in ("tiny", "desk", "400m", "400m-matched", "1.3b")
+    ]
+    assert find("nothing/*") == [] and len(find()) == len(EXPERIMENTS)
+
+
+def test_a_repeated_id_is_an_error():
+    experiment = get("smoke/transformer")
+    with pytest.raises(UserError, match="'smoke/transformer' is used twice"):
+        collect([experiment, experiment])
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(UserError, match=r"did you mean 'table3/gated-deltanet/1.3b'"):
+        get("table3/gated-deltanet/1.3B")
+    with pytest.raises(UserError, match=r"did you mean 'transformer'"):
+        model_config("transfomer", "tiny")
+    with pytest.raises(UserError, match=r"no scale '400' of transformer \(did you mean '400m'"):
+        model_config("transformer", "400")
+
+
+def test_hashes_depend_on_what_decides_a_number():
+    experiment = get("table3/gated-deltanet/1.3b")
+    elsewhere = replace(
+        experiment, run=replace(experiment.run, remat=False, chunk=128, impl="chunked", log_every=1)
+    )
+    assert (elsewhere.hash8, elsewhere.model_hash8) == (experiment.hash8, experiment.model_hash8)
+    reseeded = replace(experiment, run=replace(experiment.run, seed=1))
+    assert reseeded.hash8 != experiment.hash8 and reseeded.model_hash8 == experiment.model_hash8
+    faster = replace(experiment, optim=replace(experiment.optim, lr=1e-3))
+    assert faster.hash8 != experiment.hash8 and faster.model_hash8 == experiment.model_hash8
+    wider = replace(experiment, model=replace(experiment.model, d_ff=6144))
+    assert wider.model_hash8 != experiment.model_hash8
+    hashes = [e.hash8 for e in EXPERIMENTS.values()]
+    assert len(set(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scales_mean_the_same_size_for_every_model(name):
+    counts = {scale: count_parameters(model_config(name, scale)) for scale in scales_of(name)}
+    assert counts["tiny"] < 1e6
+    assert 30e6 < counts["desk"] < 60e6
+    assert 500e6 < counts["400m"] < 545e6
+    assert 1.3e9 < counts["1.3b"] < 1.39e9
+    if "400m-matched" in counts:
+        assert abs(counts["400m-matched"] / 417e6 - 1) < 0.03
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_papers_recipe(name):
+    for scale, tokens in (("400m", 15e9), ("1.3b", 100e9)):
+        experiment = get(f"table3/{name}/{scale}")
+        optim, data = experiment.optim, experiment.data
+        assert optim.batch_size * data.seq_len == 524_288
+        assert abs(optim.steps * 524_288 - tokens) <= 524_288 / 2
+        assert (optim.lr, optim.min_lr_ratio, optim.warmup) == (4e-4, 0.1, 0.01)
+        assert (optim.b1, optim.b2, optim.weight_decay, optim.clip, optim.decay_all) == (
+            0.9,
+            0.95,
+            0.1,
+            1.0,
+            True,
+        )
+        assert (data.source, data.tokenizer, data.validation) == ("fineweb-edu", "data/llama-2.model", 0.001)
+        assert experiment.model.vocab == 32000
+    assert get(f"table3/{name}/1.3b").optim.steps == 190_735
+    assert get(f"table3/{name}/400m").optim.steps == 28_610
+
+
+def test_small_scales_need_no_network():
+    for experiment in [*find("smoke/*"), *find("*/tiny"), *find("*/desk")]:
+        assert experiment.data.source == "python-stdlib" and experiment.data.tokenizer == "byte"
+        assert experiment.model.vocab == 320
+
+
+def test_modules_say_how_to_run_them():
+    for module in (experiments.smoke, experiments.table3):
+        assert "gdn run " in module.__doc__ and "Expect" in module.__doc__

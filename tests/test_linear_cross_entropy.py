@@ -1,0 +1,120 @@
+"""The chunked linear cross entropy against the float64 oracle, and what it must not allocate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy, token_nll
+from pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference, token_nll_reference
+
+B, T, D, VOCAB = 2, 37, 16, 53
+
+
+def case(dtype=jnp.float32, T=T):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (B, T, D), jnp.float32).astype(dtype)
+    kernel = jax.random.normal(keys[1], (D, VOCAB), jnp.float32)
+    targets = jax.random.randint(keys[2], (B, T), 0, VOCAB)
+    weights = jax.random.uniform(keys[3], (B, T), jnp.float32).at[0, 3].set(0.0)
+    return x, kernel, targets, weights
+
+
+def oracle(x, kernel, targets, weights):
+    """Loss and gradients in float64 numpy."""
+    x, kernel, weights = (np.asarray(a, np.float64) for a in (x, kernel, weights))
+    logits = x @ kernel
+    logits -= logits.max(-1, keepdims=True)
+    softmax = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    onehot = np.eye(kernel.shape[1])[np.asarray(targets)]
+    nll = np.log(np.exp(logits).sum(-1)) - (logits * onehot).sum(-1)
+    dlogits = (softmax - onehot) * weights[..., None]
+    return (weights * nll).sum(), dlogits @ kernel.T, np.einsum("btd,btv->dv", x, dlogits), nll
+
+
+def relative(a, b):
+    a = np.asarray(a, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 37, 512])
+def test_loss_and_gradients_match_float64(chunk):
+    args = case()
+    loss, dx, dkernel, nll = oracle(*args)
+
+    def scaled(x, kernel, weights):  # a cotangent other than 1
+        return 3.0 * linear_cross_entropy(x, kernel, args[2], weights, chunk=chunk)
+
+    value, gradients = jax.jit(jax.value_and_grad(scaled, (0, 1, 2)))(args[0], args[1], args[3])
+    assert abs(value / (3 * loss) - 1) < 1e-6
+    assert relative(gradients[0], 3 * dx) < 1e-6
+    assert relative(gradients[1], 3 * dkernel) < 1e-6
+    assert relative(gradients[2], 3 * nll) < 1e-6
+    assert relative(linear_cross_entropy(*args, chunk=chunk), loss) < 1e-6
+    assert relative(token_nll(*args[:3], chunk=chunk), nll) < 1e-6
+
+
+def test_gradient_matches_plain_log_softmax_in_fp32():
+    x, kernel, targets, weights = case()
+
+    def plain(x, kernel):
+        log_p = jax.nn.log_softmax(jnp.matmul(x, kernel, precision="highest"))
+        return -jnp.sum(weights * jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0])
+
+    ours = jax.grad(lambda x, kernel: linear_cross_entropy(x, kernel, targets, weights, chunk=8), (0, 1))
+    for a, b in zip(ours(x, kernel), jax.grad(plain, (0, 1))(x, kernel), strict=True):
+        assert relative(a, np.asarray(b, np.float64)) < 1e-5
+
+
+def test_reference_implementation_is_the_oracle():
+    args = case()
+    loss, _, _, nll = oracle(*args)
+    assert relative(linear_cross_entropy(*args, impl="reference"), loss) < 1e-6
+    assert relative(linear_cross_entropy_reference(*args), loss) < 1e-6
+    assert relative(token_nll_reference(*args[:3]), nll) < 1e-6
+
+
+def test_bf16_keeps_fp32_statistics_and_kernel_gradient():
+    x, kernel, targets, weights = case(jnp.bfloat16)
+    loss, dx, dkernel, _ = oracle(x, kernel.astype(jnp.bfloat16), targets, weights)
+    value, gradients = jax.value_and_grad(linear_cross_entropy, (0, 1))(x, kernel, targets, weights, chunk=8)
+    assert value.dtype == gradients[1].dtype == jnp.float32 and gradients[0].dtype == jnp.bfloat16
+    assert relative(value, loss) < 1e-6  # products of bf16 are exact, everything after them is fp32
+    assert relative(gradients[0], dx) < 5e-3
+    assert relative(gradients[1], dkernel) < 5e-3
+
+
+def test_logits_of_a_thousand_do_not_overflow():
+    x, kernel, targets, weights = case()
+    loss, *_ = oracle(300 * x, kernel, targets, weights)
+    assert relative(linear_cross_entropy(300 * x, kernel, targets, weights, chunk=8), loss) < 1e-5
+
+
+def shapes_in(jaxpr):
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield getattr(variable.aval, "shape", ())
+        for parameter in jax.tree.leaves(
+            equation.params,
+            is_leaf=lambda x: isinstance(x, (jax.extend.core.Jaxpr, jax.extend.core.ClosedJaxpr)),
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from shapes_in(inner)
+
+
+def test_no_array_holds_all_logits():
+    gradient = jax.grad(linear_cross_entropy, (0, 1))
+    args = case(T=40)
+    full = {(B, 40, VOCAB), (B * 40, VOCAB)}
+    chunked = set(shapes_in(jax.make_jaxpr(lambda *a: gradient(*a, chunk=8))(*args).jaxpr))
+    assert (B, 8, VOCAB) in chunked and not chunked & full
+    assert max(int(np.prod(shape)) for shape in chunked) <= max(B * 40 * D, D * VOCAB, B * 8 * VOCAB)
+    # the walk does find them where they exist
+    reference = jax.make_jaxpr(lambda *a: gradient(*a, impl="reference"))(*args)
+    assert full & set(shapes_in(reference.jaxpr))
+
+
+def test_a_bad_chunk_is_refused():
+    with pytest.raises(ValueError, match="chunk is 0"):
+        linear_cross_entropy(*case(), chunk=0)

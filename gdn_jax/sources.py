@@ -1,0 +1,201 @@
+"""Where text comes from: files, folders and data sets, cut into input shards and read as documents."""
+
+import gzip
+import importlib
+import io
+import json
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any, Literal
+
+from gdn_jax.errors import UserError
+
+TEXT_SHARD_BYTES = 16 << 20
+HF_SHARD_ROWS = 100_000
+JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+
+
+@dataclass(frozen=True)
+class InputShard:
+    """A part of a source that one process reads in order."""
+
+    kind: Literal["text", "jsonl", "parquet", "hf"]
+    root: str  # the source's folder, or the Hugging Face id
+    names: tuple[str, ...]  # files below root; text: one document each, otherwise a single file
+    bytes: int
+    rows: tuple[int, int] = (0, 0)  # hf: first row and the one after the last
+
+    @property
+    def paths(self) -> list[Path]:
+        return [Path(self.root, name) for name in self.names]
+
+
+def find_shards(source: str) -> list[InputShard]:
+    """Cut `source` (see `prepare` for what it can be) into input shards, always in the same way and order."""
+    if source.startswith("hf:"):
+        rows = len(_load_hf(source))
+        starts = range(0, rows, HF_SHARD_ROWS)
+        return [
+            InputShard("hf", source, (), 0, (start, min(start + HF_SHARD_ROWS, rows))) for start in starts
+        ]
+    if source == "python-stdlib":
+        root = Path(sysconfig.get_path("stdlib"))
+        return _text_shards(source, root, (name for name in _walk(root) if name.endswith(".py")))
+    path = Path(source)
+    if not path.exists():
+        raise UserError(
+            f"source {source!r} is no file, folder, 'python-stdlib' or 'hf:owner/name'; check the path."
+        )
+    root, names = (path, list(_walk(path))) if path.is_dir() else (path.parent, [path.name])
+    tables = [name for name in names if name.endswith(".parquet")]
+    lines = [name for name in names if name.endswith(JSONL)]
+    if tables and lines:
+        raise UserError(f"source {source!r} holds .parquet and .jsonl files; give a folder with one kind.")
+    if tables or lines:
+        kind = "parquet" if tables else "jsonl"
+        return [
+            InputShard(kind, str(root), (name,), (root / name).stat().st_size) for name in tables or lines
+        ]
+    return _text_shards(source, root, names)
+
+
+def documents(shard: InputShard, column: str) -> Iterator[str | None]:
+    """The texts of a shard in order; None stands for one that is not UTF-8 text or is null."""
+    if shard.kind == "text":
+        for path in shard.paths:
+            content = path.read_bytes()
+            try:
+                yield None if b"\0" in content else content.decode()
+            except UnicodeDecodeError:
+                yield None
+    elif shard.kind == "jsonl":
+        yield from _jsonl(shard.paths[0], column)
+    elif shard.kind == "parquet":
+        yield from _parquet(shard.paths[0], column)
+    else:
+        data = _load_hf(shard.root)
+        _require_column(shard.root, column, data.column_names)
+        _require_strings(shard.root, column, getattr(data.features[column], "dtype", data.features[column]))
+        for batch in data.select_columns(column).select(range(*shard.rows)).iter(1000):
+            yield from batch[column]
+
+
+def _walk(root: Path) -> list[str]:
+    """Visible files below `root`, without installed packages, relative and sorted."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [
+            f for f in folders if not f.startswith(".") and f not in ("site-packages", "dist-packages")
+        ]
+        found += [
+            Path(folder, file).relative_to(root).as_posix() for file in files if not file.startswith(".")
+        ]
+    return sorted(found)
+
+
+def _text_shards(source: str, root: Path, names: Iterable[str]) -> list[InputShard]:
+    shards, group, size = [], [], 0
+    for name in names:
+        group.append(name)
+        size += (root / name).stat().st_size
+        if size >= TEXT_SHARD_BYTES:
+            shards.append(InputShard("text", str(root), tuple(group), size))
+            group, size = [], 0
+    if group:
+        shards.append(InputShard("text", str(root), tuple(group), size))
+    if not shards:
+        raise UserError(f"source {source!r} holds no text files; give a folder with some.")
+    return shards
+
+
+def _jsonl(path: Path, column: str) -> Iterator[str]:
+    damage: tuple[type[Exception], ...] = (EOFError, gzip.BadGzipFile, zlib.error)
+    if path.suffix == ".zst":
+        damage += (_library("zstandard", path).ZstdError,)
+    number = 0
+    try:
+        with _open_lines(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _text_of(json.loads(line), column, path, number)
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(
+            f"{path}, line {number}: not valid JSON ({error}); repair or remove the line."
+        ) from None
+    except damage as error:
+        raise UserError(f"{path} is damaged after line {number} ({error}); fetch it again.") from None
+
+
+def _open_lines(path: Path) -> IO[bytes]:
+    if path.suffix == ".gz":
+        return gzip.open(path)
+    if path.suffix == ".zst":
+        zstandard = _library("zstandard", path)
+        # Files are often several frames glued together, and packed with long windows.
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(
+            path.open("rb"), read_across_frames=True
+        )
+        return io.BufferedReader(reader)
+    return path.open("rb")
+
+
+def _text_of(record: Any, column: str, path: Path, number: int) -> str:
+    if not isinstance(record, dict):
+        raise UserError(
+            f"{path}, line {number}: holds {type(record).__name__}; each line must be a JSON object."
+        )
+    _require_column(f"{path}, line {number}", column, record)
+    if not isinstance(record[column], str):
+        kind = type(record[column]).__name__
+        raise UserError(f"{path}, line {number}: field {column!r} is {kind}; it must be a string.")
+    return (
+        record[column].encode("utf-8", "replace").decode()
+    )  # JSON can spell lone surrogates, which are no text
+
+
+def _parquet(path: Path, column: str) -> Iterator[str | None]:
+    parquet, arrow = _library("pyarrow.parquet", path), _library("pyarrow", path)
+    try:
+        with parquet.ParquetFile(path) as file:
+            _require_column(str(path), column, file.schema_arrow.names)
+            _require_strings(str(path), column, file.schema_arrow.field(column).type)
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                yield from batch.column(0).to_pylist()
+    except arrow.ArrowInvalid as error:
+        raise UserError(f"{path} is no parquet file or is damaged ({error}); fetch it again.") from None
+
+
+def _load_hf(source: str) -> Any:
+    datasets = _library("datasets", source)
+    name, _, configuration = source.removeprefix("hf:").partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise UserError(f"data set {source} cannot be loaded: {error}") from error
+
+
+def _require_column(where: str, column: str, columns: Iterable[str]) -> None:
+    if column not in columns:
+        raise UserError(
+            f"{where}: there is no text column {column!r}; there are {', '.join(map(str, columns))}."
+        )
+
+
+def _require_strings(where: str, column: str, kind: object) -> None:
+    if str(kind) not in ("string", "large_string"):
+        raise UserError(f"{where}: column {column!r} is of type {kind}; it must hold strings.")
+
+
+def _library(name: str, what: object) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        library = name.partition(".")[0]
+        raise UserError(
+            f"{what} needs the library {library}; install it with: pip install 'gdn_jax[data]'."
+        ) from None

@@ -1,0 +1,157 @@
+"""Text to token ids: bytes, a SentencePiece model or a `tokenizers` file behind one small interface."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from gdn_jax.errors import UserError
+
+# A tokenizers file does not say which token ends a document. The first of these it holds does, so that the
+# file's hash fixes everything the tokenizer does.
+EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>")
+
+
+class Tokenizer(Protocol):
+    """What the library asks of a tokenizer; ids are int32 in [0, vocab), and no BOS or EOS is ever added."""
+
+    name: str  # as given to `load`
+    vocab: int  # one more than the largest id
+    eos: int  # ends every document
+    hash8: str  # first 8 hex digits of the sha256 of the file
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """UTF-8 bytes of the ids; EOS and other control tokens leave no trace."""
+        ...
+
+
+def load(name: str) -> Tokenizer:
+    """The tokenizer called `name`: "byte", or the path of a SentencePiece .model or tokenizers .json file.
+
+    Raises UserError for a missing or damaged file, another suffix, a tokenizer that cannot end documents, or
+    a library that is not installed.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    loaders = {".model": SentencePieceTokenizer, ".json": JsonTokenizer}
+    path = Path(name)
+    if path.suffix not in loaders:
+        raise UserError(
+            f"tokenizer {name!r} is neither 'byte' nor the path of a .model (SentencePiece) or .json file."
+        )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"tokenizer file {name} cannot be read ({error.strerror}); give the path of an existing file."
+        ) from None
+    return loaders[path.suffix](name, content)
+
+
+class ByteTokenizer:
+    """The 256 byte values, and 256 for EOS."""
+
+    name = "byte"
+    vocab = 257
+    eos = 256
+    hash8 = hashlib.sha256(b"ids 0..255: the bytes of the UTF-8 text; id 256: EOS").hexdigest()[:8]
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return bytes(index for index in ids if index < 256)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model; a character cut in the middle decodes to U+FFFD."""
+
+    def __init__(self, name: str, content: bytes):
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise _not_installed(name, "sentencepiece") from None
+        self._model = SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError:
+            raise UserError(
+                f"tokenizer file {name} is not a SentencePiece model; it may be damaged."
+            ) from None
+        self.name, self.hash8 = name, _hash8(content)
+        self.vocab, self.eos = self._model.vocab_size(), self._model.eos_id()
+        if self.eos < 0:
+            raise UserError(
+                f"tokenizer {name} has no EOS piece to end documents with; train it with an eos_id >= 0."
+            )
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._model.encode(text), np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.asarray(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._model.decode([int(index) for index in ids]).encode()
+
+
+class JsonTokenizer:
+    """A file of the `tokenizers` library; special tokens spelled out in a text are read as plain text."""
+
+    def __init__(self, name: str, content: bytes):
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError:
+            raise _not_installed(name, "tokenizers") from None
+        try:
+            tree = json.loads(content)
+        except ValueError:
+            raise UserError(f"tokenizer file {name} is not JSON; it may be damaged.") from None
+        if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
+            raise UserError(
+                f"tokenizer file {name} holds no 'model'; give a file saved by the tokenizers library."
+            )
+        # The library raises the bare Exception class for a model it cannot read; its sentence is let through.
+        self._backend = Backend.from_str(content.decode())
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = True
+        ids = self._backend.get_vocab(with_added_tokens=True)
+        eos = next((token for token in EOS_NAMES if token in ids), None)
+        if eos is None:
+            raise UserError(
+                f"tokenizer {name} has no token to end documents with; add one of {', '.join(EOS_NAMES)}."
+            )
+        self.name, self.hash8 = name, _hash8(content)
+        self.vocab, self.eos = max(ids.values()) + 1, ids[eos]
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.asarray(one.ids, np.int32) for one in encoded]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        kept = [int(index) for index in ids if index != self.eos]
+        return self._backend.decode(kept, skip_special_tokens=True).encode()
+
+
+def _hash8(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def _not_installed(name: str, library: str) -> UserError:
+    return UserError(
+        f"tokenizer {name} needs the library {library}; install it with: pip install 'gdn_jax[data]'."
+    )

@@ -1,0 +1,316 @@
+import errno
+import gzip
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_tokenizer import save_json_tokenizer
+
+from gdn_jax import config, prepare, sources
+from gdn_jax.errors import UserError
+from gdn_jax.tokenizer import ByteTokenizer
+
+FRACTION = 0.2
+KILLED = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from gdn_jax.prepare import prepare
+
+def end_midway():
+    while sum(1 for _ in Path(sys.argv[2]).glob("shard-*.json")) < 3:
+        time.sleep(0.001)
+    if sys.argv[4] == "SIGINT":
+        os.killpg(0, signal.SIGINT)  # as Ctrl-C does, workers included
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+threading.Thread(target=end_midway, daemon=True).start()
+prepare(sys.argv[1], Path(sys.argv[2]), "byte", validation=0.2, workers=int(sys.argv[3]), progress=print)
+"""
+
+
+def make_texts(count, seed=0, words=60):
+    rng = np.random.default_rng(seed)
+    vocabulary = np.array(["wave", "größe", "of", "the", "波", "x\n", "λ", "length"])
+    return [f"{i} " + " ".join(rng.choice(vocabulary, rng.integers(1, words))) for i in range(count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)))
+
+
+def make_jsonl_folder(folder, files, count, words=60):
+    folder.mkdir()
+    for index in range(files):
+        write_jsonl(folder / f"{index:03}.jsonl", make_texts(count, seed=index, words=words))
+    return str(folder)
+
+
+def run(source, out, name="byte", **options):
+    options = {"validation": FRACTION, "workers": 1, "progress": lambda line: None} | options
+    return prepare.prepare(str(source), out, name, **options)
+
+
+def contents(directory, pattern="*"):
+    return {path.name: path.read_bytes() for path in sorted(directory.glob(pattern))}
+
+
+def manifest_of(directory):
+    return json.loads((directory / "manifest.json").read_text())
+
+
+def texts_of(directory, split):
+    """Every text of a split, decoded from the shards through their ends."""
+    texts, manifest = [], manifest_of(directory)
+    for shard in manifest["splits"][split]["shards"]:
+        tokens = np.fromfile(directory / shard["file"], manifest["dtype"])
+        ends = np.load((directory / shard["file"]).with_suffix(".ends.npy"))
+        for start, end in zip([0, *ends], ends, strict=False):
+            assert tokens[end - 1] == 256 and 256 not in tokens[start : end - 1]
+            texts.append(ByteTokenizer().decode_bytes(tokens[start:end]).decode())
+    return texts
+
+
+def test_output_does_not_depend_on_the_workers(tmp_path):
+    source = make_jsonl_folder(tmp_path / "in", 5, 200)
+    outs = [run(source, tmp_path / f"out{workers}", workers=workers) for workers in (1, 2, 3)]
+    first = contents(outs[0])
+    assert len(first) == 5 * 4 + 2 and not any("shard" in name or "plan" in name for name in first)
+    assert contents(outs[1]) == first and contents(outs[2]) == first
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
+def test_restart_after_an_end_midway_equals_an_uninterrupted_run(tmp_path, workers, name):
+    source, out = make_jsonl_folder(tmp_path / "in", 60, 200, words=250), tmp_path / "out"
+    command = [sys.executable, "-c", KILLED, source, str(out), str(workers), name]
+    # This returns when every process holding the pipes has ended, so it also shows that no worker lives on.
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, start_new_session=True)
+    assert ended.returncode == -getattr(signal, name)
+    marks = list(out.glob("shard-*.json"))
+    assert 3 <= len(marks) < 60 and not (out / "manifest.json").exists()
+    if name == "SIGINT":
+        found = re.search(r"Stopped with (\d+) of 60 shards finished", ended.stdout)
+        assert int(found[1]) == len(marks) and not list(out.glob("*.tmp"))
+        assert ended.stderr.count("Traceback") == 1
+    kept = {mark: (out / f"train-{mark.stem[-5:]}.bin").stat().st_mtime_ns for mark in marks}
+    run(source, out)
+    assert {mark: (out / f"train-{mark.stem[-5:]}.bin").stat().st_mtime_ns for mark in marks} == kept
+    assert contents(out) == contents(run(source, tmp_path / "whole"))
+
+
+def test_splits_are_disjoint_and_complete(tmp_path):
+    texts = make_texts(300) + make_texts(300)[:50] + [""]  # duplicates, and an empty one that is left out
+    write_jsonl(tmp_path / "in.jsonl", texts)
+    out = run(tmp_path / "in.jsonl", tmp_path / "out")
+    train, held_out = texts_of(out, "train"), texts_of(out, "validation")
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(texts[:-1])
+    by_hash = [
+        int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < FRACTION for text in texts[:-1]
+    ]
+    assert [text for text, held in zip(texts, by_hash, strict=False) if held] == held_out
+    assert 0.1 < len(held_out) / len(texts) < 0.3
+    manifest = manifest_of(out)
+    assert manifest["skipped"] == 1 and manifest["dtype"] == "uint16"
+    for split, part in (("train", train), ("validation", held_out)):
+        found = manifest["splits"][split]
+        size = sum(len(text.encode()) for text in part)
+        assert found["documents"] == len(part) and found["bytes"] == size
+        assert found["tokens"] == size + len(part)
+        assert found["words"] == sum(len(text.split()) for text in part)
+    ids = np.concatenate([[*text.encode(), 256] for text in train])
+    np.testing.assert_array_equal(np.load(out / "unigram.npy"), np.bincount(ids, minlength=257))
+
+
+def test_every_format_gives_the_tokens_of_the_folder(tmp_path):
+    zstandard, arrow = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    texts = make_texts(300)
+    (tmp_path / "folder").mkdir()
+    for index, text in enumerate(texts):
+        (tmp_path / "folder" / f"{index:04}.txt").write_bytes(text.encode())
+    (tmp_path / "folder" / "image.txt").write_bytes(b"\xff\xd8\x00")
+    (tmp_path / "folder" / ".hidden").write_text("not read")
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    content = (tmp_path / "a.jsonl").read_bytes()
+    half = content.index(b"\n", len(content) // 2) + 1
+    compress = zstandard.ZstdCompressor().compress
+    (tmp_path / "b.jsonl.zst").write_bytes(compress(content[:half]) + compress(content[half:]))  # two frames
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(content))
+    table = arrow.table({"id": range(300), "text": texts})
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=70)
+    expected = contents(run(tmp_path / "folder", tmp_path / "out"), "*[0-9].*")
+    assert manifest_of(tmp_path / "out")["skipped"] == 1 and len(expected) == 4
+    for name in ("a.jsonl", "b.jsonl.zst", "c.jsonl.gz", "d.parquet"):
+        assert contents(run(tmp_path / name, tmp_path / f"out-{name}"), "*[0-9].*") == expected, name
+
+
+def test_hugging_face_data_set(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.setattr(sources, "HF_SHARD_ROWS", 120)
+    texts = make_texts(300)
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", texts)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    out = run(f"hf:{tmp_path / 'set'}", tmp_path / "out")
+    assert len(manifest_of(out)["splits"]["train"]["shards"]) == 3
+    assert sorted(texts_of(out, "train") + texts_of(out, "validation")) == sorted(texts)
+    with pytest.raises(UserError, match="no text column 'body'; there are id, text"):
+        run(f"hf:{tmp_path / 'set'}", tmp_path / "out2", text_column="body")
+
+
+def test_large_vocabulary_is_stored_in_32_bits(tmp_path):
+    path = save_json_tokenizer(tmp_path / "big.json", ["</s>"])
+    tree = json.loads(path.read_text())
+    tree["added_tokens"][0]["id"] = tree["model"]["vocab"]["</s>"] = 70_000
+    path.write_text(json.dumps(tree))
+    write_jsonl(tmp_path / "in.jsonl", make_texts(50))
+    out = run(tmp_path / "in.jsonl", tmp_path / "out", str(path))
+    manifest = manifest_of(out)
+    assert manifest["dtype"] == "uint32" and manifest["tokenizer"]["vocab"] == 70_001
+    for split in prepare.SPLITS:
+        tokens = np.fromfile(out / f"{split}-00000.bin", "<u4")
+        ends = np.load(out / f"{split}-00000.ends.npy")
+        assert len(tokens) == manifest["splits"][split]["tokens"] == ends[-1]
+        np.testing.assert_array_equal(np.flatnonzero(tokens == 70_000) + 1, ends)
+
+
+def test_python_stdlib_leaves_packages_out(tmp_path, monkeypatch):
+    for name in ("b.py", "a/z.py", "site-packages/c.py", "a/dist-packages/d.py", "e.txt"):
+        (tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "lib" / name).write_text(name)
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "lib"))
+    (shard,) = sources.find_shards("python-stdlib")
+    assert shard.names == ("a/z.py", "b.py")
+    assert list(sources.documents(shard, "text")) == ["a/z.py", "b.py"]
+
+
+def test_text_files_are_grouped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "TEXT_SHARD_BYTES", 100)
+    for index in range(10):
+        (tmp_path / f"{index}.txt").write_text("x" * 40)
+    assert [len(shard.names) for shard in sources.find_shards(str(tmp_path))] == [3, 3, 3, 1]
+
+
+def test_disagreement_names_the_field(tmp_path):
+    source, out = make_jsonl_folder(tmp_path / "in", 1, 100), tmp_path / "out"
+    run(source, out)
+    before = contents(out)
+    run(source, out)
+    assert contents(out) == before
+    with pytest.raises(UserError, match=r"with validation 0\.2, now it is 0\.3"):
+        run(source, out, validation=0.3)
+    path = save_json_tokenizer(tmp_path / "t.json", ["</s>"])
+    with pytest.raises(UserError, match=r"with tokenizer\.hash8 'b3838ac4', now it is"):
+        run(source, out, str(path))
+    os.rename(out / "manifest.json", out / "plan.json")  # as if it had only begun
+    with (tmp_path / "in" / "000.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    with pytest.raises(UserError, match="with inputs"):
+        run(source, out)
+
+
+def test_empty_split_is_refused_and_leaves_nothing(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "only.txt").write_text("one document")
+    with pytest.raises(UserError, match=r"the validation split of .* is empty with 1 documents"):
+        run(tmp_path / "in", tmp_path / "out", validation=1e-9)
+    assert contents(tmp_path / "out") == {}
+    with pytest.raises(UserError, match=r"the train split of .* is empty"):
+        run(tmp_path / "in", tmp_path / "out", validation=1 - 1e-9)
+
+
+def test_user_errors(tmp_path):
+    def sentence(source, out="out", **options):
+        with pytest.raises(UserError) as error:
+            run(source, tmp_path / out, **options)
+        return str(error.value)
+
+    def file(name, content):
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    (tmp_path / "empty").mkdir()
+    good = file("good.jsonl", b'{"text": "a"}\n')
+    assert "is no file, folder" in sentence(tmp_path / "absent")
+    assert "holds no text files" in sentence(tmp_path / "empty")
+    assert "bad.jsonl, line 3: not valid JSON" in sentence(
+        file("bad.jsonl", b'{"text": "a"}\n\n{"text": \n'), "o1"
+    )
+    assert "line 1: not valid JSON" in sentence(file("latin.jsonl", b'{"text": "\xe9"}\n'), "o2")
+    assert "line 1: there is no text column 'body'; there are text" in sentence(
+        good, "o3", text_column="body"
+    )
+    assert "field 'text' is int" in sentence(file("int.jsonl", b'{"text": 3}\n'), "o4")
+    assert "must be a JSON object" in sentence(file("list.jsonl", b"[1]\n"), "o5")
+    packed = gzip.compress(json.dumps({"text": make_texts(1, words=5000)}).encode())
+    assert "is damaged" in sentence(file("cut.jsonl.gz", packed[: len(packed) // 2]), "o6")
+    assert "is damaged" in sentence(file("bad.jsonl.zst", b"not zst at all"), "o7")
+    assert "is no parquet file" in sentence(file("bad.parquet", b"PAR1 not parquet"), "o8")
+    assert "good.jsonl: File exists" in sentence(good, "good.jsonl")
+    assert "validation is 1.5" in sentence(good, validation=1.5)
+    assert "workers is 0" in sentence(good, workers=0)
+    assert not list(tmp_path.glob("o?/*.tmp"))
+
+
+def test_parquet_columns(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"id": [1], "body": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="no text column 'text'; there are id, body"):
+        run(tmp_path / "a.parquet", tmp_path / "out")
+    with pytest.raises(UserError, match="column 'id' is of type int64; it must hold strings"):
+        run(tmp_path / "a.parquet", tmp_path / "out2", text_column="id")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_is_explained(tmp_path, number):
+    with pytest.raises(UserError, match="no space left for"), prepare._explained(tmp_path):
+        raise OSError(number, os.strerror(number))
+
+
+def test_error_in_a_worker_reaches_the_caller(tmp_path):
+    source = make_jsonl_folder(tmp_path / "in", 4, 50)
+    (tmp_path / "in" / "002.jsonl").write_text("{\n")
+    with pytest.raises(UserError, match=r"002\.jsonl, line 1: not valid JSON"):
+        run(source, tmp_path / "out", workers=2)
+    assert not (tmp_path / "out" / "manifest.json").exists() and not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_unguarded_script_gets_a_sentence(tmp_path):
+    source = make_jsonl_folder(tmp_path / "in", 2, 50)
+    script = tmp_path / "script.py"
+    out = str(tmp_path / "out")
+    script.write_text(
+        f"from pathlib import Path\nfrom gdn_jax.prepare import prepare\n"
+        f"prepare({source!r}, Path({out!r}), 'byte', validation=0.2, workers=2)\n"
+    )
+    paths = os.pathsep.join([os.getcwd(), *sys.path])
+    ended = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert ended.returncode == 1
+    assert "called prepare outside of `if __name__ == '__main__':`" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("python-stdlib", "python-stdlib"),
+        ("texts/my corpus/", "my-corpus"),
+        ("hf:owner/set:sample", "set-sample"),
+    ],
+)
+def test_default_directory(source, name):
+    assert str(prepare.default_directory(config.Data(source=source), "root")) == f"root/{name}-b3838ac4"

@@ -13,9 +13,7 @@ def collect(experiments: Iterable[Experiment]) -> dict[str, Experiment]:
     found: dict[str, Experiment] = {}
     for experiment in experiments:
         if experiment.id in found:
-            raise UserError(
-                f"The experiment ID {experiment.id!r} is used twice; give one of the two another name."
-            )
+            raise UserError(f"The experiment ID {experiment.id!r} is used twice; give one of the two another name.")
         found[experiment.id] = experiment
     return found
 

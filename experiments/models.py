@@ -69,9 +69,7 @@ def transformer(scale: str) -> Model:
 
     def model(layers: int, d_model: int, d_ff: int, heads: int, vocab: int = 32000) -> Model:
         mixer = AttentionConfig(heads=heads, head_dim=d_model // heads)
-        return Model(
-            pattern=("attention",), repeats=layers, d_model=d_model, d_ff=d_ff, vocab=vocab, attention=mixer
-        )
+        return Model(pattern=("attention",), repeats=layers, d_model=d_model, d_ff=d_ff, vocab=vocab, attention=mixer)
 
     return {
         "tiny": lambda: model(2, 128, 384, 4, vocab=BYTE_VOCAB),
@@ -111,9 +109,7 @@ def gated_deltanet_h1(scale: str) -> Model:
 
 def _lit_gated_deltanet(d_model: int, heads: int) -> GatedDeltaNetConfig:
     """Key width 0.75 d and value width 1.5 d over the heads: 6 d^2 parameters, as released."""
-    return GatedDeltaNetConfig(
-        heads=heads, key_dim=3 * d_model // (4 * heads), value_dim=3 * d_model // (2 * heads)
-    )
+    return GatedDeltaNetConfig(heads=heads, key_dim=3 * d_model // (4 * heads), value_dim=3 * d_model // (2 * heads))
 
 
 MODELS: dict[str, Callable[[str], Model]] = {
@@ -135,7 +131,5 @@ def model_config(name: str, scale: str) -> Model:
         raise UserError(f"There is no model {name!r}{nearest(name, MODELS)}; there are {', '.join(MODELS)}.")
     if scale not in scales_of(name):
         known = ", ".join(scales_of(name))
-        raise UserError(
-            f"There is no scale {scale!r} of {name}{nearest(scale, scales_of(name))}; there are {known}."
-        )
+        raise UserError(f"There is no scale {scale!r} of {name}{nearest(scale, scales_of(name))}; there are {known}.")
     return MODELS[name](scale)

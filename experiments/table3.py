@@ -41,9 +41,7 @@ RECIPES = {
 
 def _experiment(name: str, scale: str) -> Experiment:
     optim, data, run = RECIPES[scale]
-    return Experiment(
-        id=f"table3/{name}/{scale}", model=model_config(name, scale), optim=optim, data=data, run=run
-    )
+    return Experiment(id=f"table3/{name}/{scale}", model=model_config(name, scale), optim=optim, data=data, run=run)
 
 
 EXPERIMENTS = tuple(_experiment(name, scale) for name in MODELS for scale in scales_of(name))

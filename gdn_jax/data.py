@@ -100,9 +100,7 @@ class Prepared:
             split: TokenView(
                 [
                     # an empty file cannot be mapped
-                    np.memmap(self.directory / shard["file"], dtype, "r")
-                    if shard["tokens"]
-                    else np.empty(0, dtype)
+                    np.memmap(self.directory / shard["file"], dtype, "r") if shard["tokens"] else np.empty(0, dtype)
                     for shard in self.manifest["splits"][split]["shards"]
                 ]
             )
@@ -121,9 +119,7 @@ class Prepared:
         return ends
 
 
-def open_prepared(
-    directory: str | Path, *, tokenizer_hash: str | None, verify: bool | None = None
-) -> Prepared:
+def open_prepared(directory: str | Path, *, tokenizer_hash: str | None, verify: bool | None = None) -> Prepared:
     """Open a prepared directory, checking that its files are whole and made by the expected tokenizer.
 
     tokenizer_hash   hash8 of the tokenizer the model was built for; None: any
@@ -233,13 +229,9 @@ def train_batches(
     iterator has close().
     """
     if batch_size % process_count:
-        raise UserError(
-            f"batch size {batch_size} is not divisible by the {process_count} processes; use a multiple."
-        )
+        raise UserError(f"batch size {batch_size} is not divisible by the {process_count} processes; use a multiple.")
     if not 0 <= process_index < process_count or start_step < 0:
-        raise UserError(
-            f"process {process_index} of {process_count} at step {start_step}: both count from 0."
-        )
+        raise UserError(f"process {process_index} of {process_count} at step {start_step}: both count from 0.")
     windows = TokenWindows(prepared, "train", seq_len, with_segments=with_segments)
     if len(windows) < batch_size:
         raise UserError(

@@ -96,9 +96,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out, jnp.float32)) if bias else None
 
-    def __call__(
-        self, x: Float[Array, "*B I"], compute: Compute, *, out_dtype: Any = None
-    ) -> Float[Array, "*B O"]:
+    def __call__(self, x: Float[Array, "*B I"], compute: Compute, *, out_dtype: Any = None) -> Float[Array, "*B O"]:
         """Output in compute.dtype, or in out_dtype where rounding would hurt (gate logits)."""
         y = jnp.matmul(
             x.astype(compute.dtype),
@@ -122,9 +120,7 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones(size, jnp.float32))
         self.eps = eps
 
-    def __call__(
-        self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"] | None = None
-    ) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"] | None = None) -> Float[Array, "*B D"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps) * self.weight[...]
         if gate is not None:
@@ -160,9 +156,7 @@ class ShortConv(nnx.Module):
             padded = jnp.concatenate([history.astype(x.dtype), x], axis=1)
         segments = None
         if segment_ids is not None:
-            segments = jnp.pad(
-                segment_index(segment_ids), ((0, 0), (past, 0))
-            )  # history belongs to segment 0
+            segments = jnp.pad(segment_index(segment_ids), ((0, 0), (past, 0)))  # history belongs to segment 0
         y = jnp.zeros(x.shape, jnp.float32)
         for tap in range(past + 1):
             shifted = padded[:, tap : tap + T].astype(jnp.float32)

@@ -25,6 +25,4 @@ def next_token_loss(model: LM, batch: dict[str, jax.Array], compute: Compute) ->
     weights = jnp.broadcast_to(rows[:, None], targets.shape)
     total = jnp.sum(weights)
     hidden, _ = model(inputs, compute=compute, segment_ids=segment_ids)
-    return linear_cross_entropy(hidden, model.head_kernel(), targets, weights) / jnp.where(
-        total > 0, total, 1.0
-    )
+    return linear_cross_entropy(hidden, model.head_kernel(), targets, weights) / jnp.where(total > 0, total, 1.0)

@@ -96,9 +96,7 @@ class LM(nnx.Module):
             return group(x, compute=compute, segment_ids=segment_ids, cache=past)
 
         if compute.remat:
-            body = jax.checkpoint(
-                body, prevent_cse=False
-            )  # a scan already keeps XLA from merging the two passes
+            body = jax.checkpoint(body, prevent_cse=False)  # a scan already keeps XLA from merging the two passes
         x, cache = jax.lax.scan(body, x, (self.groups, cache))
         return self.norm(x), cache
 

@@ -117,9 +117,7 @@ def prepare(
                 _run_pool(open_jobs, workers, display)
         except KeyboardInterrupt:
             finished = sum(job.mark.exists() for job in jobs)
-            display.line(
-                f"Stopped with {finished} of {len(jobs)} shards finished; the same command goes on from here."
-            )
+            display.line(f"Stopped with {finished} of {len(jobs)} shards finished; the same command goes on from here.")
             raise
         except BrokenProcessPool:
             raise UserError(
@@ -374,9 +372,7 @@ def _explained(out: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             sentence = f"no space left for {out}; free some and run the same command, it goes on from there."
         else:
-            sentence = (
-                f"{error.filename or out}: {error.strerror or error}; check the path and its permissions."
-            )
+            sentence = f"{error.filename or out}: {error.strerror or error}; check the path and its permissions."
         raise UserError(sentence) from error
 
 

@@ -40,17 +40,13 @@ def find_shards(source: str) -> list[InputShard]:
     if source.startswith("hf:"):
         rows = len(_load_hf(source))
         starts = range(0, rows, HF_SHARD_ROWS)
-        return [
-            InputShard("hf", source, (), 0, (start, min(start + HF_SHARD_ROWS, rows))) for start in starts
-        ]
+        return [InputShard("hf", source, (), 0, (start, min(start + HF_SHARD_ROWS, rows))) for start in starts]
     if source == "python-stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         return _text_shards(source, root, (name for name in _walk(root) if name.endswith(".py")))
     path = Path(source)
     if not path.exists():
-        raise UserError(
-            f"source {source!r} is no file, folder, 'python-stdlib' or 'hf:owner/name'; check the path."
-        )
+        raise UserError(f"source {source!r} is no file, folder, 'python-stdlib' or 'hf:owner/name'; check the path.")
     root, names = (path, list(_walk(path))) if path.is_dir() else (path.parent, [path.name])
     tables = [name for name in names if name.endswith(".parquet")]
     lines = [name for name in names if name.endswith(JSONL)]
@@ -58,9 +54,7 @@ def find_shards(source: str) -> list[InputShard]:
         raise UserError(f"source {source!r} holds .parquet and .jsonl files; give a folder with one kind.")
     if tables or lines:
         kind = "parquet" if tables else "jsonl"
-        return [
-            InputShard(kind, str(root), (name,), (root / name).stat().st_size) for name in tables or lines
-        ]
+        return [InputShard(kind, str(root), (name,), (root / name).stat().st_size) for name in tables or lines]
     return _text_shards(source, root, names)
 
 
@@ -89,12 +83,8 @@ def _walk(root: Path) -> list[str]:
     """Visible files below `root`, without installed packages, relative and sorted."""
     found = []
     for folder, folders, files in os.walk(root):
-        folders[:] = [
-            f for f in folders if not f.startswith(".") and f not in ("site-packages", "dist-packages")
-        ]
-        found += [
-            Path(folder, file).relative_to(root).as_posix() for file in files if not file.startswith(".")
-        ]
+        folders[:] = [f for f in folders if not f.startswith(".") and f not in ("site-packages", "dist-packages")]
+        found += [Path(folder, file).relative_to(root).as_posix() for file in files if not file.startswith(".")]
     return sorted(found)
 
 
@@ -124,9 +114,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str]:
                 if line.strip():
                     yield _text_of(json.loads(line), column, path, number)
     except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(
-            f"{path}, line {number}: not valid JSON ({error}); repair or remove the line."
-        ) from None
+        raise UserError(f"{path}, line {number}: not valid JSON ({error}); repair or remove the line.") from None
     except damage as error:
         raise UserError(f"{path} is damaged after line {number} ({error}); fetch it again.") from None
 
@@ -146,16 +134,12 @@ def _open_lines(path: Path) -> IO[bytes]:
 
 def _text_of(record: Any, column: str, path: Path, number: int) -> str:
     if not isinstance(record, dict):
-        raise UserError(
-            f"{path}, line {number}: holds {type(record).__name__}; each line must be a JSON object."
-        )
+        raise UserError(f"{path}, line {number}: holds {type(record).__name__}; each line must be a JSON object.")
     _require_column(f"{path}, line {number}", column, record)
     if not isinstance(record[column], str):
         kind = type(record[column]).__name__
         raise UserError(f"{path}, line {number}: field {column!r} is {kind}; it must be a string.")
-    return (
-        record[column].encode("utf-8", "replace").decode()
-    )  # JSON can spell lone surrogates, which are no text
+    return record[column].encode("utf-8", "replace").decode()  # JSON can spell lone surrogates, which are no text
 
 
 def _parquet(path: Path, column: str) -> Iterator[str | None]:
@@ -181,9 +165,7 @@ def _load_hf(source: str) -> Any:
 
 def _require_column(where: str, column: str, columns: Iterable[str]) -> None:
     if column not in columns:
-        raise UserError(
-            f"{where}: there is no text column {column!r}; there are {', '.join(map(str, columns))}."
-        )
+        raise UserError(f"{where}: there is no text column {column!r}; there are {', '.join(map(str, columns))}.")
 
 
 def _require_strings(where: str, column: str, kind: object) -> None:
@@ -196,6 +178,4 @@ def _library(name: str, what: object) -> ModuleType:
         return importlib.import_module(name)
     except ImportError:
         library = name.partition(".")[0]
-        raise UserError(
-            f"{what} needs the library {library}; install it with: pip install 'gdn_jax[data]'."
-        ) from None
+        raise UserError(f"{what} needs the library {library}; install it with: pip install 'gdn_jax[data]'.") from None

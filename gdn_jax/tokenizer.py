@@ -43,9 +43,7 @@ def load(name: str) -> Tokenizer:
     loaders = {".model": SentencePieceTokenizer, ".json": JsonTokenizer}
     path = Path(name)
     if path.suffix not in loaders:
-        raise UserError(
-            f"tokenizer {name!r} is neither 'byte' nor the path of a .model (SentencePiece) or .json file."
-        )
+        raise UserError(f"tokenizer {name!r} is neither 'byte' nor the path of a .model (SentencePiece) or .json file.")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -85,15 +83,11 @@ class SentencePieceTokenizer:
         try:
             self._model.LoadFromSerializedProto(content)
         except RuntimeError:
-            raise UserError(
-                f"tokenizer file {name} is not a SentencePiece model; it may be damaged."
-            ) from None
+            raise UserError(f"tokenizer file {name} is not a SentencePiece model; it may be damaged.") from None
         self.name, self.hash8 = name, _hash8(content)
         self.vocab, self.eos = self._model.vocab_size(), self._model.eos_id()
         if self.eos < 0:
-            raise UserError(
-                f"tokenizer {name} has no EOS piece to end documents with; train it with an eos_id >= 0."
-            )
+            raise UserError(f"tokenizer {name} has no EOS piece to end documents with; train it with an eos_id >= 0.")
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.encode(text), np.int32)
@@ -118,9 +112,7 @@ class JsonTokenizer:
         except ValueError:
             raise UserError(f"tokenizer file {name} is not JSON; it may be damaged.") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
-            raise UserError(
-                f"tokenizer file {name} holds no 'model'; give a file saved by the tokenizers library."
-            )
+            raise UserError(f"tokenizer file {name} holds no 'model'; give a file saved by the tokenizers library.")
         # The library raises the bare Exception class for a model it cannot read; its sentence is let through.
         self._backend = Backend.from_str(content.decode())
         self._backend.no_truncation()
@@ -129,9 +121,7 @@ class JsonTokenizer:
         ids = self._backend.get_vocab(with_added_tokens=True)
         eos = next((token for token in EOS_NAMES if token in ids), None)
         if eos is None:
-            raise UserError(
-                f"tokenizer {name} has no token to end documents with; add one of {', '.join(EOS_NAMES)}."
-            )
+            raise UserError(f"tokenizer {name} has no token to end documents with; add one of {', '.join(EOS_NAMES)}.")
         self.name, self.hash8 = name, _hash8(content)
         self.vocab, self.eos = max(ids.values()) + 1, ids[eos]
 
@@ -152,6 +142,4 @@ def _hash8(content: bytes) -> str:
 
 
 def _not_installed(name: str, library: str) -> UserError:
-    return UserError(
-        f"tokenizer {name} needs the library {library}; install it with: pip install 'gdn_jax[data]'."
-    )
+    return UserError(f"tokenizer {name} needs the library {library}; install it with: pip install 'gdn_jax[data]'.")

@@ -14,9 +14,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.mixers import MIXERS
 
-FP32 = Compute(
-    dtype=jnp.float32, impl="reference"
-)  # the smallest program; implementations have their own tests
+FP32 = Compute(dtype=jnp.float32, impl="reference")  # the smallest program; implementations have their own tests
 D = 24
 DELTA = GatedDeltaNetConfig(heads=2, key_dim=6, value_dim=8)
 ATTENTION = AttentionConfig(heads=3, head_dim=8, window=5)
@@ -157,9 +155,7 @@ def test_feature_maps_and_norms():
         op, _ = mixer.op_inputs(x, compute=FP32)
         raw = function(jnp.dot(x, mixer.k_proj.kernel[...], precision="highest")).reshape(2, 6, 2, 6)
         np.testing.assert_allclose(op.k, raw / (raw.sum(-1, keepdims=True) + 1e-6), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(
-        jnp.abs(make(qk_norm="l1").op_inputs(x, compute=FP32)[0].q).sum(-1), 1.0, atol=1e-3
-    )
+    np.testing.assert_allclose(jnp.abs(make(qk_norm="l1").op_inputs(x, compute=FP32)[0].q).sum(-1), 1.0, atol=1e-3)
     assert np.all(np.asarray(make(decay=False).op_inputs(x, compute=FP32)[0].g) == 0)
 
 
@@ -174,10 +170,7 @@ def test_dtype_policy():
     assert y.dtype == jnp.bfloat16 and cache.state.dtype == jnp.float32
     # the logits themselves are not rounded: fp32 accumulation of bf16 products is nearly exact
     exact = np.asarray(x.astype(jnp.float32), np.float64)
-    a, b = (
-        exact @ np.asarray(p.kernel[...].astype(jnp.bfloat16), np.float64)
-        for p in (mixer.a_proj, mixer.b_proj)
-    )
+    a, b = (exact @ np.asarray(p.kernel[...].astype(jnp.bfloat16), np.float64) for p in (mixer.a_proj, mixer.b_proj))
     np.testing.assert_allclose(op.beta, 1 / (1 + np.exp(-b)), rtol=1e-5)
     rate, bias = np.exp(np.asarray(mixer.A_log[...])), np.asarray(mixer.dt_bias[...])
     np.testing.assert_allclose(op.g, -rate * np.log1p(np.exp(a + bias)), rtol=1e-5)

@@ -168,9 +168,7 @@ def test_dtypes_of_the_whole():
         assert 1e-3 < error < bound
     cache = model().init_cache(2, 8, Compute())
     _, after = jax.eval_shape(lambda m, c: m(tokens(4), compute=Compute(), cache=c), model(), cache)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), cache
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), cache)
 
 
 def test_abstract_model_has_the_real_shapes():
@@ -223,9 +221,7 @@ def test_modules_are_plain_pytrees_without_graph_mode():
         loss = jax.jit(next_token_loss, static_argnums=2)(model, batch, compute)
         print(float(loss), len(jax.tree.leaves(model)))
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loss, leaves = done.stdout.split()
     assert float(loss) == pytest.approx(np.log(320), rel=0.05)

@@ -112,9 +112,7 @@ def test_splits_are_disjoint_and_complete(tmp_path):
     train, held_out = texts_of(out, "train"), texts_of(out, "validation")
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(texts[:-1])
-    by_hash = [
-        int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < FRACTION for text in texts[:-1]
-    ]
+    by_hash = [int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < FRACTION for text in texts[:-1]]
     assert [text for text, held in zip(texts, by_hash, strict=False) if held] == held_out
     assert 0.1 < len(held_out) / len(texts) < 0.3
     manifest = manifest_of(out)
@@ -242,13 +240,9 @@ def test_user_errors(tmp_path):
     good = file("good.jsonl", b'{"text": "a"}\n')
     assert "is no file, folder" in sentence(tmp_path / "absent")
     assert "holds no text files" in sentence(tmp_path / "empty")
-    assert "bad.jsonl, line 3: not valid JSON" in sentence(
-        file("bad.jsonl", b'{"text": "a"}\n\n{"text": \n'), "o1"
-    )
+    assert "bad.jsonl, line 3: not valid JSON" in sentence(file("bad.jsonl", b'{"text": "a"}\n\n{"text": \n'), "o1")
     assert "line 1: not valid JSON" in sentence(file("latin.jsonl", b'{"text": "\xe9"}\n'), "o2")
-    assert "line 1: there is no text column 'body'; there are text" in sentence(
-        good, "o3", text_column="body"
-    )
+    assert "line 1: there is no text column 'body'; there are text" in sentence(good, "o3", text_column="body")
     assert "field 'text' is int" in sentence(file("int.jsonl", b'{"text": 3}\n'), "o4")
     assert "must be a JSON object" in sentence(file("list.jsonl", b"[1]\n"), "o5")
     packed = gzip.compress(json.dumps({"text": make_texts(1, words=5000)}).encode())

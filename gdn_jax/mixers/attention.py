@@ -117,9 +117,7 @@ def _dot_product_attention(
 ) -> Array:
     """jax.nn's attention: cuDNN's kernel where it applies, else XLA, with exact products of fp32 inputs."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = (
-        half and mask is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
-    )  # cuDNN's limits on every GPU
+    fits = half and mask is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0  # cuDNN's limits on every GPU
     implementation = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
     with jax.default_matmul_precision("highest"):  # jax.nn takes no precision; bf16 products are exact anyway
         return jax.nn.dot_product_attention(

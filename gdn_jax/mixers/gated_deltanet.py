@@ -106,9 +106,7 @@ class GatedDeltaNet(nnx.Module):
         """The op's inputs for x, and the new histories of the three convolutions."""
         mixer = self.config
 
-        def convolve(
-            proj: Linear, conv: ShortConv | None, history: Array | None
-        ) -> tuple[Array, Array | None]:
+        def convolve(proj: Linear, conv: ShortConv | None, history: Array | None) -> tuple[Array, Array | None]:
             y = proj(x, compute)
             return (y, history) if conv is None else conv(y, segment_ids=segment_ids, history=history)
 

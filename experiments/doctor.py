@@ -1,0 +1,103 @@
+"""Whether this machine computes what it should: versions, devices, each op against its oracle, what auto picks."""
+
+import importlib.util
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.report import aligned
+from gdn_jax.metrics import environment
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.gated_delta_rule import api, conformance
+from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+
+DELTA_CASES = ("resets strewn in", "beta=1", "group value")  # two shapes, so seconds to compile
+DTYPES = ("float32", "bfloat16")
+HEAD_LIMIT = 1e-5  # relative error of the fp32 head loss and its gradients
+
+# library -> what it is for; none is needed to train on prepared data
+OPTIONAL = {
+    "pyarrow": "Parquet text",
+    "zstandard": ".jsonl.zst text",
+    "datasets": "hf: sources",
+    "sentencepiece": ".model tokenizers",
+    "tokenizers": ".json tokenizers",
+    "tensorboardX": "--run.tensorboard",
+    "wandb": "--run.wandb",
+}
+
+
+def examine() -> dict[str, Any]:
+    """Run every check: {"environment", "ops": [{"op", "impl", "refused", "case", "failures"}], "optional", "ok"}."""
+    ops = [*_gated_delta_rule(), *_linear_cross_entropy()]
+    optional = {name: importlib.util.find_spec(name) is not None for name in OPTIONAL}
+    ok = not any(op["failures"] for op in ops)
+    return {"environment": environment(), "ops": ops, "optional": optional, "ok": ok}
+
+
+def _gated_delta_rule() -> list[dict[str, Any]]:
+    choice = api.resolve("auto")
+    cases = [case for case in conformance.CASES if case.name in DELTA_CASES]
+    return [
+        _entry(api.NAME, choice, f"{case.name}, {dtype}", conformance.failures(replace(case, dtype=dtype), choice.impl))
+        for case in cases
+        for dtype in DTYPES
+    ]
+
+
+def _linear_cross_entropy() -> list[dict[str, Any]]:
+    """Value and gradients of the chunked head against the one that makes all logits, in float64 and fp32."""
+    random = np.random.default_rng(0)
+    x, kernel = random.standard_normal((2, 70, 32)), random.standard_normal((32, 320)) / 32**0.5
+    targets, weights = random.integers(0, 320, (2, 70)), random.uniform(size=(2, 70))
+
+    def run(impl: str, dtype: Any) -> list[np.ndarray]:
+        arrays = [jnp.asarray(value, dtype) for value in (x, kernel, weights)]
+
+        def loss(x, kernel, weights):
+            return linear_cross_entropy(x, kernel, jnp.asarray(targets), weights, chunk=32, impl=impl)
+
+        value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
+        return [np.asarray(result, np.float64) for result in (value, *gradients)]
+
+    got = run("chunked", jnp.float32)
+    with jax.enable_x64(True):
+        want = run("reference", jnp.float64)
+    errors = [np.linalg.norm(g - w) / np.linalg.norm(w) for g, w in zip(got, want, strict=True)]
+    names = ("loss", "dx", "dkernel", "dweights")
+    failures = [
+        f"{name} {error:.1e} > {HEAD_LIMIT:.1e}"
+        for name, error in zip(names, errors, strict=True)
+        if not error <= HEAD_LIMIT
+    ]
+    return [_entry("linear_cross_entropy", Choice("chunked", ""), "70 tokens, float32", failures)]
+
+
+def _entry(op: str, choice: Choice, case: str, failures: list[str]) -> dict[str, Any]:
+    return {"op": op, "impl": choice.impl, "refused": choice.refused, "case": case, "failures": failures}
+
+
+def described(found: dict[str, Any]) -> str:
+    """What `examine` found, for a reader."""
+    facts = [(name, _plain(value)) for name, value in found["environment"].items()]
+    lines, chosen = ["Environment", aligned(facts), "", "Ops"], set()
+    for op in found["ops"]:
+        if op["op"] not in chosen:
+            chosen.add(op["op"])
+            why = f" ({op['refused']})" if op["refused"] else ""
+            lines.append(f"{op['op']}: auto takes {op['impl']}{why}")
+        verdict = f"FAILED: {', '.join(op['failures'])}" if op["failures"] else "ok"
+        lines.append(f"  {op['case']}: {verdict}")
+    installed = [(name, "yes" if there else "no", OPTIONAL[name]) for name, there in found["optional"].items()]
+    lines += ["", "Optional libraries", aligned(installed), ""]
+    lines.append("All checks passed." if found["ok"] else "Some checks FAILED: results here cannot be trusted.")
+    return "\n".join(lines)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {inner}" for key, inner in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

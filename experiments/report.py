@@ -1,0 +1,277 @@
+"""What a run measured: its result row, its loss curve, and README's table of IDs.
+
+    python -m experiments.report README.md      rewrites the table between its two markers
+
+A result that is to be published is a copy of a run's result.json in experiments/results/, under any name.
+"""
+
+import functools
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments import EXPERIMENTS
+from gdn_jax.config import Experiment, Model
+from gdn_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / "results"
+PAPER = Path(__file__).parent / "paper.json"  # id -> {"numbers": {metric: value}, "source": where in the paper}
+BEGIN, END = "<!-- ids:begin -->", "<!-- ids:end -->"
+COMMAND = "python -m experiments.report README.md"
+EVALUATION = "evaluation.json"
+
+Row = dict[str, Any]
+
+
+def save_evaluation(run_dir: Path, numbers: Row, step: int) -> None:
+    """Keep what `gdn eval` measured beside the checkpoint it measured."""
+    _write_json(run_dir / EVALUATION, {"step": step} | numbers)
+
+
+def result_row(run_dir: Path) -> Row:
+    """Everything that identifies and summarises a run; also written to its result.json.
+
+    Reads config.json, env.json, metrics.jsonl and evaluation.json, and raises a UserError that names the file
+    which is missing and the command that writes it.
+    """
+    from gdn_jax.checkpoint import read_config
+    from gdn_jax.metrics import read_rows
+
+    experiment = read_config(run_dir)
+    environment = json.loads(_read(run_dir, "env.json", "train"))
+    evaluation = json.loads(_read(run_dir, EVALUATION, "eval"))
+    row = {
+        "id": experiment.id,
+        "hash8": experiment.hash8,
+        "parameters": parameters(experiment.model),
+        "steps": evaluation["step"],
+        "tokens": evaluation["step"] * experiment.optim.batch_size * experiment.data.seq_len,
+        "train_seconds": round(train_seconds(read_rows(run_dir)), 1),
+        "seq_len": experiment.data.seq_len,
+        "precision": experiment.optim.precision,
+        "seed": experiment.run.seed,
+        "impl": {op: choice["impl"] for op, choice in environment["impl"].items()},
+        "validation": {key: value for key, value in evaluation.items() if key != "step"},
+        "environment": environment,
+    }
+    _write_json(run_dir / "result.json", row)
+    return row
+
+
+def train_seconds(rows: list[Row]) -> float:
+    """Seconds from each start of the program to the last step it logged, compilation and validation included."""
+    total = session = 0.0
+    for row in rows:
+        if row.get("event") == "start":
+            total, session = total + session, 0.0
+        session = row.get("time", session)
+    return total + session
+
+
+def draw_loss(run_dir: Path) -> Path:
+    """Draw the run's loss.png."""
+    path = run_dir / "loss.png"
+    loss_figure(run_dir).savefig(path, dpi=150)
+    return path
+
+
+def loss_figure(run_dir: Path) -> "Figure":
+    """Training loss, faint and smoothed, validation loss, and the unigram model's, in nats per token."""
+    from matplotlib.figure import Figure
+
+    from gdn_jax.checkpoint import read_config
+    from gdn_jax.metrics import read_rows
+
+    experiment = read_config(run_dir)
+    environment = json.loads(_read(run_dir, "env.json", "train"))
+    rows = read_rows(run_dir)
+    train = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    validation = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
+    if not train:
+        raise UserError(f"{run_dir / 'metrics.jsonl'} holds no losses; `gdn train` writes them.")
+
+    figure = Figure(figsize=(7, 4.3), layout="constrained")
+    axes = figure.add_subplot()
+    steps = sorted(train)
+    losses = [train[step] for step in steps]
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="training")
+    axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
+    if validation:
+        steps = sorted(validation)
+        axes.plot(steps, [validation[step] for step in steps], "o-", color="tab:orange", label="validation")
+    if (run_dir / EVALUATION).exists():
+        unigram = json.loads((run_dir / EVALUATION).read_text())["unigram_nats_per_token"]
+        axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label="unigram model, validation")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(
+        f"{experiment.id}  {experiment.hash8}\n{device(environment)}, commit {commit(environment)}", fontsize=10
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    return figure
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Exponential mean over about a tenth of the curve, unbiased at its start."""
+    keep = 1 - 1 / (1 + len(losses) / 10)
+    out, mean, weight = [], 0.0, 0.0
+    for loss in losses:
+        mean, weight = keep * mean + (1 - keep) * loss, keep * weight + (1 - keep)
+        out.append(mean / weight)
+    return out
+
+
+def summary(row: Row) -> str:
+    """A result row as a short table for a terminal."""
+    facts = [
+        ("experiment", f"{row['id']} {row['hash8']}"),
+        ("parameters", f"{row['parameters']:,}"),
+        ("training", f"{row['steps']:,} steps, {row['tokens']:,} tokens, {row['train_seconds']:,.0f} s"),
+    ]
+    return f"{aligned(facts)}\n{validation_table(row['validation'])}"
+
+
+def validation_table(numbers: Row) -> str:
+    """What `perplexity` returned, beside the unigram model's numbers."""
+    word = numbers["word_perplexity"]
+    rows = [
+        ("", "model", "unigram"),
+        ("nats per byte", f"{numbers['nats_per_byte']:.4f}", f"{numbers['unigram_nats_per_byte']:.4f}"),
+        ("nats per token", f"{numbers['token_nll']:.4f}", f"{numbers['unigram_nats_per_token']:.4f}"),
+        ("bits per byte", f"{numbers['bits_per_byte']:.4f}"),
+        ("word perplexity", "too large" if word is None else f"{word:.4g}"),
+    ]
+    scored = f"{numbers['tokens']:,} tokens, window {numbers['window']}, stride {numbers['stride']}"
+    return f"held out, {scored}\n{aligned(rows)}"
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as lines with aligned columns."""
+    widths = [max(len(cell) for cell in column) for column in _columns(rows)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _columns(rows: list[tuple[str, ...]]) -> list[list[str]]:
+    longest = max(map(len, rows))
+    return [[row[i] for row in rows if i < len(row)] for i in range(longest)]
+
+
+# --- README's table of IDs ---
+
+
+def published() -> dict[str, Row]:
+    """id -> result row of every file in experiments/results/."""
+    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    return {row["id"]: row for row in rows}
+
+
+def ids_table() -> str:
+    """README's Markdown table: every ID with its size, the paper's number, ours, and what ours came from."""
+    results = published()
+    paper = json.loads(PAPER.read_text()) if PAPER.exists() else {}
+    lines = ["| ID | parameters | tokens | paper | ours | status |", "|---|--:|--:|---|---|---|"]
+    for experiment in EXPERIMENTS.values():
+        optim = experiment.optim
+        cells = (
+            f"`{experiment.id}`",
+            f"{parameters(experiment.model):,}",
+            short(optim.steps * optim.batch_size * experiment.data.seq_len),
+            _paper_cell(paper.get(experiment.id)),
+            *_our_cells(experiment, results.get(experiment.id)),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _paper_cell(entry: Row | None) -> str:
+    if entry is None:
+        return "-"
+    return ", ".join(f"{metric} {value}" for metric, value in entry["numbers"].items())
+
+
+def _our_cells(experiment: Experiment, row: Row | None) -> tuple[str, str]:
+    if row is None or row["hash8"] != experiment.hash8:
+        offline = experiment.data.source == "python-stdlib"
+        needs = "ready" if offline else f"needs `{experiment.data.source}`"
+        return "not run", needs if row is None else f"{needs}; an older configuration was run ({row['hash8']})"
+    numbers, environment = row["validation"], row["environment"]
+    ours = f"{numbers['nats_per_byte']:.4f} nats/byte (unigram {numbers['unigram_nats_per_byte']:.4f})"
+    return ours, f"{device(environment)}, {environment['date'][:10]}, {commit(environment)}"
+
+
+def readme_with_table(text: str) -> str:
+    """README's text with the table as it has to be now; UserError without the two markers."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"The README lacks the line {BEGIN} or {END}; the table of IDs goes between them.")
+    return f"{before}{BEGIN}\n{ids_table()}\n{END}{after}"
+
+
+def update_readme(path: Path) -> bool:
+    """Rewrite the table in place; True when it changed."""
+    old = path.read_text()
+    new = readme_with_table(old)
+    if new != old:
+        path.write_text(new)
+    return new != old
+
+
+def stale(path: Path) -> str | None:
+    """A sentence that names the command when the table in `path` is not current."""
+    old = path.read_text()
+    return None if readme_with_table(old) == old else f"{path.name}'s table of IDs is not current; run: {COMMAND}"
+
+
+# --- facts about a run ---
+
+
+@functools.cache
+def parameters(model: Model) -> int:
+    """Number of parameters; the import waits until it is needed because JAX takes seconds to load."""
+    from gdn_jax.model import count_parameters
+
+    return count_parameters(model)
+
+
+def short(count: float) -> str:
+    """1234567 -> "1.23M"."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def device(environment: Row) -> str:
+    """The devices of env.json in a few words."""
+    return ", ".join(environment["devices"])
+
+
+def commit(environment: Row) -> str:
+    """Short commit of env.json, with "+" when the checkout had changes of its own."""
+    return f"{(environment['commit'] or 'unknown')[:9]}{'+' if environment['dirty'] else ''}"
+
+
+def _read(run_dir: Path, name: str, command: str) -> str:
+    try:
+        return (run_dir / name).read_text()
+    except FileNotFoundError:
+        raise UserError(f"{run_dir} holds no {name}; `gdn {command}` writes it.") from None
+
+
+def _write_json(path: Path, tree: Row) -> None:
+    path.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        changed = update_readme(Path(sys.argv[1] if len(sys.argv) > 1 else "README.md"))
+    except (UserError, OSError) as error:
+        sys.exit(str(error))
+    print("Rewrote the table of IDs." if changed else "The table of IDs is current.")

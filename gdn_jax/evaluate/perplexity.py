@@ -1,0 +1,148 @@
+"""Held-out perplexity: per token, and per byte and word of the text, which no tokenizer can flatter."""
+
+import functools
+import itertools
+import math
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+from rich.console import Console
+from rich.progress import Progress
+
+from gdn_jax.data import Prepared
+from gdn_jax.errors import UserError
+from gdn_jax.layers import Compute
+from gdn_jax.model import LM
+from gdn_jax.tokenizer import Tokenizer
+from pallas_kernels.linear_cross_entropy import token_nll
+
+LINE_SECONDS = 10.0  # between progress lines where there is no terminal
+
+
+def perplexity(
+    model: LM,
+    prepared: Prepared,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    stride: int | None = None,
+    windows: int | None = None,
+    batch_size: int,
+    compute: Compute,
+    with_segments: bool,
+) -> dict[str, float | int | None]:
+    """Cross entropy of the held-out tokens given at most seq_len tokens before each, in several units.
+
+        token_nll = -1/N sum_i log p(x_i | x_{i-c_i} ... x_{i-1})         nats; N scored tokens
+        nats_per_byte = N token_nll / bytes      word_perplexity = exp(N token_nll / words)
+
+    seq_len     inputs of a window; window w reads tokens [w stride, w stride + seq_len]
+    stride      1..seq_len. None or seq_len: windows side by side, contexts c of 1..seq_len; smaller: of each
+                window but the first only the last `stride` targets are scored, c > seq_len - stride
+    windows     how many, from the start of the split; None: all whole ones. The tail after them is not scored
+    with_segments   documents packed in a window do not see each other
+
+    Returns token_nll, token_perplexity, nats_per_byte, bits_per_byte, byte_perplexity, word_perplexity,
+    tokens, bytes, words, window, stride, and a unigram model's unigram_nats_per_token and
+    unigram_nats_per_byte on the whole split. bytes and words are those of the scored tokens' text: EOS is a
+    token and no text, words lie between white space and never span documents. word_perplexity is None where
+    it exceeds a float.
+    Raises UserError for a stride or a number of windows out of range, too little text, or a loss not finite.
+    """
+    stride = seq_len if stride is None else stride
+    if not 1 <= stride <= seq_len:
+        raise UserError(f"stride is {stride}; it must lie between 1 and the window of {seq_len} tokens.")
+    if windows is not None and windows < 1:
+        raise UserError(f"windows is {windows}; score at least one, or all by leaving it out.")
+    held_out = prepared.tokens("validation")
+    whole = (len(held_out) - 1 - seq_len) // stride + 1
+    if whole < 1:
+        raise UserError(
+            f"{prepared.directory} has {len(held_out)} held-out tokens, too few for one window of "
+            f"{seq_len} + 1; use a shorter sequence or prepare with a larger validation fraction."
+        )
+    count = whole if windows is None else min(windows, whole)
+    ends = prepared.document_ends("validation") if with_segments else None
+
+    total = 0.0
+    for first in _shown(range(0, count, batch_size), batch_size, count):
+        batch = range(first, min(first + batch_size, count))
+        # Rows that fill up the last batch repeat its first window, so that one program serves all batches.
+        starts = np.array([*batch, *[first] * (batch_size - len(batch))]) * stride
+        positions = starts[:, None] + np.arange(seq_len + 1)
+        tokens = np.stack([held_out[start : start + seq_len + 1] for start in starts]).astype(np.int32)
+        segments = None if ends is None else np.searchsorted(ends, positions, "right").astype(np.int32)
+        nll = np.asarray(_nll(model, tokens, segments, compute), np.float64)
+        for row, window in enumerate(batch):
+            part = float(nll[row, 0 if window == 0 else seq_len - stride :].sum())
+            if not math.isfinite(part):
+                raise UserError(
+                    f"the loss of held-out window {window} is {part}: the parameters have diverged; "
+                    f"train again with a smaller optim.lr."
+                )
+            total += part
+
+    scored = seq_len + (count - 1) * stride
+    text_bytes, words = _text_size(prepared, tokenizer, 1, 1 + scored)
+    if text_bytes == 0:
+        raise UserError(f"the {scored} scored tokens of {prepared.directory} hold no text; use more windows.")
+    per_byte, unigram = total / text_bytes, prepared.unigram_nats("validation")
+    return {
+        "token_nll": total / scored,
+        "token_perplexity": _exp(total / scored),
+        "nats_per_byte": per_byte,
+        "bits_per_byte": per_byte / math.log(2),
+        "byte_perplexity": _exp(per_byte),
+        "word_perplexity": _exp(total / words) if words else None,
+        "tokens": scored,
+        "bytes": text_bytes,
+        "words": words,
+        "window": seq_len,
+        "stride": stride,
+        "unigram_nats_per_token": unigram,
+        "unigram_nats_per_byte": unigram * len(held_out) / prepared.text_bytes("validation"),
+    }
+
+
+@functools.partial(jax.jit, static_argnames="compute")
+def _nll(
+    model: LM, tokens: Int[Array, "B T+1"], segments: Int[Array, "B T+1"] | None, compute: Compute
+) -> Float[Array, "B T"]:
+    segments = None if segments is None else segments[:, :-1]
+    hidden, _ = model(tokens[:, :-1], compute=compute, segment_ids=segments)
+    return token_nll(hidden, model.head_kernel(), tokens[:, 1:])
+
+
+def _text_size(prepared: Prepared, tokenizer: Tokenizer, start: int, stop: int) -> tuple[int, int]:
+    """Bytes and words of held-out tokens [start, stop), document by document."""
+    tokens, ends = prepared.tokens("validation"), prepared.document_ends("validation")
+    inner = ends[np.searchsorted(ends, start, "right") : np.searchsorted(ends, stop, "left")]
+    borders = [start, *(int(end) for end in inner), stop]
+    size = words = 0
+    for first, last in itertools.pairwise(borders):
+        text = tokenizer.decode_bytes(tokens[first:last].tolist())
+        size += len(text)
+        words += len(text.decode("utf-8", "replace").split())  # a cut may split a character
+    return size, words
+
+
+def _exp(nats: float) -> float | None:
+    return math.exp(nats) if nats < 700 else None  # e^709 is the largest float
+
+
+def _shown(starts: range, batch_size: int, count: int) -> Iterator[int]:
+    """The starts of the batches; their progress as a bar on a terminal, as lines on stderr elsewhere."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("Evaluating", total=count)
+        said = time.monotonic()
+        for start in starts:
+            yield start
+            done = min(start + batch_size, count)
+            bar.update(task, completed=done)
+            if not console.is_terminal and time.monotonic() - said > LINE_SECONDS:
+                said = time.monotonic()
+                console.print(f"Evaluated {done:,} of {count:,} windows.")

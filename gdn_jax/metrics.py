@@ -1,0 +1,129 @@
+"""What a run says of itself: its environment, one JSON line per logged step, and the optional sinks."""
+
+import datetime
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gdn_jax.config import Experiment, flat, to_dict
+from gdn_jax.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# dense bf16 FLOP/s of one device, by the vendor's data sheet, for model FLOP utilisation
+PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, devices and date: what a number must carry."""
+    commit, dirty = _commit()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "processes": jax.process_count(),
+    }
+
+
+def _commit() -> tuple[str, bool]:
+    """(short hash, uncommitted changes) of the checkout this package lies in; ("unknown", False) outside one."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+            return "unknown", False
+        return git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", False
+
+
+def peak_flops() -> float | None:
+    """bf16 peak of all devices together, or None for a kind without an entry."""
+    kind = jax.devices()[0].device_kind
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    return None if peak is None else peak * jax.device_count()
+
+
+class Writer:
+    """Appends rows to metrics.jsonl and to the sinks that run.tensorboard and run.wandb ask for.
+
+    Opening truncates to the rows up to `step`: what a resumed run will write again is not written twice.
+    """
+
+    def __init__(self, directory: Path, experiment: Experiment, step: int):
+        self.path = directory / "metrics.jsonl"
+        rows = read_rows(directory)
+        self._rewrite([row for row in rows if row["step"] <= step])
+        self._file = self.path.open("a", buffering=1)
+        self._tensorboard = _tensorboard(directory, step) if experiment.run.tensorboard else None
+        self._wandb = _wandb(directory, experiment) if experiment.run.wandb else None
+
+    def _rewrite(self, rows: list[dict]) -> None:
+        new = self.path.with_suffix(".new")
+        new.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        new.replace(self.path)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One row; it has "step"."""
+        self._file.write(json.dumps(row) + "\n")
+        scalars = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
+        if self._tensorboard is not None:
+            for key, value in scalars.items():
+                self._tensorboard.add_scalar(key, value, row["step"])
+        if self._wandb is not None and scalars:
+            self._wandb.log(scalars, step=row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_rows(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    path = directory / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _tensorboard(directory: Path, step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("run.tensorboard needs tensorboardX; install it with pip install 'gdn_jax[logging]'.") from None
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+
+def _wandb(directory: Path, experiment: Experiment) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("run.wandb needs wandb; install it with pip install 'gdn_jax[logging]'.") from None
+    return wandb.init(
+        project=experiment.run.wandb,
+        id=f"{experiment.id.replace('/', '-')}-{experiment.hash8}",
+        dir=str(directory),
+        resume="allow",
+        config=flat(to_dict(experiment)),
+    )

@@ -1,0 +1,54 @@
+"""A run small enough for tests: real modules, two layers, a few kilobytes of text."""
+
+import dataclasses
+from pathlib import Path
+
+from gdn_jax import prepare
+from gdn_jax.config import Data, Experiment, GatedDeltaNetConfig, Model, Optim, Run
+
+TEXT = Path(__file__).resolve().parent.parent
+
+
+def experiment(directory: Path, **run) -> Experiment:
+    """24 steps of 8 windows of 32 bytes; `run` overrides fields of its run group."""
+    mixer = GatedDeltaNetConfig(heads=2, key_dim=8, value_dim=16)
+    model = Model(
+        pattern=("gated_deltanet",),
+        repeats=2,
+        d_model=32,
+        d_ff=64,
+        vocab=320,
+        gated_deltanet=mixer,
+    )
+    defaults = {
+        "dir": str(directory / "run"),
+        "data_root": str(directory / "data"),
+        "log_every": 1,
+        "eval_every": 12,
+        "eval_windows": 4,
+        "save_every": 5,
+        "compile_cache": str(directory / "cache"),
+        "chunk": 32,
+    }
+    return Experiment(
+        id="test/small",
+        model=model,
+        optim=Optim(steps=24, batch_size=8, lr=1e-2, warmup=0.1, precision="fp32"),
+        data=Data(source=str(directory / "text"), seq_len=32, validation=0.2),
+        run=Run(**(defaults | run)),
+    )
+
+
+def prepare_text(directory: Path) -> None:
+    """The project's own sources as text, prepared for `experiment(directory)`."""
+    text = directory / "text"
+    text.mkdir(parents=True, exist_ok=True)
+    for path in sorted(TEXT.glob("pallas_kernels/**/*.py")) + sorted(TEXT.glob("gdn_jax/*.py")):
+        (text / path.name).write_text(path.read_text())
+    group = experiment(directory).data
+    out = prepare.default_directory(group, str(directory / "data"))
+    prepare.prepare(group.source, out, group.tokenizer, validation=group.validation, progress=lambda line: None)
+
+
+def with_steps(small: Experiment, steps: int) -> Experiment:
+    return dataclasses.replace(small, optim=dataclasses.replace(small.optim, steps=steps))

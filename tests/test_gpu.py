@@ -1,0 +1,109 @@
+"""On a CUDA device: the chunkwise op against float64, cuDNN attention against XLA's, a model and a training step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small import experiment, prepare_text
+from test_train import first_steps
+
+import experiments
+from gdn_jax.layers import Compute
+from gdn_jax.loss import next_token_loss
+from gdn_jax.metrics import environment
+from gdn_jax.mixers import attention
+from gdn_jax.model import init_model
+from gdn_jax.train import losses, train
+from gdn_jax.tree import named_leaves
+from pallas_kernels.gated_delta_rule import conformance
+from pallas_kernels.gated_delta_rule.conformance import CASES, Case
+
+pytestmark = pytest.mark.gpu
+
+# released and FLA head sizes, short enough for the float64 recurrence
+SIZES = [(64, 64), (128, 128), (128, 256), (192, 384), (200, 400), (256, 512)]
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    assert jax.default_backend() == "gpu", "these tests need a CUDA device"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_chunked_matches_float64(case, dtype):
+    assert conformance.failures(dataclasses.replace(case, dtype=dtype), "chunked", seed=1) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("K,V", SIZES)
+def test_chunked_matches_float64_at_model_head_sizes(K, V, dtype):
+    case = Case(name="size", B=1, T=300, K=K, V=V, dtype=dtype, cosine=0.5, documents=0.01)
+    assert conformance.failures(case, "chunked", seed=2) == []
+
+
+@pytest.mark.parametrize("window", [None, 256])
+def test_cudnn_attention_equals_xla(window, monkeypatch):
+    """Outputs and gradients, bf16, full and sliding window; the compiled program holds cuDNN's call."""
+    shape = (2, 1024, 4, 128)
+    q, k, v, do = (jax.random.normal(key, shape, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4))
+    span = None if window is None else (window - 1, 0)
+
+    def run(q, k, v):
+        o, vjp = jax.vjp(
+            lambda *x: attention._dot_product_attention(*x, mask=None, is_causal=True, local_window_size=span), q, k, v
+        )
+        return o, *vjp(do)
+
+    compiled = jax.jit(run).lower(q, k, v).compile()
+    assert "cudnn$fmha" in compiled.as_text()
+    got = compiled(q, k, v)
+
+    def exact(q, k, v):
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        o, vjp = jax.vjp(
+            lambda *x: attention._dot_product_attention(*x, mask=None, is_causal=True, local_window_size=span), q, k, v
+        )
+        return o, *vjp(do.astype(jnp.float32))
+
+    for name, x, y in zip(("o", "dq", "dk", "dv"), got, jax.jit(exact)(q, k, v), strict=True):
+        error = np.linalg.norm(np.asarray(x, np.float32) - y) / np.linalg.norm(y)
+        assert error < 1e-2, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["gated-deltanet", "gated-deltanet-h1", "transformer"])
+def test_desk_model_in_bf16_is_near_fp32(name):
+    """Loss and gradient of a 30-60M model: bf16 on the device (cuDNN where there is attention) against fp32."""
+    cfg = experiments.get(f"table3/{name}/desk").model
+    model = jax.jit(lambda: init_model(cfg, jax.random.key(0)))()
+    batch = {"tokens": jax.random.randint(jax.random.key(1), (2, 513), 0, 256)}
+    run = jax.jit(jax.value_and_grad(next_token_loss), static_argnums=2)
+    low, low_grads = run(model, batch, Compute(dtype=jnp.bfloat16))
+    high, high_grads = run(model, batch, Compute(dtype=jnp.float32))
+    np.testing.assert_allclose(low, high, rtol=5e-3)
+    low_grads, high_grads = named_leaves(low_grads), named_leaves(high_grads)
+    flat = lambda grads: np.concatenate([np.ravel(x) for x in grads.values()])  # noqa: E731
+    cosine = flat(low_grads) @ flat(high_grads) / np.linalg.norm(flat(low_grads)) / np.linalg.norm(flat(high_grads))
+    assert cosine > 0.99, cosine
+
+
+def test_training_step_equals_the_cpu(tmp_path):
+    on_gpu, _, _ = first_steps(experiment(tmp_path), jax.devices()[:1])
+    on_cpu, _, _ = first_steps(experiment(tmp_path), jax.devices("cpu")[:1])
+    np.testing.assert_allclose(on_gpu, on_cpu, rtol=1e-4)
+
+
+def test_training_and_resume_on_the_device(tmp_path):
+    prepare_text(tmp_path)
+    whole = losses(train(experiment(tmp_path, dir=str(tmp_path / "whole"))))
+    small = experiment(tmp_path, dir=str(tmp_path / "parts"))
+    train(small)
+    checkpoints = tmp_path / "parts" / "checkpoints"
+    for path in checkpoints.iterdir():
+        if int(path.name) > 15:
+            path.rename(tmp_path / f"later-{path.name}")
+    resumed = losses(train(small))
+    np.testing.assert_allclose([resumed[s] for s in range(1, 25)], [whole[s] for s in range(1, 25)], rtol=1e-5)
+    assert environment()["devices"][0].startswith("NVIDIA")

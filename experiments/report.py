@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from experiments import EXPERIMENTS
 from gdn_jax.config import Experiment, Model
 from gdn_jax.errors import UserError
+from gdn_jax.files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,7 +30,7 @@ Row = dict[str, Any]
 
 def save_evaluation(run_dir: Path, numbers: Row, step: int) -> None:
     """Keep what `gdn eval` measured beside the checkpoint it measured."""
-    _write_json(run_dir / EVALUATION, {"step": step} | numbers)
+    write_json(run_dir / EVALUATION, {"step": step} | numbers)
 
 
 def result_row(run_dir: Path) -> Row:
@@ -58,7 +59,7 @@ def result_row(run_dir: Path) -> Row:
         "validation": {key: value for key, value in evaluation.items() if key != "step"},
         "environment": environment,
     }
-    _write_json(run_dir / "result.json", row)
+    write_json(run_dir / "result.json", row)
     return row
 
 
@@ -263,10 +264,6 @@ def _read(run_dir: Path, name: str, command: str) -> str:
         return (run_dir / name).read_text()
     except FileNotFoundError:
         raise UserError(f"{run_dir} holds no {name}; `gdn {command}` writes it.") from None
-
-
-def _write_json(path: Path, tree: Row) -> None:
-    path.write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import experiments
 from experiments import report
 from gdn_jax.config import Data, Experiment, Model, Optim, Run, flat, to_dict
 from gdn_jax.errors import UserError, nearest
+from gdn_jax.files import explained
 
 # JAX, Flax and the training stack load inside the commands that need them: help and mistakes answer at once.
 
@@ -167,6 +168,9 @@ def evaluate(experiment: Experiment, options: EvalOptions) -> None:
 
 
 def run(experiment: Experiment, options: RunOptions) -> None:
+    from gdn_jax.evaluate.perplexity import check_scoring
+
+    check_scoring(experiment.data.seq_len, options.stride, options.windows)  # before hours of training
     run_dir = _train(experiment)
     _evaluate(experiment, options.stride, options.windows)
     row = report.result_row(run_dir)
@@ -235,10 +239,12 @@ def _train(experiment: Experiment) -> Path:
 def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -> dict[str, Any]:
     """Measure the run's last checkpoint and keep the numbers in its directory."""
     from gdn_jax import checkpoint, tokenizer
-    from gdn_jax.evaluate.perplexity import perplexity
+    from gdn_jax.evaluate.perplexity import check_scoring, perplexity
     from gdn_jax.layers import compute_for
-    from gdn_jax.train import prepared_data, run_directory
+    from gdn_jax.train import chosen_impls, prepared_data, run_directory
 
+    check_scoring(experiment.data.seq_len, stride, windows)
+    chosen_impls(experiment)
     run_dir = run_directory(experiment)
     trained, model, step = checkpoint.load(run_dir)
     checkpoint.check_same(trained, experiment, run_dir)
@@ -313,6 +319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `gdn list | head`; the interpreter flushes once more on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        print(explained(error), file=sys.stderr)
+        return 2
 
 
 def _dispatch(words: list[str]) -> int | None:

@@ -4,6 +4,9 @@ A checkpoint of step n holds the state after n updates, so the next batch is num
 A write that was cut off leaves no finished step behind; the one before it is the latest.
 """
 
+import contextlib
+import gc
+import io
 import json
 import logging
 from pathlib import Path
@@ -24,14 +27,15 @@ OPTIMIZER = "optimizer"
 class Checkpoints:
     """The checkpoints below `directory`; `experiment` is what a save records and a load must agree with."""
 
-    def __init__(self, directory: Path, experiment: Experiment):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every file it touches
+    def __init__(self, directory: Path, experiment: Experiment, *, writes: bool):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it touches
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and all reads that a failed one leaves behind
         self._experiment = experiment
         self._directory = directory
         self._checkpointer = ocp.training.Checkpointer(
             directory.resolve(),
             preservation_policy=ocp.training.preservation_policies.LatestN(experiment.run.keep),
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=writes,  # to a reader they may be the trainer's, under way
         )
 
     @property
@@ -50,15 +54,15 @@ class Checkpoints:
                 overwrite=True,
                 custom_metadata={"step": step, "batch": step, "experiment": to_dict(self._experiment)},
             )
-        except OSError as error:
-            raise self._no_write(step, error) from error
+        except (OSError, ValueError) as error:  # the write before it may be the one that failed
+            raise self._no_write(error) from error
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong in it."""
         try:
             self._checkpointer.wait()
-        except OSError as error:
-            raise self._no_write(self.latest, error) from error
+        except (OSError, ValueError) as error:
+            raise self._no_write(error) from error
 
     def close(self) -> None:
         """Finishes the write under way."""
@@ -74,26 +78,47 @@ class Checkpoints:
         return self._load(step, {MODEL: model})[MODEL]
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        where = self._directory / str(step)
-        again = f"remove {where} to go on from the checkpoint before it"
+        self.check(step)
         try:
-            metadata = self._checkpointer.checkpointables_metadata(step)
-            saved = metadata.custom_metadata or {}
-            if "experiment" not in saved:
-                raise UserError(f"{where} is an Orbax checkpoint of another program; give the run another directory.")
-            check_same(from_dict(Experiment, saved["experiment"]), self._experiment, where)
-            found = self._checkpointer.load_checkpointables(
-                step, {name: named_leaves(tree) for name, tree in wanted.items()}
-            )
+            # What fails in Orbax's threads is also printed, some of it only when it is collected.
+            with contextlib.redirect_stderr(io.StringIO()):
+                found = self._checkpointer.load_checkpointables(
+                    step, {name: named_leaves(tree) for name, tree in wanted.items()}
+                )
             return {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
-        except (ValueError, KeyError, TypeError, OSError, ocp.training.errors.StepNotFoundError) as error:
-            reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-            raise UserError(f"The checkpoint {where} cannot be read ({reason}); {again}.") from error
+        except (ValueError, KeyError, TypeError, OSError):
+            pass  # the error holds on to the reads
+        with contextlib.redirect_stderr(io.StringIO()):
+            gc.collect()
+        raise UserError(f"The checkpoint {self._directory / str(step)} is damaged; {self._way_out(step)}.")
 
-    def _no_write(self, step: int | None, error: OSError) -> UserError:
+    def check(self, step: int) -> None:
+        """The checkpoint of `step` is one of this experiment, or a UserError."""
+        where = self._directory / str(step)
+        try:
+            saved = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
+            found = from_dict(Experiment, saved["experiment"])
+        except ocp.training.errors.StepNotFoundError:
+            steps = ", ".join(map(str, self._steps())) or "none"
+            raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.") from None
+        except (ValueError, KeyError, TypeError, OSError, UserError):
+            raise UserError(f"{where} is another program's checkpoint or damaged; {self._way_out(step)}.") from None
+        check_same(found, self._experiment, where)
+
+    def _steps(self) -> list[int]:
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def _way_out(self, step: int) -> str:
+        before = max((other for other in self._steps() if other < step), default=None)
+        then = "begin again" if before is None else f"go on from step {before}"
+        return f"move {self._directory / str(step)} away to {then}"
+
+    def _no_write(self, error: Exception) -> UserError:
+        reason = "no space left" if "RESOURCE_EXHAUSTED" in str(error) else getattr(error, "strerror", None)
+        reason = reason or str(error).partition("\n")[0][:120]
         return UserError(
-            f"The checkpoint of step {step} cannot be written to {self._directory} ({error.strerror or error}); make "
-            f"room there and run the same command again: it goes on from the last finished one."
+            f"A checkpoint cannot be written to {self._directory} ({reason}); make room there and run the same "
+            f"command again: it goes on from {'the start' if self.latest is None else f'step {self.latest}'}."
         )
 
 
@@ -109,7 +134,7 @@ def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
         if key != "id" and theirs.get(key) != ours.get(key)
     ]
     raise UserError(
-        f"{where} belongs to another configuration of {found.id}: {', '.join(differing[:4])}; choose another --run.dir."
+        f"{where} belongs to another configuration of {found.id}: {', '.join(differing[:4])}; choose another run.dir."
     )
 
 
@@ -120,22 +145,25 @@ def read_config(run_dir: Path) -> Experiment:
         raise UserError(f"{run_dir} holds no run (there is no config.json); train it first with `gdn train ID`.")
     try:
         return from_dict(Experiment, json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}); restore it, or remove {run_dir} and train again.") from error
+    except (ValueError, UserError) as error:
+        reason = str(error).rstrip(".")
+        raise UserError(f"{path} is damaged ({reason}); restore it, or choose another run.dir.") from None
 
 
 def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int]:
     """(experiment, model, step) of a run's newest checkpoint, or of `step`, on the default device."""
     experiment = read_config(run_dir)
     directory = run_dir / "checkpoints"
-    checkpoints = Checkpoints(directory, experiment)
-    step = checkpoints.latest if step is None else step
-    if step is None:
-        raise UserError(f"{run_dir} holds no finished checkpoint; train it first with `gdn train {experiment.id}`.")
+    none = UserError(f"{run_dir} holds no finished checkpoint; train it first with `gdn train {experiment.id}`.")
+    if not directory.is_dir():
+        raise none
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract_model(experiment.model)
     )
-    model = checkpoints.load_model(step, abstract)
-    checkpoints.close()
+    with contextlib.closing(Checkpoints(directory, experiment, writes=False)) as checkpoints:
+        step = checkpoints.latest if step is None else step
+        if step is None:
+            raise none
+        model = checkpoints.load_model(step, abstract)
     return experiment, model, step

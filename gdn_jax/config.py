@@ -11,6 +11,7 @@ A group's rules are checked when it is made, so an invalid experiment cannot exi
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ def _require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
-def _positive(group: Any, *names: str) -> None:
+def _positive(group: Any, path: str, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
-        _require(value > 0, f"{type(group).__name__}.{name} is {value}; it must be positive.")
+        _require(value > 0, f"{path}.{name} is {value}; it must be positive.")
+        _require(value < math.inf, f"{path}.{name} is {value}; it must be finite.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +53,15 @@ class GatedDeltaNetConfig:
     negative_eigenvalues: bool = False  # beta in (0, 2) instead of (0, 1)
 
     def __post_init__(self):
-        _positive(self, "heads", "key_dim", "value_dim", "num_value_heads")
+        where = "model.gated_deltanet"
+        _positive(self, where, "heads", "key_dim", "value_dim")
         _require(
-            self.num_value_heads % self.heads == 0,
-            f"gated_deltanet.value_heads {self.value_heads} is not a multiple of heads {self.heads}; "
-            f"each key head serves a whole number of value heads.",
+            self.num_value_heads > 0 and self.num_value_heads % self.heads == 0,
+            f"{where}.value_heads is {self.value_heads}; it must be a positive multiple of heads {self.heads}.",
         )
         _require(
             self.conv_width >= 0,
-            f"gated_deltanet.conv_width is {self.conv_width}; use 0 for none or a positive width.",
+            f"{where}.conv_width is {self.conv_width}; use 0 for none or a positive width.",
         )
 
     @property
@@ -77,10 +79,10 @@ class AttentionConfig:
     rope_base: float = 10000.0
 
     def __post_init__(self):
-        _positive(self, "heads", "head_dim", "window", "rope_base")
+        _positive(self, "model.attention", "heads", "head_dim", "window", "rope_base")
         _require(
             self.head_dim % 2 == 0,
-            f"attention.head_dim {self.head_dim} is odd; RoPE rotates pairs, make it even.",
+            f"model.attention.head_dim is {self.head_dim}; it must be even, because RoPE rotates pairs.",
         )
 
 
@@ -102,7 +104,7 @@ class Model:
 
     def __post_init__(self):
         _require(len(self.pattern) > 0, "model.pattern is empty; name at least one mixer.")
-        _positive(self, "repeats", "d_model", "vocab", "norm_eps")
+        _positive(self, "model", "repeats", "d_model", "vocab", "norm_eps")
         _require(self.d_ff >= 0, f"model.d_ff is {self.d_ff}; use 0 for no MLP or a positive width.")
         for mixer in self.pattern:
             _require(
@@ -119,8 +121,8 @@ class Model:
             width = self.attention.heads * self.attention.head_dim
             _require(
                 self.d_model == width,
-                f"d_model {self.d_model} is not attention.heads {self.attention.heads} x head_dim "
-                f"{self.attention.head_dim} = {width}; attention keeps the model's width.",
+                f"model.d_model is {self.d_model}; it must be model.attention.heads {self.attention.heads} x head_dim "
+                f"{self.attention.head_dim} = {width}.",
             )
 
     @property
@@ -147,11 +149,15 @@ class Optim:
     precision: Literal["bf16", "fp32"] = "bf16"  # of activations; parameters, gates, norms and states are fp32
 
     def __post_init__(self):
-        _positive(self, "steps", "batch_size", "lr", "eps", "clip")
-        for name in ("min_lr_ratio", "warmup", "b1", "b2"):
+        _positive(self, "optim", "steps", "batch_size", "lr", "eps", "clip")
+        for name in ("min_lr_ratio", "warmup"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optim.{name} is {value}; it must be between 0 and 1.")
-        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay}; it must not be negative.")
+            _require(0 <= value <= 1, f"optim.{name} is {value}; it must be in [0, 1].")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.{name} is {value}; it must be in [0, 1).")
+        value = self.weight_decay
+        _require(0 <= value < math.inf, f"optim.weight_decay is {value}; it must be 0 or positive and finite.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,10 +171,10 @@ class Data:
     reset_at_documents: bool = False  # True: state, convolution and attention do not cross document borders
 
     def __post_init__(self):
-        _positive(self, "seq_len")
+        _positive(self, "data", "seq_len")
         _require(
             0 < self.validation < 1,
-            f"data.validation is {self.validation}; it must be a fraction between 0 and 1.",
+            f"data.validation is {self.validation}; it must be in (0, 1).",
         )
 
 
@@ -198,8 +204,8 @@ class Run:
 
     def __post_init__(self):
         _positive(
-            self, "micro_batches", "fsdp", "log_every", "eval_every", "eval_windows", "save_every", "keep",
-            "profile_steps",
+            self, "run", "micro_batches", "fsdp", "log_every", "eval_every", "eval_windows", "save_every",
+            "keep", "profile_steps",
         )  # fmt: skip
         _require(0 <= self.seed < 2**31, f"run.seed is {self.seed}; it must be in [0, 2^31).")
 
@@ -217,8 +223,7 @@ class Experiment:
     def __post_init__(self):
         _require(
             self.optim.batch_size % self.run.micro_batches == 0,
-            f"optim.batch_size {self.optim.batch_size} is not divisible by run.micro_batches "
-            f"{self.run.micro_batches}; choose a divisor.",
+            f"run.micro_batches is {self.run.micro_batches}; it must divide optim.batch_size {self.optim.batch_size}.",
         )
 
     @property

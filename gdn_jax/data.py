@@ -19,6 +19,7 @@ import numpy as np
 from gdn_jax.errors import UserError
 from gdn_jax.prepare import FORMAT, SPLITS
 
+SHARD_FIELDS = {"file", "tokens", "documents", "bytes", "words", "sha256"}
 VERIFY_BYTES = 1 << 30  # hashing more than this at every start takes too long
 # One element is a whole batch, so a few in flight are enough.
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
@@ -139,23 +140,34 @@ def open_prepared(directory: str | Path, *, tokenizer_hash: str | None, verify: 
         ) from None
     except ValueError:
         raise UserError(
-            f"{path} is damaged; delete {directory} and run: gdn data prepare SOURCE --out {directory}."
+            f"{path} is damaged: it is not JSON; delete {directory} and run: gdn data prepare SOURCE --out {directory}."
         ) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(
             f"{path} is not of format {FORMAT}, the one this version reads; delete {directory} and run: "
             f"gdn data prepare SOURCE --out {directory}."
         )
-    made_by = manifest["tokenizer"]
-    command = f"gdn data prepare {manifest['source']} --tokenizer {made_by['name']} --out {directory}"
+    try:
+        made_by, width = manifest["tokenizer"], np.dtype(manifest["dtype"]).itemsize
+        command = (
+            f"gdn data prepare {manifest['source']} --out {directory} --tokenizer {made_by['name']} "
+            f"--validation {manifest['validation']}"
+        )
+        shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+        complete = {"hash8", "vocab", "eos"} <= set(made_by) and all(set(shard) >= SHARD_FIELDS for shard in shards)
+    except (KeyError, TypeError):
+        complete = False
+    if not complete:
+        raise UserError(
+            f"{path} is damaged: fields are missing; delete {directory} and run: "
+            f"gdn data prepare SOURCE --out {directory}."
+        )
     again = f"delete {directory} and run: {command}"
     if tokenizer_hash is not None and made_by["hash8"] != tokenizer_hash:
         raise UserError(
-            f"{directory} was made by tokenizer {made_by['name']} with hash {made_by['hash8']}, expected "
-            f"{tokenizer_hash}; run gdn data prepare with the expected tokenizer and another --out."
+            f"{directory} was made by tokenizer {made_by['name']} with hash {made_by['hash8']}, not {tokenizer_hash}; "
+            f"use that one as data.tokenizer, or prepare into another directory."
         )
-    shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
-    width = np.dtype(manifest["dtype"]).itemsize
     for shard in shards:
         _check_size(directory / shard["file"], shard["tokens"] * width, again)
         ends = _load(_ends_path(directory / shard["file"]), again)
@@ -232,12 +244,8 @@ def train_batches(
         raise UserError(f"batch size {batch_size} is not divisible by the {process_count} processes; use a multiple.")
     if not 0 <= process_index < process_count or start_step < 0:
         raise UserError(f"process {process_index} of {process_count} at step {start_step}: both count from 0.")
+    check_length(prepared, seq_len, batch_size)
     windows = TokenWindows(prepared, "train", seq_len, with_segments=with_segments)
-    if len(windows) < batch_size:
-        raise UserError(
-            f"{prepared.directory} has {len(windows)} training windows of {seq_len} tokens, too few for a "
-            f"batch of {batch_size}; use a shorter sequence, a smaller batch or more text."
-        )
     entries = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
     local = entries[process_index::process_count]
     # Endless data has no remainder to drop, but rounding its length up overflows for a batch of one.
@@ -255,12 +263,7 @@ def validation_batches(
     "weights" float32 [batch_size] is 1 for a window and 0 for the rows of zeros that fill up the last batch.
     """
     source = TokenWindows(prepared, "validation", seq_len, with_segments=with_segments)
-    if len(source) == 0:
-        found = len(prepared.tokens("validation"))
-        raise UserError(
-            f"{prepared.directory} has {found} held-out tokens, too few for one window "
-            f"of {seq_len} + 1; use a shorter sequence or prepare with a larger validation fraction."
-        )
+    check_held_out(prepared, seq_len)
     return _padded(source, batch_size, min(windows, len(source)))
 
 
@@ -270,6 +273,27 @@ def _padded(source: TokenWindows, batch_size: int, count: int) -> Iterator[Batch
         missing = batch_size - len(rows)
         batch = {key: np.pad(np.stack([row[key] for row in rows]), ((0, missing), (0, 0))) for key in rows[0]}
         yield batch | {"weights": (np.arange(batch_size) < len(rows)).astype(np.float32)}
+
+
+def check_length(prepared: Prepared, seq_len: int, batch_size: int) -> None:
+    """Enough text to validate and to train, or a UserError."""
+    check_held_out(prepared, seq_len)
+    found = len(TokenWindows(prepared, "train", seq_len))
+    if found < batch_size:
+        raise UserError(
+            f"{prepared.directory} has {found} training windows of data.seq_len {seq_len}, too few for "
+            f"optim.batch_size {batch_size}; lower one of them, or prepare more text."
+        )
+
+
+def check_held_out(prepared: Prepared, seq_len: int) -> None:
+    """At least one held-out window, or a UserError."""
+    found = len(prepared.tokens("validation"))
+    if found < seq_len + 1:
+        raise UserError(
+            f"{prepared.directory} has {found} held-out tokens, too few for one window of data.seq_len {seq_len} + 1; "
+            f"lower it, or prepare with a larger --validation."
+        )
 
 
 def _ends_path(shard: Path) -> Path:

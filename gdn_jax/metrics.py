@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import platform
 import subprocess
@@ -10,8 +11,9 @@ from typing import Any
 
 import jax
 
-from gdn_jax.config import Experiment, flat, to_dict
+from gdn_jax.config import Experiment, Run, flat, to_dict
 from gdn_jax.errors import UserError
+from gdn_jax.files import write_text
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # dense bf16 FLOP/s of one device, by the vendor's data sheet, for model FLOP utilisation
@@ -65,15 +67,10 @@ class Writer:
     def __init__(self, directory: Path, experiment: Experiment, step: int):
         self.path = directory / "metrics.jsonl"
         rows = read_rows(directory)
-        self._rewrite([row for row in rows if row["step"] <= step])
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
         self._file = self.path.open("a", buffering=1)
         self._tensorboard = _tensorboard(directory, step) if experiment.run.tensorboard else None
         self._wandb = _wandb(directory, experiment) if experiment.run.wandb else None
-
-    def _rewrite(self, rows: list[dict]) -> None:
-        new = self.path.with_suffix(".new")
-        new.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        new.replace(self.path)
 
     def write(self, row: dict[str, Any]) -> None:
         """One row; it has "step"."""
@@ -107,19 +104,27 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_sinks(run: Run) -> None:
+    """The libraries that run.tensorboard and run.wandb need are installed, or a UserError."""
+    for field, value, library in (
+        ("tensorboard", run.tensorboard, "tensorboardX"),
+        ("wandb", run.wandb, "wandb"),
+    ):
+        if value and importlib.util.find_spec(library) is None:
+            raise UserError(
+                f"run.{field} is {value!r}, which needs {library}; install it with: pip install 'gdn_jax[logging]'."
+            )
+
+
 def _tensorboard(directory: Path, step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("run.tensorboard needs tensorboardX; install it with pip install 'gdn_jax[logging]'.") from None
+    from tensorboardX import SummaryWriter
+
     return SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
 
 def _wandb(directory: Path, experiment: Experiment) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("run.wandb needs wandb; install it with pip install 'gdn_jax[logging]'.") from None
+    import wandb
+
     return wandb.init(
         project=experiment.run.wandb,
         id=f"{experiment.id.replace('/', '-')}-{experiment.hash8}",

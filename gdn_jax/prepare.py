@@ -13,7 +13,6 @@ Until the manifest is written, plan.json says what is being made and shard-00000
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import json
@@ -39,6 +38,7 @@ from rich.console import Console
 
 from gdn_jax import config, tokenizer
 from gdn_jax.errors import UserError
+from gdn_jax.files import explained
 from gdn_jax.sources import InputShard, documents, find_shards
 
 FORMAT = 1
@@ -77,7 +77,7 @@ def prepare(
     is empty. Processes are spawned: a script calls this under `if __name__ == "__main__":`.
     """
     if not 0 < validation < 1:
-        raise UserError(f"validation is {validation}; it must be a fraction between 0 and 1.")
+        raise UserError(f"validation is {validation}; it must be in (0, 1).")
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers}; it must be positive.")
     encoder = tokenizer.load(tokenizer_name)
@@ -102,7 +102,9 @@ def prepare(
             _check_agreement(out / "manifest.json", plan)
             display.line(f"{out} is prepared already.")
             return out
-        if (out / "plan.json").exists():
+        if any(out.iterdir()) and not any(out.glob("plan.json*")):  # a temporary one of a killed preparation counts
+            raise UserError(f"{out} holds files but no prepared data; choose another --out, or an empty one.")
+        if any(out.glob("shard-*.json")):
             _check_agreement(out / "plan.json", plan)
         _remove_temporary(out)  # of a killed preparation
         _write_json(out / "plan.json", plan)
@@ -121,7 +123,7 @@ def prepare(
             raise
         except BrokenProcessPool:
             raise UserError(
-                f"a process that prepared {out} ended early: it ran out of memory (use fewer workers), or a "
+                f"A process that prepared {out} ended early: it ran out of memory (use fewer workers), or a "
                 f"script called prepare outside of `if __name__ == '__main__':`; what is finished is kept."
             ) from None
         finally:
@@ -257,7 +259,7 @@ def _finish(out: Path, plan: dict, jobs: list[_Job]) -> dict:
                 path.unlink(missing_ok=True)
             total = sum(splits[name]["documents"] for name in SPLITS)
             raise UserError(
-                f"the {split} split of {plan['source']} is empty with {total} documents ({skipped} empty or "
+                f"The {split} split of {plan['source']} is empty with {total} documents ({skipped} empty or "
                 f"unreadable ones left out) and a validation fraction of {plan['validation']}; change the "
                 f"fraction or divide the text into more documents."
             )
@@ -270,16 +272,21 @@ def _finish(out: Path, plan: dict, jobs: list[_Job]) -> dict:
 
 
 def _check_agreement(path: Path, plan: dict) -> None:
-    old = json.loads(path.read_text())
+    try:
+        old = json.loads(path.read_text())
+        old["tokenizer"]["hash8"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; delete {path.parent} and run the same command again.") from None
     # The tokenizer's path may differ: its hash is what counts.
     for field in ("format", "source", "inputs", "python", "tokenizer.hash8", "text_column", "validation"):
         group, _, key = field.partition(".")
-        before, now = (tree[group][key] if key else tree[group] for tree in (old, plan))
+        before, now = (tree.get(group, {}) for tree in (old, plan))
+        before, now = (before.get(key), now[key]) if key else (before, now)
         if before != now:
-            raise UserError(
-                f"{path.parent} was prepared with {field} {before!r}, now it is {now!r}; choose another "
-                f"directory or delete this one."
-            )
+            change = f"{field} {before!r}, now it is {now!r}"
+            if field == "inputs":
+                change = f"other files in {plan['source']}"
+            raise UserError(f"{path.parent} was prepared with {change}; choose another --out, or delete this one.")
 
 
 def _worker_count(asked: int | None, jobs: list[_Job]) -> int:
@@ -353,7 +360,7 @@ def _locked(out: Path, display: "_Display") -> Iterator[None]:
             # A worker that runs an unguarded script again would wait for its own parent.
             if multiprocessing.current_process().name != "MainProcess":
                 raise UserError(
-                    f"another process prepares {out}; put the call under `if __name__ == '__main__':`."
+                    f"Another process prepares {out}; put the call under `if __name__ == '__main__':`."
                 ) from None
             display.line(f"Waiting for another process that prepares {out}.")
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -369,11 +376,7 @@ def _explained(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            sentence = f"no space left for {out}; free some and run the same command, it goes on from there."
-        else:
-            sentence = f"{error.filename or out}: {error.strerror or error}; check the path and its permissions."
-        raise UserError(sentence) from error
+        raise UserError(explained(error, out)) from error
 
 
 def _temporary(path: Path) -> Path:

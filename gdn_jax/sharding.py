@@ -21,9 +21,7 @@ def make_mesh(fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
     """Mesh of all devices, [devices / fsdp, fsdp], with Auto axes: the partitioner places what no rule names."""
     devices = jax.devices() if devices is None else devices
     if len(devices) % fsdp:
-        raise UserError(
-            f"run.fsdp is {fsdp}, which does not divide the {len(devices)} devices here; choose a divisor of it."
-        )
+        raise UserError(f"run.fsdp is {fsdp}; it must divide the number of devices here, {len(devices)}.")
     grid = np.asarray(devices).reshape(-1, fsdp)
     return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 

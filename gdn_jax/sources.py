@@ -46,12 +46,12 @@ def find_shards(source: str) -> list[InputShard]:
         return _text_shards(source, root, (name for name in _walk(root) if name.endswith(".py")))
     path = Path(source)
     if not path.exists():
-        raise UserError(f"source {source!r} is no file, folder, 'python-stdlib' or 'hf:owner/name'; check the path.")
+        raise UserError(f"Source {source!r} is no file, folder, 'python-stdlib' or 'hf:owner/name'; check the path.")
     root, names = (path, list(_walk(path))) if path.is_dir() else (path.parent, [path.name])
     tables = [name for name in names if name.endswith(".parquet")]
     lines = [name for name in names if name.endswith(JSONL)]
     if tables and lines:
-        raise UserError(f"source {source!r} holds .parquet and .jsonl files; give a folder with one kind.")
+        raise UserError(f"Source {source!r} holds .parquet and .jsonl files; give a folder with one kind.")
     if tables or lines:
         kind = "parquet" if tables else "jsonl"
         return [InputShard(kind, str(root), (name,), (root / name).stat().st_size) for name in tables or lines]
@@ -99,7 +99,7 @@ def _text_shards(source: str, root: Path, names: Iterable[str]) -> list[InputSha
     if group:
         shards.append(InputShard("text", str(root), tuple(group), size))
     if not shards:
-        raise UserError(f"source {source!r} holds no text files; give a folder with some.")
+        raise UserError(f"Source {source!r} holds no text files; give a folder with some.")
     return shards
 
 
@@ -160,7 +160,7 @@ def _load_hf(source: str) -> Any:
     try:
         return datasets.load_dataset(name, configuration or None, split="train")
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-        raise UserError(f"data set {source} cannot be loaded: {error}") from error
+        raise UserError(f"Data set {source} cannot be loaded: {error}") from error
 
 
 def _require_column(where: str, column: str, columns: Iterable[str]) -> None:

@@ -43,12 +43,12 @@ def load(name: str) -> Tokenizer:
     loaders = {".model": SentencePieceTokenizer, ".json": JsonTokenizer}
     path = Path(name)
     if path.suffix not in loaders:
-        raise UserError(f"tokenizer {name!r} is neither 'byte' nor the path of a .model (SentencePiece) or .json file.")
+        raise UserError(f"Tokenizer {name!r} is neither 'byte' nor the path of a .model (SentencePiece) or .json file.")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"tokenizer file {name} cannot be read ({error.strerror}); give the path of an existing file."
+            f"Tokenizer file {name} cannot be read ({error.strerror}); give the path of an existing file."
         ) from None
     return loaders[path.suffix](name, content)
 
@@ -83,11 +83,11 @@ class SentencePieceTokenizer:
         try:
             self._model.LoadFromSerializedProto(content)
         except RuntimeError:
-            raise UserError(f"tokenizer file {name} is not a SentencePiece model; it may be damaged.") from None
+            raise UserError(f"Tokenizer file {name} is no SentencePiece model or is damaged; restore it.") from None
         self.name, self.hash8 = name, _hash8(content)
         self.vocab, self.eos = self._model.vocab_size(), self._model.eos_id()
         if self.eos < 0:
-            raise UserError(f"tokenizer {name} has no EOS piece to end documents with; train it with an eos_id >= 0.")
+            raise UserError(f"Tokenizer {name} has no EOS piece to end documents with; train it with an eos_id >= 0.")
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._model.encode(text), np.int32)
@@ -110,18 +110,24 @@ class JsonTokenizer:
         try:
             tree = json.loads(content)
         except ValueError:
-            raise UserError(f"tokenizer file {name} is not JSON; it may be damaged.") from None
+            raise UserError(f"Tokenizer file {name} is no JSON or is damaged; restore it.") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
-            raise UserError(f"tokenizer file {name} holds no 'model'; give a file saved by the tokenizers library.")
-        # The library raises the bare Exception class for a model it cannot read; its sentence is let through.
-        self._backend = Backend.from_str(content.decode())
+            raise UserError(f"Tokenizer file {name} holds no 'model'; give a file saved by the tokenizers library.")
+        try:
+            self._backend = Backend.from_str(content.decode())
+        except Exception as error:
+            if type(error) is not Exception:  # the library raises the bare class for a model that it cannot read
+                raise
+            raise UserError(
+                f"Tokenizer file {name} cannot be read ({error}); give a file saved by the tokenizers library."
+            ) from None
         self._backend.no_truncation()
         self._backend.no_padding()
         self._backend.encode_special_tokens = True
         ids = self._backend.get_vocab(with_added_tokens=True)
         eos = next((token for token in EOS_NAMES if token in ids), None)
         if eos is None:
-            raise UserError(f"tokenizer {name} has no token to end documents with; add one of {', '.join(EOS_NAMES)}.")
+            raise UserError(f"Tokenizer {name} has no token to end documents with; add one of {', '.join(EOS_NAMES)}.")
         self.name, self.hash8 = name, _hash8(content)
         self.vocab, self.eos = max(ids.values()) + 1, ids[eos]
 
@@ -142,4 +148,4 @@ def _hash8(content: bytes) -> str:
 
 
 def _not_installed(name: str, library: str) -> UserError:
-    return UserError(f"tokenizer {name} needs the library {library}; install it with: pip install 'gdn_jax[data]'.")
+    return UserError(f"Tokenizer {name} needs the library {library}; install it with: pip install 'gdn_jax[data]'.")

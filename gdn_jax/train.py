@@ -9,7 +9,6 @@ checkpoint holds parameters and optimizer state, and batch number n is a functio
 import contextlib
 import dataclasses
 import fcntl
-import json
 import math
 import signal
 import threading
@@ -29,10 +28,11 @@ from gdn_jax import data, prepare, sharding, tokenizer
 from gdn_jax.checkpoint import Checkpoints, check_same, read_config
 from gdn_jax.config import Experiment, to_dict
 from gdn_jax.errors import UserError
+from gdn_jax.files import write_json
 from gdn_jax.flops import train_flops_per_token
 from gdn_jax.layers import compute_for
 from gdn_jax.loss import next_token_loss
-from gdn_jax.metrics import Writer, environment, peak_flops, read_rows
+from gdn_jax.metrics import Writer, check_sinks, environment, peak_flops, read_rows
 from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
 from pallas_kernels import gated_delta_rule
@@ -53,23 +53,45 @@ def run_directory(experiment: Experiment) -> Path:
     return Path(experiment.run.dir or Path("runs") / experiment.id / experiment.hash8)
 
 
+def chosen_impls(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """{op: {"impl", "refused"}} for the ops of the pattern, or a UserError when run.impl cannot run here."""
+    run, found = experiment.run, {}
+    for mixer in dict.fromkeys(experiment.model.pattern):
+        if mixer in OPS:
+            op, resolve = OPS[mixer]
+            try:
+                found[op] = resolve(run.impl)._asdict()
+            except NotImplementedError as error:
+                reason = str(error).rpartition("cannot run: ")[2].rstrip(".")
+                raise UserError(
+                    f"run.impl is {run.impl!r}, which cannot run {op} here ({reason}); use 'auto'."
+                ) from None
+    return found
+
+
 def prepared_data(experiment: Experiment, progress: Callable[[str], None] | None = None) -> data.Prepared:
     """The experiment's prepared data; Python's standard library prepares itself, other sources are asked for."""
     group = experiment.data
     directory = prepare.default_directory(group, experiment.run.data_root)
     if group.source == "python-stdlib" and not (directory / "manifest.json").exists():
         prepare.prepare(group.source, directory, group.tokenizer, validation=group.validation, progress=progress)
+    if not any((directory / name).exists() for name in ("manifest.json", "plan.json")):
+        raise UserError(
+            f"data.source {group.source!r} is not prepared in {directory}; run: gdn data prepare "
+            f"{group.source if Path(group.source).exists() else 'SOURCE'} --out {directory} --tokenizer "
+            f"{group.tokenizer} --validation {group.validation}."
+        )
     tokens = tokenizer.load(group.tokenizer)
     prepared = data.open_prepared(directory, tokenizer_hash=tokens.hash8)
     if prepared.vocab > experiment.model.vocab:
         raise UserError(
-            f"The tokenizer {group.tokenizer} has {prepared.vocab} tokens but model.vocab is {experiment.model.vocab}; "
-            f"give the model at least as many."
+            f"model.vocab is {experiment.model.vocab}; it must be at least {prepared.vocab}, the tokens of "
+            f"data.tokenizer {group.tokenizer!r}."
         )
     if not math.isclose(prepared.manifest["validation"], group.validation):
         raise UserError(
-            f"{directory} holds out {prepared.manifest['validation']} of its documents but data.validation is "
-            f"{group.validation}; prepare it into another --run.data_root, or use the same fraction."
+            f"data.validation is {group.validation} but {directory} was prepared with "
+            f"{prepared.manifest['validation']}; use that, or prepare into another run.data_root."
         )
     return prepared
 
@@ -112,8 +134,8 @@ class Trainer:
         rows = experiment.optim.batch_size // experiment.run.micro_batches
         if rows % mesh.size:
             raise UserError(
-                f"optim.batch_size {experiment.optim.batch_size} in {experiment.run.micro_batches} micro-batches gives "
-                f"{rows} rows, not a multiple of the {mesh.size} devices; change one of them."
+                f"optim.batch_size is {experiment.optim.batch_size}; over run.micro_batches "
+                f"{experiment.run.micro_batches} it must be a multiple of the {mesh.size} devices."
             )
         transform = optimizer(experiment.optim)
 
@@ -167,24 +189,32 @@ def train(experiment: Experiment) -> Path:
     Interrupted when SIGINT or SIGTERM asked to stop, after saving.
     """
     directory = run_directory(experiment)
+    impls = chosen_impls(experiment)
+    check_sinks(experiment.run)
+    trainer = Trainer(experiment, sharding.make_mesh(experiment.run.fsdp))
     prepared = prepared_data(experiment)
+    data.check_length(prepared, experiment.data.seq_len, experiment.optim.batch_size)
     with _own(directory, experiment):
         if experiment.run.compile_cache:
             jax.config.update("jax_compilation_cache_dir", str(Path(experiment.run.compile_cache).resolve()))
-        trainer = Trainer(experiment, sharding.make_mesh(experiment.run.fsdp))
-        checkpoints = Checkpoints(directory / "checkpoints", experiment)
+        checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True)
         with jax.set_mesh(trainer.mesh), _Line() as line, _stop_signals() as stop, contextlib.closing(checkpoints):
             start = checkpoints.latest or 0
             if start >= experiment.optim.steps:
+                checkpoints.check(start)
                 line.say(f"{experiment.id}: all {start} steps are done, in {directory}")
                 return directory
             if start:
                 model, opt_state = checkpoints.load(start, *trainer.abstract)
             else:
                 model, opt_state = trainer.begin(experiment.run.seed)
+            write_json(directory / "config.json", to_dict(experiment))
+            env = environment() | {"impl": impls}
+            write_json(directory / "env.json", env)
             writer = Writer(directory, experiment, start)
             with contextlib.closing(writer):
                 line.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}")
+                writer.write({"step": start, "event": "start"} | env)
                 loop = _Loop(trainer, prepared, checkpoints, writer, line, directory)
                 loop.run(model, opt_state, start, stop)
     return directory
@@ -207,10 +237,6 @@ class _Loop:
 
     def run(self, model, opt_state, start: int, stop: list[int]) -> None:
         run, optim, group = self.experiment.run, self.experiment.optim, self.experiment.data
-        impls = {op: resolve(run.impl)._asdict() for op, resolve in map(OPS.get, self._mixers()) if op}
-        env = environment() | {"impl": impls}
-        (self.directory / "env.json").write_text(json.dumps(env, indent=1) + "\n")
-        self.writer.write({"step": start, "event": "start"} | env)
         batches = data.train_batches(
             self.prepared,
             seq_len=group.seq_len,
@@ -251,9 +277,6 @@ class _Loop:
                     self.checkpoints.wait()
                     raise Interrupted(step + 1, stop[0])
 
-    def _mixers(self) -> list[str]:
-        return [name for name in dict.fromkeys(self.experiment.model.pattern) if name in OPS]
-
     def _log(self, step: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
         run, optim = self.experiment.run, self.experiment.optim
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -262,8 +285,8 @@ class _Loop:
             np.savez_compressed(path, **batch)
             saved = self.checkpoints.latest
             raise UserError(
-                f"At step {step} the loss is {loss} and the gradient norm {norm}; the batch is in {path}, the last "
-                f"good checkpoint is {'none' if saved is None else f'step {saved}'}: look at them, or lower optim.lr."
+                f"At step {step} the loss is {loss} and the gradient norm {norm}; lower optim.lr {optim.lr}, or look "
+                f"at the batch in {path} and the last checkpoint ({'none' if saved is None else f'step {saved}'})."
             )
         if step % run.log_every and step not in (1, optim.steps):
             return
@@ -324,27 +347,35 @@ class _Line:
 @contextlib.contextmanager
 def _own(directory: Path, experiment: Experiment) -> Iterator[None]:
     """The run's directory, made or checked, held by this process alone."""
+    config = directory / "config.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in directory.iterdir()}
+        if names and not names & {"config.json", "lock"}:
+            raise _no_run(directory)
         lock = (directory / "lock").open("w")
     except OSError as error:
         raise UserError(
-            f"The run's directory {directory} cannot be written ({error.strerror}); choose another with --run.dir."
+            f"The run's directory {directory} cannot be written ({error.strerror}); choose another run.dir."
         ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"Another process is training in {directory}; wait for it, or use another --run.dir."
+                f"Another process is training in {directory}; wait for it, or choose another run.dir."
             ) from None
-        config = directory / "config.json"
         if config.exists():
             check_same(read_config(directory), experiment, directory)
-        elif any(path.name != "lock" for path in directory.iterdir()):
-            raise UserError(f"{directory} holds files that are no run of ours; choose an empty --run.dir.")
-        config.write_text(json.dumps(to_dict(experiment), indent=1) + "\n")
+        elif {path.name for path in directory.iterdir()} - {"lock", "config.json.new"}:
+            raise _no_run(directory)
+        else:
+            write_json(config, to_dict(experiment))
         yield
+
+
+def _no_run(directory: Path) -> UserError:
+    return UserError(f"{directory} holds files but no run; choose another run.dir, or an empty one.")
 
 
 @contextlib.contextmanager

@@ -149,8 +149,8 @@ def test_remat_changes_memory_and_not_numbers():
     (plain, gradients), (again, recomputed) = gradient(False), gradient(True)
     assert abs(plain - again) < 1e-6
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(recomputed), strict=True):
-        assert np.abs(a).max() > 0
-        np.testing.assert_allclose(a, b, atol=1e-6)
+        # two programs: a tensor's elements agree to a few fp32 roundings of its largest, not each of its own
+        assert np.abs(a).max() > 0 and np.abs(a - b).max() < 2e-6 * np.abs(a).max()
     jaxpr = jax.make_jaxpr(lambda m: next_token_loss(m, batch, replace(FP32, remat=True)))(lm)
     assert "remat" in str(jaxpr)
 

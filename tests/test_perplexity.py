@@ -170,10 +170,10 @@ def test_unigram_numbers_and_one_compilation(model, prepared):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"stride": 0}, "stride is 0; it must lie between 1 and the window of 24 tokens"),
+        ({"stride": 0}, "stride is 0; it must be between 1 and data.seq_len 24"),
         ({"stride": T + 1}, "stride is 25"),
-        ({"windows": 0}, "windows is 0; score at least one"),
-        ({"seq_len": 100_000}, r"held-out tokens, too few for one window of 100000 \+ 1"),
+        ({"windows": 0}, "windows is 0; it must be positive"),
+        ({"seq_len": 100_000}, r"held-out tokens, too few for one window of data.seq_len 100000 \+ 1"),
     ],
 )
 def test_wrong_arguments(model, prepared, options, sentence):

@@ -209,20 +209,21 @@ def test_disagreement_names_the_field(tmp_path):
     path = save_json_tokenizer(tmp_path / "t.json", ["</s>"])
     with pytest.raises(UserError, match=r"with tokenizer\.hash8 'b3838ac4', now it is"):
         run(source, out, str(path))
-    os.rename(out / "manifest.json", out / "plan.json")  # as if it had only begun
+    os.rename(out / "manifest.json", out / "plan.json")  # as if one shard had been finished
+    (out / "shard-00000.json").write_text("{}")
     with (tmp_path / "in" / "000.jsonl").open("a") as file:
         file.write('{"text": "one more"}\n')
-    with pytest.raises(UserError, match="with inputs"):
+    with pytest.raises(UserError, match="with other files in"):
         run(source, out)
 
 
 def test_empty_split_is_refused_and_leaves_nothing(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "only.txt").write_text("one document")
-    with pytest.raises(UserError, match=r"the validation split of .* is empty with 1 documents"):
+    with pytest.raises(UserError, match=r"The validation split of .* is empty with 1 documents"):
         run(tmp_path / "in", tmp_path / "out", validation=1e-9)
     assert contents(tmp_path / "out") == {}
-    with pytest.raises(UserError, match=r"the train split of .* is empty"):
+    with pytest.raises(UserError, match=r"The train split of .* is empty"):
         run(tmp_path / "in", tmp_path / "out", validation=1 - 1e-9)
 
 
@@ -266,7 +267,7 @@ def test_parquet_columns(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_full_disk_is_explained(tmp_path, number):
-    with pytest.raises(UserError, match="no space left for"), prepare._explained(tmp_path):
+    with pytest.raises(UserError, match="No space left for"), prepare._explained(tmp_path):
         raise OSError(number, os.strerror(number))
 
 

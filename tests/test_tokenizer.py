@@ -92,8 +92,8 @@ def test_user_errors(tmp_path, model_file, monkeypatch):
     no_eos = save_json_tokenizer(tmp_path / "no_eos.json", [])
     assert "neither 'byte' nor the path" in sentence("bytes")
     assert "No such file" in sentence(tmp_path / "absent.model")
-    assert "not a SentencePiece model" in sentence(tmp_path / "bad.model")
-    assert "not JSON" in sentence(tmp_path / "bad.json")
+    assert "is no SentencePiece model" in sentence(tmp_path / "bad.model")
+    assert "is no JSON" in sentence(tmp_path / "bad.json")
     assert "holds no 'model'" in sentence(tmp_path / "other.json")
     assert "no token to end documents with; add one of </s>" in sentence(no_eos)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as when it is not installed

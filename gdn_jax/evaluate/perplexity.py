@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from rich.console import Console
 from rich.progress import Progress
 
-from gdn_jax.data import Prepared
+from gdn_jax.data import Prepared, check_held_out
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.model import LM
@@ -52,18 +52,11 @@ def perplexity(
     it exceeds a float.
     Raises UserError for a stride or a number of windows out of range, too little text, or a loss not finite.
     """
+    check_scoring(seq_len, stride, windows)
     stride = seq_len if stride is None else stride
-    if not 1 <= stride <= seq_len:
-        raise UserError(f"stride is {stride}; it must lie between 1 and the window of {seq_len} tokens.")
-    if windows is not None and windows < 1:
-        raise UserError(f"windows is {windows}; score at least one, or all by leaving it out.")
     held_out = prepared.tokens("validation")
     whole = (len(held_out) - 1 - seq_len) // stride + 1
-    if whole < 1:
-        raise UserError(
-            f"{prepared.directory} has {len(held_out)} held-out tokens, too few for one window of "
-            f"{seq_len} + 1; use a shorter sequence or prepare with a larger validation fraction."
-        )
+    check_held_out(prepared, seq_len)
     count = whole if windows is None else min(windows, whole)
     ends = prepared.document_ends("validation") if with_segments else None
 
@@ -80,7 +73,7 @@ def perplexity(
             part = float(nll[row, 0 if window == 0 else seq_len - stride :].sum())
             if not math.isfinite(part):
                 raise UserError(
-                    f"the loss of held-out window {window} is {part}: the parameters have diverged; "
+                    f"The loss of held-out window {window} is {part}: the parameters have diverged; "
                     f"train again with a smaller optim.lr."
                 )
             total += part
@@ -88,7 +81,7 @@ def perplexity(
     scored = seq_len + (count - 1) * stride
     text_bytes, words = _text_size(prepared, tokenizer, 1, 1 + scored)
     if text_bytes == 0:
-        raise UserError(f"the {scored} scored tokens of {prepared.directory} hold no text; use more windows.")
+        raise UserError(f"The {scored} scored tokens of {prepared.directory} hold no text; use more windows.")
     per_byte, unigram = total / text_bytes, prepared.unigram_nats("validation")
     return {
         "token_nll": total / scored,
@@ -105,6 +98,14 @@ def perplexity(
         "unigram_nats_per_token": unigram,
         "unigram_nats_per_byte": unigram * len(held_out) / prepared.text_bytes("validation"),
     }
+
+
+def check_scoring(seq_len: int, stride: int | None, windows: int | None) -> None:
+    """The stride and the number of windows are in range, or a UserError."""
+    if stride is not None and not 1 <= stride <= seq_len:
+        raise UserError(f"stride is {stride}; it must be between 1 and data.seq_len {seq_len}.")
+    if windows is not None and windows < 1:
+        raise UserError(f"windows is {windows}; it must be positive, or left out for all.")
 
 
 @functools.partial(jax.jit, static_argnames="compute")

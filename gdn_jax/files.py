@@ -1,0 +1,31 @@
+"""Files that are whole or absent: a full disk or a crash midway leaves the old content."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace the content of `path` at once; whoever calls makes sure that no other process writes it."""
+    new = path.with_name(f"{path.name}.new")
+    try:
+        new.write_text(text)
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Replace `path` by `tree` as JSON; a number that is not finite is a ValueError."""
+    write_text(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")
+
+
+def explained(error: OSError, where: object = "this") -> str:
+    """One sentence for an operating system's error that no other one explains."""
+    if error.errno in NO_SPACE:
+        return f"No space left for {where}; free some and run the same command again: it goes on from what is saved."
+    return f"{error.filename or where}: {error.strerror or error}; check the path and its permissions."

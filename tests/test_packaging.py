@@ -1,0 +1,49 @@
+"""What a stranger gets: the wheel works outside the checkout, and README's Python runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_wheel_runs_gdn_list_outside_the_checkout(tmp_path):
+    run = lambda *words, **more: subprocess.run(words, capture_output=True, text=True, timeout=300, **more)  # noqa: E731
+    source = tmp_path / "source"
+    tracked = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
+    for name in tracked:
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    build = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(source))
+    assert build.returncode == 0, build.stderr[-2000:]
+    (wheel,) = tmp_path.glob("gdn_jax-*.whl")
+    site = tmp_path / "site"
+    install = run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(site), str(wheel))
+    assert install.returncode == 0, install.stderr[-2000:]
+    environment = os.environ | {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}
+    code = "import sys, experiments.run as r; print(r.__file__); sys.exit(r.main(['list', 'smoke/*']))"
+    listed = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
+    assert listed.returncode == 0, listed.stderr
+    assert listed.stdout.startswith(str(site)) and "smoke/gated-deltanet " in listed.stdout
+    readmes = sorted(str(path.relative_to(site)) for path in site.rglob("README.md"))
+    assert readmes == ["pallas_kernels/gated_delta_rule/README.md", "pallas_kernels/linear_cross_entropy/README.md"]
+
+
+def test_readme_python_runs():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(blocks) == 2
+    key, value, gate = jnp.ones((1, 5, 2, 4)) / 2, jnp.ones((1, 5, 2, 8)), jnp.zeros((1, 5, 2))
+    names = dict(zip(("q", "k", "v", "g", "beta"), (key, key, value, gate, gate), strict=True))
+    names |= {f"{name}2": x for name, x in names.items()} | {"tokens": jnp.zeros((1, 8), jnp.int32)}
+    for block in blocks:
+        exec(block, names)
+    assert names["o"].shape == (1, 5, 2, 8) and names["state"].shape == (1, 2, 4, 8)
+    assert names["hidden"].shape == (1, 8, 512) and names["hidden"].dtype == jnp.bfloat16
+    assert names["model"].logits(names["hidden"]).shape == (1, 8, 320)
+    assert jax.tree.leaves(names["model"])[0].dtype == jnp.float32

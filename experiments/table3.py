@@ -32,7 +32,7 @@ def _paper_recipe(tokens: float) -> Optim:
 
 RECIPES = {
     "tiny": (Optim(steps=1000, batch_size=16, lr=3e-3, warmup=0.05, precision="fp32"), _bytes(256), Run()),
-    "desk": (Optim(steps=3000, batch_size=32, lr=1e-3, warmup=0.05), _bytes(1024), Run()),
+    "desk": (Optim(steps=1000, batch_size=32, lr=1e-3, warmup=0.05), _bytes(1024), Run()),
     "400m": (_paper_recipe(15e9), _fineweb_edu(), Run(micro_batches=8, remat=True)),
     "400m-matched": (_paper_recipe(15e9), _fineweb_edu(), Run(micro_batches=8, remat=True)),
     "1.3b": (_paper_recipe(100e9), _fineweb_edu(), Run(micro_batches=16, remat=True)),

@@ -87,7 +87,7 @@ class Checkpoints:
                 )
             return {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
         except (ValueError, KeyError, TypeError, OSError):
-            pass  # the error holds on to the reads
+            pass  # what Orbax says of it fills pages, and the error would keep its reads alive
         with contextlib.redirect_stderr(io.StringIO()):
             gc.collect()
         raise UserError(f"The checkpoint {self._directory / str(step)} is damaged; {self._way_out(step)}.")

@@ -14,8 +14,9 @@ def write_text(path: Path, text: str) -> None:
     try:
         new.write_text(text)
         new.replace(path)
-    except OSError:
+    except OSError as error:
         new.unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a failed write does not know it
         raise
 
 
@@ -24,8 +25,9 @@ def write_json(path: Path, tree: Any) -> None:
     write_text(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")
 
 
-def explained(error: OSError, where: object = "this") -> str:
+def explained(error: OSError, where: object = "this run") -> str:
     """One sentence for an operating system's error that no other one explains."""
     if error.errno in NO_SPACE:
-        return f"No space left for {where}; free some and run the same command again: it goes on from what is saved."
+        what = error.filename or where
+        return f"No space left for {what}; free some and run the same command again: it goes on from what is saved."
     return f"{error.filename or where}: {error.strerror or error}; check the path and its permissions."

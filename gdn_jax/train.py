@@ -62,7 +62,7 @@ def chosen_impls(experiment: Experiment) -> dict[str, dict[str, str]]:
             try:
                 found[op] = resolve(run.impl)._asdict()
             except NotImplementedError as error:
-                reason = str(error).rpartition("cannot run: ")[2].rstrip(".")
+                reason = str(error).rpartition("cannot run: ")[2].partition(";")[0].rstrip(".")
                 raise UserError(
                     f"run.impl is {run.impl!r}, which cannot run {op} here ({reason}); use 'auto'."
                 ) from None

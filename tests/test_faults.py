@@ -238,9 +238,19 @@ FAULTS = [
     Fault("run.dir below /proc", f"{TRAIN} --run.dir /proc/x", ("/proc/x", "choose another run.dir")),
     Fault("run.dir is no run", f"{TRAIN} --run.dir text", ("text holds files but no run", "another run.dir")),
     Fault("--out is no data", "data prepare text --out run", ("run holds files", "choose another --out")),
-    Fault("no space to train", TRAIN, ("No space left", "free some"), full(RUN / "env.json.new")),
-    Fault("no space for metrics", TRAIN, ("No space left", "free some"), full(RUN / "metrics.jsonl.new")),
-    Fault("no space to evaluate", EVAL, ("No space left", "free some"), full(RUN / "evaluation.json.new")),
+    Fault("no space to train", TRAIN, ("No space left for run/env.json;", "free some"), full(RUN / "env.json.new")),
+    Fault(
+        "no space for metrics",
+        TRAIN,
+        ("No space left for run/metrics.jsonl;", "free some"),
+        full(RUN / "metrics.jsonl.new"),
+    ),
+    Fault(
+        "no space to evaluate",
+        EVAL,
+        ("No space left for run/evaluation.json;", "free some"),
+        full(RUN / "evaluation.json.new"),
+    ),
     Fault(
         "loss is not finite",
         f"{TRAIN} {ELSEWHERE} --optim.lr 1e30 --optim.warmup 0",
@@ -301,7 +311,8 @@ def test_a_wrong_input_gets_one_sentence_and_loses_nothing(here, capfd, monkeypa
     for part in fault.says:
         assert part in sentence
     after = contents()
-    # env.json says who trained last: only a session that comes as far as its metrics may renew it
+    assert not [path for path in after if path not in before and path.parts[0] in ("text", "run")]
+    # env.json says who trained last: only a run that comes as far as its metrics may renew it
     renewed = {RUN / "env.json"} if fault.name == "no space for metrics" else set()
     assert {path: after.get(path) for path in before if path not in renewed} == {
         path: content for path, content in before.items() if path not in renewed

@@ -22,6 +22,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gated_delta_rule.reference import document_starts
+
 BLOCK = 128  # tokens between kept states, and per step of the backward's gradient stage
 
 
@@ -249,8 +251,6 @@ _op.defvjp(_op_fwd, _op_bwd)
 
 def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, chunk, residuals):
     """Arguments as in api.gated_delta_rule; segment_ids may be None. Any T: the tail is padded with empty tokens."""
-    from pallas_kernels.gated_delta_rule.reference import document_starts
-
     length = q.shape[1]
     block = min(BLOCK, -(-length // chunk) * chunk)
     padding = -length % block

@@ -118,8 +118,8 @@ def loss_figure(run_dir: Path) -> "Figure":
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """Exponential mean over about a tenth of the curve, unbiased at its start."""
-    keep = 1 - 1 / (1 + len(losses) / 10)
+    """Exponential mean over about a fortieth of the curve, unbiased at its start."""
+    keep = 1 - 1 / (1 + len(losses) / 40)
     out, mean, weight = [], 0.0, 0.0
     for loss in losses:
         mean, weight = keep * mean + (1 - keep) * loss, keep * weight + (1 - keep)

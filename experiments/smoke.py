@@ -14,9 +14,9 @@ EXPERIMENTS = tuple(
     Experiment(
         id=f"smoke/{name}",
         model=model_config(name, "tiny"),
-        optim=Optim(steps=200, batch_size=8, lr=3e-3, warmup=0.05, precision="fp32"),
+        optim=Optim(steps=150, batch_size=8, lr=3e-3, warmup=0.05, precision="fp32"),
         data=Data(source="python-stdlib", tokenizer="byte", seq_len=128, validation=0.01),
-        run=Run(eval_every=100, save_every=200),
+        run=Run(eval_every=75, save_every=150),
     )
     for name in MODELS
 )

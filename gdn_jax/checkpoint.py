@@ -9,6 +9,8 @@ import gc
 import io
 import json
 import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from gdn_jax.tree import named_leaves, with_leaves
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
+QUIET_SECONDS = 0.3  # without a word from threads whose reads failed: they have ended
 
 
 class Checkpoints:
@@ -78,25 +81,22 @@ class Checkpoints:
         return self._load(step, {MODEL: model})[MODEL]
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        self.check(step)
-        try:
-            # What fails in Orbax's threads is also printed, some of it only when it is collected.
-            with contextlib.redirect_stderr(io.StringIO()):
-                found = self._checkpointer.load_checkpointables(
-                    step, {name: named_leaves(tree) for name, tree in wanted.items()}
-                )
-            return {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
-        except (ValueError, KeyError, TypeError, OSError):
-            pass  # what Orbax says of it fills pages, and the error would keep its reads alive
-        with contextlib.redirect_stderr(io.StringIO()):
-            gc.collect()
-        raise UserError(f"The checkpoint {self._directory / str(step)} is damaged; {self._way_out(step)}.")
+        names = {name: named_leaves(tree) for name, tree in wanted.items()}
+        with _silent():
+            self.check(step)
+            try:
+                found = self._checkpointer.load_checkpointables(step, names)
+                return {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
+            except (ValueError, KeyError, TypeError, OSError):
+                where = self._directory / str(step)
+                raise UserError(f"The checkpoint {where} is damaged; {self._way_out(step)}.") from None
 
     def check(self, step: int) -> None:
         """The checkpoint of `step` is one of this experiment, or a UserError."""
         where = self._directory / str(step)
         try:
-            saved = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
+            with _silent():
+                saved = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
             found = from_dict(Experiment, saved["experiment"])
         except ocp.training.errors.StepNotFoundError:
             steps = ", ".join(map(str, self._steps())) or "none"
@@ -120,6 +120,22 @@ class Checkpoints:
             f"A checkpoint cannot be written to {self._directory} ({reason}); make room there and run the same "
             f"command again: it goes on from {'the start' if self.latest is None else f'step {self.latest}'}."
         )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keeps back what Orbax's threads print of a damaged checkpoint: pages, some of them after the error is raised."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            before = -1 if failed else 0
+            while before < printed.tell():
+                before = printed.tell()
+                time.sleep(QUIET_SECONDS)
+                gc.collect()
 
 
 def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:

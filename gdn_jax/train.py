@@ -32,7 +32,7 @@ from gdn_jax.files import write_json
 from gdn_jax.flops import train_flops_per_token
 from gdn_jax.layers import compute_for
 from gdn_jax.loss import next_token_loss
-from gdn_jax.metrics import Writer, check_sinks, environment, peak_flops, read_rows
+from gdn_jax.metrics import Writer, check_sinks, environment, peak_flops
 from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
 from pallas_kernels import gated_delta_rule
@@ -397,8 +397,3 @@ def _stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def losses(directory: Path) -> dict[int, float]:
-    """{step: training loss} of the logged steps of a run."""
-    return {row["step"]: row["loss"] for row in read_rows(directory) if "loss" in row}

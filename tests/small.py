@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gdn_jax import prepare
 from gdn_jax.config import Data, Experiment, GatedDeltaNetConfig, Model, Optim, Run
+from gdn_jax.metrics import read_rows
 
 TEXT = Path(__file__).resolve().parent.parent
 
@@ -50,5 +51,11 @@ def prepare_text(directory: Path) -> None:
     prepare.prepare(group.source, out, group.tokenizer, validation=group.validation, progress=lambda line: None)
 
 
+def losses(directory: Path) -> dict[int, float]:
+    """{step: training loss} of the logged steps of a run."""
+    return {row["step"]: row["loss"] for row in read_rows(directory) if "loss" in row}
+
+
 def with_steps(small: Experiment, steps: int) -> Experiment:
+    """The same run with another number of steps."""
     return dataclasses.replace(small, optim=dataclasses.replace(small.optim, steps=steps))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import experiment, prepare_text
+from small import experiment, losses, prepare_text
 from test_train import first_steps
 
 import experiments
@@ -15,7 +15,7 @@ from gdn_jax.loss import next_token_loss
 from gdn_jax.metrics import environment
 from gdn_jax.mixers import attention
 from gdn_jax.model import init_model
-from gdn_jax.train import losses, train
+from gdn_jax.train import train
 from gdn_jax.tree import named_leaves
 from pallas_kernels.gated_delta_rule import conformance
 from pallas_kernels.gated_delta_rule.conformance import CASES, Case

@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import experiment, prepare_text
+from small import experiment, losses, prepare_text
 
 from gdn_jax import sharding
 from gdn_jax.config import from_dict, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.metrics import read_rows
 from gdn_jax.optim import decay_mask, schedule
-from gdn_jax.train import Trainer, losses, train
+from gdn_jax.train import Trainer, train
 from gdn_jax.tree import named_leaves
 
 WORKER = """

@@ -309,6 +309,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(home):
 def test_two_processes_cannot_train_one_run(home):
     worker = run_in_process(home, "shared", save_every=1000)
     assert worker.until(lambda: max(training_rows(home / "shared"), default=0) >= 1)
+    worker.process.send_signal(signal.SIGSTOP)  # it must not finish first
     with pytest.raises(UserError, match="Another process is training"):
         train(in_this_process(home, "shared", save_every=1000))
     worker.process.kill()

@@ -39,13 +39,13 @@ def examine() -> dict[str, Any]:
 
 
 def _gated_delta_rule() -> list[dict[str, Any]]:
-    choice = api.resolve("auto")
-    cases = [case for case in conformance.CASES if case.name in DELTA_CASES]
-    return [
-        _entry(api.NAME, choice, f"{case.name}, {dtype}", conformance.failures(replace(case, dtype=dtype), choice.impl))
-        for case in cases
-        for dtype in DTYPES
-    ]
+    found = []
+    for case in (replace(case, K=64, V=64) for case in conformance.CASES if case.name in DELTA_CASES):
+        for dtype in DTYPES:
+            choice = api.resolve("auto", key_dim=case.K, value_dim=case.V, dtype=jnp.dtype(dtype))
+            failures = conformance.failures(replace(case, dtype=dtype), choice.impl)
+            found.append(_entry(api.NAME, choice, f"{case.name}, {dtype}", failures))
+    return found
 
 
 def _linear_cross_entropy() -> list[dict[str, Any]]:
@@ -85,8 +85,8 @@ def described(found: dict[str, Any]) -> str:
     facts = [(name, _plain(value)) for name, value in found["environment"].items()]
     lines, chosen = ["Environment", aligned(facts), "", "Ops"], set()
     for op in found["ops"]:
-        if op["op"] not in chosen:
-            chosen.add(op["op"])
+        if (op["op"], op["impl"]) not in chosen:
+            chosen.add((op["op"], op["impl"]))
             why = f" ({op['refused']})" if op["refused"] else ""
             lines.append(f"{op['op']}: auto takes {op['impl']}{why}")
         verdict = f"FAILED: {', '.join(op['failures'])}" if op["failures"] else "ok"

@@ -21,6 +21,7 @@ from experiments import report
 from gdn_jax.config import Data, Experiment, Model, Optim, Run, flat, to_dict
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.files import explained
+from pallas_kernels import bench
 
 # JAX, Flax and the training stack load inside the commands that need them: help and mistakes answer at once.
 
@@ -98,6 +99,13 @@ class VerifyOptions:
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
     """Check this machine: versions, devices, each op against its oracle, what auto picks and why."""
+
+    json: Switch = False  # print one object
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(bench.Options):
+    """Time an op here, ours and every installed peer's: device milliseconds, peak memory, fraction of the roofline."""
 
     json: Switch = False  # print one object
 
@@ -217,6 +225,16 @@ def doctor(_: str, options: DoctorOptions) -> int:
     return 0 if found["ok"] else 1
 
 
+def bench_op(op: str, options: BenchOptions) -> int:
+    from gdn_jax.metrics import environment
+
+    try:
+        jobs = bench.jobs(op, options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return bench.report(jobs, environment, options.out, options.json)
+
+
 class _Stopped(Exception):
     """A signal stopped the training, which has said what it saved."""
 
@@ -250,16 +268,11 @@ def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -
     checkpoint.check_same(trained, experiment, run_dir)
     data, optim = experiment.data, experiment.optim
     numbers = perplexity(
-        model,
-        prepared_data(experiment, None),
-        tokenizer.load(data.tokenizer),
-        seq_len=data.seq_len,
-        stride=stride,
-        windows=windows,
+        model, prepared_data(experiment, None), tokenizer.load(data.tokenizer),
+        seq_len=data.seq_len, stride=stride, windows=windows,
         batch_size=optim.batch_size // experiment.run.micro_batches,
-        compute=compute_for(experiment),
-        with_segments=data.reset_at_documents,
-    )
+        compute=compute_for(experiment), with_segments=data.reset_at_documents,
+    )  # fmt: skip
     report.save_evaluation(run_dir, numbers, step)
     return {"id": experiment.id, "hash8": experiment.hash8, "step": step} | numbers
 
@@ -297,6 +310,7 @@ COMMANDS = {
     "data prepare": Command(prepare_data, PrepareOptions, "SOURCE"),
     "data verify": Command(verify_data, VerifyOptions, "DIR"),
     "doctor": Command(doctor, DoctorOptions),
+    "bench": Command(bench_op, BenchOptions, "OP"),
 }
 HELP = ("-h", "--help")
 

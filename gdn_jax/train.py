@@ -37,7 +37,16 @@ from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
 from pallas_kernels import gated_delta_rule
 
-OPS = {"gated_deltanet": ("gated_delta_rule", gated_delta_rule.resolve)}  # mixer -> its op and how impl resolves
+
+def _delta_rule(experiment: Experiment):
+    mixer = experiment.model.gated_deltanet
+    dtype = compute_for(experiment).dtype
+    return gated_delta_rule.resolve(
+        experiment.run.impl, key_dim=mixer.key_dim, value_dim=mixer.value_dim, chunk=experiment.run.chunk, dtype=dtype
+    )
+
+
+OPS = {"gated_deltanet": ("gated_delta_rule", _delta_rule)}  # mixer -> its op and how impl resolves
 
 
 class Interrupted(Exception):
@@ -60,7 +69,7 @@ def chosen_impls(experiment: Experiment) -> dict[str, dict[str, str]]:
         if mixer in OPS:
             op, resolve = OPS[mixer]
             try:
-                found[op] = resolve(run.impl)._asdict()
+                found[op] = resolve(experiment)._asdict()
             except NotImplementedError as error:
                 reason = str(error).rpartition("cannot run: ")[2].partition(";")[0].rstrip(".")
                 raise UserError(

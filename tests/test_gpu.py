@@ -17,7 +17,7 @@ from gdn_jax.mixers import attention
 from gdn_jax.model import init_model
 from gdn_jax.train import train
 from gdn_jax.tree import named_leaves
-from pallas_kernels.gated_delta_rule import conformance
+from pallas_kernels.gated_delta_rule import conformance, triton_op
 from pallas_kernels.gated_delta_rule.conformance import CASES, Case
 
 pytestmark = pytest.mark.gpu
@@ -42,6 +42,28 @@ def test_chunked_matches_float64(case, dtype):
 def test_chunked_matches_float64_at_model_head_sizes(K, V, dtype):
     case = Case(name="size", B=1, T=300, K=K, V=V, dtype=dtype, cosine=0.5, documents=0.01)
     assert conformance.failures(case, "chunked", seed=2) == []
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.chunk == 64], ids=lambda case: case.name)
+def test_triton_matches_float64(case):
+    case = dataclasses.replace(case, K=64, V=64, dtype="bfloat16")
+    assert conformance.failures(case, "triton", seed=1) == []
+
+
+@pytest.mark.parametrize("name", ["T=129", "documents", "decay 0.999", "decay 0.3", "group value", "inputs kept"])
+@pytest.mark.parametrize("K,V", triton_op.SIZES)
+def test_triton_matches_float64_at_every_size(K, V, name):
+    case = dataclasses.replace(next(c for c in CASES if c.name == name), K=K, V=V, dtype="bfloat16")
+    assert conformance.failures(case, "triton", seed=2) == []
+
+
+@pytest.mark.parametrize("K,V", [(128, 128), (200, 400), (256, 512)])
+def test_triton_repeats_bit_for_bit(K, V):
+    case = Case(name="repeat", T=500, K=K, V=V, dtype="bfloat16", documents=0.01)
+    inputs = conformance.inputs(case)
+    runs = [conformance.outputs_and_gradients(case, *inputs, impl="triton", dtype=jnp.bfloat16) for _ in range(3)]
+    for name, first in runs[0].items():
+        assert all(np.array_equal(first, other[name]) for other in runs[1:]), name
 
 
 @pytest.mark.parametrize("window", [None, 256])

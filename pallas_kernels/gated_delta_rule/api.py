@@ -1,30 +1,37 @@
 """The gated delta rule: signature, equation, argument rules, and the choice of an implementation."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
-from pallas_kernels.gated_delta_rule import chunked, reference
+from pallas_kernels.gated_delta_rule import chunked, reference, triton_op
 
 NAME = "gated_delta_rule"
 CHUNKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
-def why_not(impl: str) -> str | None:
-    """The reason `impl` cannot run here, or None when it can."""
-    if impl in ("triton", "triton_interpret"):
-        return "this version has no Triton kernel for it; use 'chunked' or 'auto'"
-    return None
+def why_not(impl: str, key_dim: int, value_dim: int, chunk: int = 64) -> str | None:
+    """The reason `impl` cannot run here at these sizes, or None when it can."""
+    if impl not in ("triton", "triton_interpret"):
+        return None
+    return triton_op.why_not(key_dim, value_dim, chunk, interpret=impl == "triton_interpret")
 
 
-def resolve(impl: str = "auto") -> dispatch.Choice:
-    """Which implementation `impl` means on this machine, and why a faster one was refused."""
-    return dispatch.choose(NAME, impl, why_not)
+def resolve(
+    impl: str = "auto", *, key_dim: int, value_dim: int, chunk: int = 64, dtype: Any = jnp.bfloat16
+) -> dispatch.Choice:
+    """Which implementation `impl` means on this machine at these sizes, and why a faster one was refused.
+
+    "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for.
+    """
+    if impl == "auto" and dtype != jnp.bfloat16:
+        return dispatch.Choice("chunked", f"triton: it would round {jnp.dtype(dtype)} to bfloat16")
+    return dispatch.choose(NAME, impl, partial(why_not, key_dim=key_dim, value_dim=value_dim, chunk=chunk))
 
 
 @jaxtyped(typechecker=beartype)
@@ -54,7 +61,7 @@ def gated_delta_rule(
     scale          defaults to K^-1/2
     initial_state  [B, Hv, K, V], zero when absent
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
-    impl           "auto" takes the fastest that is tested for this device, a named one never falls back
+    impl           "auto" takes the fastest tested for this device, these sizes and bf16; a named one never falls back
     chunk          16, 32, 64 or 128 tokens solved at once
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the prediction errors
                    [B, T, Hv, V] and the state every 128 tokens; "inputs" runs the forward again instead
@@ -77,13 +84,18 @@ def gated_delta_rule(
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     g, beta = g.astype(exact), beta.astype(exact)
-    if initial_state is None:
-        initial_state = jnp.zeros((q.shape[0], value_heads, q.shape[-1], v.shape[-1]), exact)
-    initial_state = initial_state.astype(exact)
-    if resolve(impl).impl == "reference":
-        segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        return reference.gated_delta_rule(q, k, v, g, beta, initial_state, segments, scale)
-    run = partial(chunked.gated_delta_rule, scale=scale, chunk=chunk, residuals=residuals)
+    wide = jnp.result_type(q, k, v)
+    taken = resolve(impl, key_dim=q.shape[-1], value_dim=v.shape[-1], chunk=chunk, dtype=wide).impl
+    if taken.startswith("triton"):
+        run = partial(triton_op.gated_delta_rule, scale=scale, residuals=residuals, interpret=taken != "triton")
+    else:
+        if initial_state is None:
+            initial_state = jnp.zeros((q.shape[0], value_heads, q.shape[-1], v.shape[-1]))
+        initial_state = initial_state.astype(exact)
+        if taken == "reference":
+            segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+            return reference.gated_delta_rule(q, k, v, g, beta, initial_state, segments, scale)
+        run = partial(chunked.gated_delta_rule, scale=scale, chunk=chunk, residuals=residuals)
     token, state = ("batch", None, "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
         run,

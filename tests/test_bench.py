@@ -1,0 +1,209 @@
+"""`gdn bench`: its table and its JSON, its exit codes, and workers that refuse, crash, hang or are stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import typing
+from pathlib import Path
+
+import pytest
+
+from experiments.run import main
+from pallas_kernels import bench, dispatch, peers
+from pallas_kernels.shapes import GATED_DELTA_RULE, DeltaShape
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = "1x64,1,16,16"
+OP = "gated_delta_rule"
+
+
+def job(contender="chunked", timeout=60, sizes=(1, 64, 1, 16, 16)):
+    return bench.Job(OP, SIZES, sizes, contender, 2, 0, timeout)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """(JSON, exit code, stderr, directory of --out) of one benchmark on this CPU, as a user starts it."""
+    out = tmp_path_factory.mktemp("bench")
+    words = [OP, "--shapes", SIZES, "--repetitions", "2", "--json", "--out", str(out / "made")]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.run", "bench", *words],
+        capture_output=True, text=True, timeout=200, cwd=out,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    return json.loads(done.stdout), done.returncode, done.stderr, out / "made"
+
+
+def test_ours_are_measured_and_the_numbers_say_where(measured):
+    found, _, progress, _ = measured
+    rows = {row["contender"]: row for row in found["rows"]}
+    assert list(rows) == ["auto", "chunked", *peers.PEERS]
+    for name in ("auto", "chunked"):
+        row = rows[name]
+        assert (row["shape"], row["sizes"], row["implementation"], row["note"]) == (SIZES, SIZES, "chunked", "")
+        for phase in ("forward", "forward_backward"):
+            time = row[phase]
+            assert 0 < time["min_ms"] <= time["ms"] <= time["max_ms"] and 1 <= time["calls"] <= 50
+            assert time["of_floor"] == "unknown"  # no ceilings were measured on a CPU
+        assert row["device"] == "cpu" and row["floor_ms"] is None
+    assert rows["chunked"]["refused"] == "" and rows["auto"]["refused"].startswith("triton: ")
+    assert found["device"] == "cpu" and found["stopped"] == 0 and found["repetitions"] == 2
+    assert {"python", "jax", "jaxlib"} <= set(found["versions"]) and found["date"] and found["commit"]
+    assert progress.count(SIZES) == 6 and f"[2/5] {SIZES} chunked: forward + backward " in progress
+
+
+def test_auto_that_takes_another_than_triton_is_exit_code_1(measured):
+    found, code, progress, _ = measured
+    assert code == 1 and len(found["problems"]) == 1
+    sentence = progress.splitlines()[-1]
+    assert sentence.startswith(f"{OP} at {SIZES}: auto took chunked, not triton (triton: ")
+    assert sentence == found["problems"][0]
+
+
+def test_a_peer_that_is_not_installed_says_so(measured):
+    found, _, _, _ = measured
+    for row in found["rows"]:
+        if row["contender"] in peers.PEERS:
+            assert row["note"] == "not installed" and row["forward"] is row["forward_backward"] is None
+
+
+def test_the_files_hold_what_was_printed(measured):
+    found, _, _, out = measured
+    assert json.loads((out / "bench.json").read_text()) == found
+    table = (out / "bench.md").read_text().splitlines()
+    header = "| shape | contender | forward ms | forward + backward ms | of floor | peak MiB | note |"
+    assert table[:4] == [OP, "", header, "|" + " --- |" * 7]
+    assert table[4].startswith(f"| {SIZES} | auto (chunked) | ") and " | unknown | unknown | faster" in table[4]
+    assert table[6] == f"| {SIZES} | fla | not run | not run | not run | not run | not installed |"
+    assert "- Device: cpu; times on a CPU say nothing about a GPU" in table
+    cells = [cell.strip() for line in table[4:9] for cell in line.split("|")[1:-1]]
+    assert len(cells) == 35 and all(cells)
+
+
+def test_a_refusal_is_the_first_line_of_its_reason():
+    row = bench.measure(job("triton"))
+    assert row["note"].startswith(f"refuses: {OP}: impl 'triton' cannot run: ") and row["forward"] is None
+
+    def fails(error):
+        try:
+            raise error
+        except Exception as raised:
+            return bench._reason(raised)
+
+    assert fails(ValueError("K is 5.\nIt must not be.")) == "refuses: K is 5."
+    assert fails(AssertionError()) == "refuses: AssertionError at raise error"
+    assert fails(OSError("gone")) == "failed: OSError: gone"
+
+
+def test_a_worker_that_hangs_or_crashes_costs_one_row(monkeypatch):
+    before = time.monotonic()
+    assert bench.measure(job(timeout=1))["note"] == "failed: no result within 1 s"
+    assert time.monotonic() - before < 20
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")  # XLA ends the process
+    row = bench.measure(job())
+    assert row["note"].startswith("failed: exit code 1, ") and row["note"].endswith("--xla_no_such_flag=1")
+    assert row["forward"] is row["forward_backward"] is row["peak_mib"] is None
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGKILL", -9)])
+def test_a_signal_ends_the_worker_too(tmp_path, name, code):
+    words = [OP, "--shapes", "4x8192,2,64,64", "--impls", "chunked", "--peers", "none", "--repetitions", "9999"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", "bench", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("this system does not list a process's children")
+    while not (workers := children.read_text().split()) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    if name != "SIGKILL":
+        assert err == "Stopped; what was not measured says so.\n"
+        assert "| 4x8192,2,64,64 | chunked | not run | not run | not run | not run | not run |" in out
+    (worker,) = (Path(f"/proc/{pid}/cmdline") for pid in workers)
+    deadline = time.monotonic() + 30
+    while worker.exists() and worker.read_bytes() and time.monotonic() < deadline:  # a zombie's is empty
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
+
+
+def test_the_floor_of_an_h200():
+    floor = bench.floor_ms(DeltaShape(8, 4096, 6, 256, 512), "NVIDIA H200")
+    assert floor["forward"] == pytest.approx(0.2447, abs=1e-4)  # 983,040 FLOPs a token and head at 790 TFLOP/s
+    assert floor["backward"] == pytest.approx(0.6524, abs=1e-4)
+    assert floor["forward_backward"] == floor["forward"] + floor["backward"] == pytest.approx(0.90, abs=0.005)
+    square = bench.floor_ms(GATED_DELTA_RULE["head-128"], "NVIDIA H200")
+    assert square["forward"] == pytest.approx(524288 * 1032 / 4.3e9, abs=1e-6)  # bound by bytes
+    assert bench.floor_ms(DeltaShape(1, 1, 1, 1, 1), "cpu") is None
+
+
+def test_a_repetition_lasts_long_enough_for_its_clock():
+    asked = []
+
+    def run(ms):
+        def calls_of(calls):
+            asked.append(calls)
+            return ms * calls
+
+        return calls_of
+
+    assert bench.timed(run(3.0), 3) == {"ms": 3.0, "min_ms": 3.0, "max_ms": 3.0, "calls": 8}
+    assert asked == [1, 8, 8, 8, 8]
+    assert bench.timed(run(8.0), 1)["calls"] == 3
+    assert bench.timed(run(0.001), 1)["calls"] == 50 and bench.timed(run(90.0), 1)["calls"] == 1
+    uneven = iter([30.0, 30.0, 50.0, 40.0])
+    assert bench.timed(lambda calls: next(uneven), 3) == {"ms": 40.0, "min_ms": 30.0, "max_ms": 50.0, "calls": 1}
+
+
+def test_jobs_are_every_contender_at_every_shape():
+    options = bench.Options(shapes=f"fla-1.3b,8x4096,6,256,512,head-128,{SIZES}", impls="chunked", peers="jla,fla")
+    todo = bench.jobs(OP, options)
+    assert [job.contender for job in todo] == ["chunked", "jla", "fla"] * 4
+    assert [job.shape for job in todo[::3]] == ["fla-1.3b", "8x4096,6,256,512", "head-128", SIZES]
+    assert todo[0].sizes == todo[3].sizes == (8, 4096, 6, 256, 512) and todo[9].sizes == (1, 64, 1, 16, 16)
+    everything = bench.jobs(OP, bench.Options())
+    assert len(everything) == 5 * len(GATED_DELTA_RULE) and everything[5].shape == "fla-1.3b-16k"
+    assert set(bench.IMPLS) == set(typing.get_args(dispatch.Impl))
+
+
+MISTAKES = [
+    ("bench", "`gdn bench` needs OP as its first word."),
+    ("bench softmax", "There is no op 'softmax' to bench; it must be one of gated_delta_rule."),
+    (f"bench {OP} --shapes fla-13b", "Shape 'fla-13b' is neither BxT,H,K,V, such as 8x4096,6,256,512, nor one of fla-"),
+    (f"bench {OP} --shapes 8x4096,6,256", "Shape '8x4096,6,256' is not BxT,H,K,V"),
+    (f"bench {OP} --shapes 8x0,6,256,512", "each a positive whole number."),
+    (f"bench {OP} --shapes 8x4096,6,256,head-128", "Shape '8x4096,6,256,head-128' is not BxT,H,K,V"),
+    (f"bench {OP} --shapes {SIZES} --repetitions 0", "repetitions is 0; it must be positive."),
+    (f"bench {OP} --shapes {SIZES} --timeout -1", "timeout is -1; it must be positive."),
+    (
+        f"bench {OP} --shapes {SIZES} --impls cuda",
+        "impls names 'cuda'; it must be none or some of auto, triton",
+    ),
+    (
+        f"bench {OP} --shapes {SIZES} --peers fla,torch",
+        "peers names 'torch'; it must be all, none or some of fla, ",
+    ),
+    (f"bench {OP} --impls none --peers none", "name at least one of ours or one peer."),
+    (f"bench {OP} --shape {SIZES}", "no option --shape (did you mean '--shapes'?)"),
+    (f"bench {OP} --repetitions few", "--repetitions is 'few'; it must be a whole number."),
+]
+
+
+@pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_a_mistake_gets_one_sentence_and_exit_code_2(capsys, words, sentence):
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and sentence in err
+
+
+def test_starting_the_workers_takes_no_device_memory():
+    code = "import sys, pallas_kernels.bench; sys.exit(bool({'jax', 'torch', 'gdn_jax'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,67 @@
+"""The Triton kernels of the gated delta rule: in the interpreter against float64, and lowered to CUDA."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_cuda_lowering import hopper
+
+from pallas_kernels import triton_dialect
+from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, resolve, triton_op
+from pallas_kernels.gated_delta_rule.conformance import CASES
+
+OTHER_SIZES = [size for size in triton_op.SIZES if size != (64, 64)]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.chunk == 64], ids=lambda case: case.name)
+def test_interpreted_kernels_match_float64(case):
+    case = dataclasses.replace(case, K=64, V=64, B=1)
+    assert conformance.failures(case, "triton_interpret", seed=5) == []
+
+
+@pytest.mark.parametrize("name", ["T=65", "documents"])
+@pytest.mark.parametrize("K,V", OTHER_SIZES)
+def test_interpreted_kernels_match_float64_at_every_size(K, V, name):
+    case = next(c for c in CASES if c.name == name)
+    case = dataclasses.replace(case, K=K, V=V, B=1, H=1, Hv=1, T=min(case.T, 130))
+    assert conformance.failures(case, "triton_interpret", seed=6) == []
+
+
+@pytest.mark.skipif(not hasattr(jax.sharding, "AbstractDevice"), reason="jax 0.10 lowers without a device; 0.11 checks")
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("K,V", triton_op.SIZES)
+def test_every_size_lowers_to_cuda(K, V, packed, monkeypatch):
+    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)  # lowering needs no device
+    array = jax.ShapeDtypeStruct
+    key, value = array((2, 1024, 2, K), jnp.bfloat16), array((2, 1024, 4, V), jnp.bfloat16)
+    gate, segments = array((2, 1024, 4), jnp.float32), array((2, 1024), jnp.int32)
+
+    def run(q, k, v, g, beta, segments, do):
+        def op(*tokens):
+            return gated_delta_rule(*tokens, segment_ids=segments if packed else None, impl="triton")[0]
+
+        o, vjp = jax.vjp(op, q, k, v, g, beta)
+        return o, vjp(do)
+
+    with hopper():
+        lowered = jax.jit(run).trace(key, key, value, gate, gate, segments, value).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 7  # 3 stages forward, 4 backward
+
+
+def test_tiles_cover_every_column_once():
+    for size in (64, 128, 192, 200, 256, 400):
+        for widest in (64, 128, 256):
+            owned = [c for start, width, fresh in triton_dialect.tiles(size, widest)
+                     for c in range(start + width - fresh, start + width)]  # fmt: skip
+            assert owned == list(range(size))
+            assert all(start >= 0 and width >= 16 for start, width, _ in triton_dialect.tiles(size, widest))
+
+
+def test_auto_leaves_wider_inputs_exact():
+    choice = resolve("auto", key_dim=128, value_dim=128, dtype=jnp.float32)
+    assert choice == ("chunked", "triton: it would round float32 to bfloat16")
+
+
+def test_the_lowering_is_still_there():
+    assert triton_dialect.AVAILABLE, "this jax has no Triton lowering of Pallas: gated_delta_rule falls back to chunked"

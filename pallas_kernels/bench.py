@@ -90,7 +90,7 @@ def jobs(op: str, options: Options) -> list[Job]:
         raise ValueError("impls and peers are both 'none'; name at least one of ours or one peer.")
     return [
         Job(op, name, tuple(sizes), contender, options.repetitions, options.seed, options.timeout)
-        for name, sizes in _shapes(op, options.shapes).items()
+        for name, sizes in shapes_of(op, options.shapes).items()
         for contender in impls + others
     ]
 
@@ -103,8 +103,11 @@ def _names(option: str, given: str, known: Sequence[str], rule: str) -> list[str
     return names
 
 
-def _shapes(op: str, given: str) -> dict[str, DeltaShape]:
-    """Name -> sizes; the name of a written-out shape is how it is written."""
+def shapes_of(op: str, given: str) -> dict[str, DeltaShape]:
+    """Name -> sizes of the shapes in `given`; the name of a written-out one is how it is written. ValueError with a
+    sentence for what is neither."""
+    if op not in SHAPES:
+        raise ValueError(f"There are no shapes of an op {op!r}; it must be one of {', '.join(SHAPES)}.")
     known, found, words = SHAPES[op], {}, given.split(",")
     if given == "all":
         return known

@@ -8,6 +8,7 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,21 +54,22 @@ def call(
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:
-    """x @ y for bf16 tiles, accumulated in fp32."""
+    """x @ y for tiles of bf16 or fp16, accumulated in fp32."""
     return jnp.dot(x, y, preferred_element_type=jnp.float32, precision=jax.lax.Precision.DEFAULT)
 
 
-def dot_tf32(x: jax.Array, y: jax.Array, interpret: bool) -> jax.Array:
-    """x @ y for fp32 tiles with TF32 operands; the interpreter, which has no TF32, rounds the operands to it."""
-    if not interpret:
-        return jax.lax.dot(x, y, precision=jax.lax.DotAlgorithmPreset.TF32_TF32_F32, preferred_element_type=jnp.float32)
-    return jax.lax.dot(_tf32(x), _tf32(y), precision=jax.lax.Precision.HIGHEST)
-
-
-def _tf32(x):
-    """Round to the 10 explicit mantissa bits of TF32."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    return jax.lax.bitcast_convert_type((bits + jnp.uint32(0x1000)) & jnp.uint32(0xFFFFE000), jnp.float32)
+def exp(x: jax.Array, interpret: bool) -> jax.Array:
+    """exp of an fp32 tile by the device's own power of two, 2 ulp; exp(-inf) is 0."""
+    if interpret:
+        return jnp.exp(x)
+    (y,) = plt.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;",
+        args=[x * math.log2(math.e)],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return y
 
 
 def tiles(size: int, widest: int) -> tuple[tuple[int, int, int], ...]:
@@ -87,42 +89,61 @@ def tiles(size: int, widest: int) -> tuple[tuple[int, int, int], ...]:
     return tuple(out)
 
 
-def load_own(ref: Any, rows: Any, tile: tuple[int, int, int]) -> jax.Array:
+def full_and_rest(size: int, widest: int) -> tuple[int, int, tuple[tuple[int, int, int], ...]]:
+    """(width, how many tiles of that width fit, tiles of what is left) that cover [0, size)."""
+    width = min(widest, 1 << int(math.log2(size)))
+    count = size // width
+    rest = tiles(size - count * width, width) if size % width else ()
+    return width, count, tuple((count * width + start, wide, fresh) for start, wide, fresh in rest)
+
+
+def for_tile(index: Any, size: int, widest: int, body: Callable[[tuple], None]) -> None:
+    """body(tile) for tile number `index`, known on the device alone, of `full_and_rest`."""
+    width, count, rest = full_and_rest(size, widest)
+    if not rest:
+        body((index * width, width, width))
+        return
+    when(index < count)(lambda: body((index * width, width, width)))
+    for number, tile in enumerate(rest):
+        when(index == count + number)(partial(body, tile))
+
+
+def load_own(ref: Any, rows: Any, tile: tuple[Any, int, int]) -> jax.Array:
     """ref[rows, tile], with zeros in the columns that the tile before it owns."""
     start, width, fresh = tile
     if fresh == width:
-        return ref[rows, start : start + width]
-    block = ref.at[rows, start : start + width]
+        return ref[rows, ds(start, width)]
+    block = ref.at[rows, ds(start, width)]
     return plt.load(block, mask=_own((rows.size, width), 1, tile), other=0)
 
 
-def store_own(ref: Any, rows: Any, tile: tuple[int, int, int], value: jax.Array, leading: tuple = ()) -> None:
+def store_own(ref: Any, rows: Any, tile: tuple[Any, int, int], value: jax.Array, leading: tuple = ()) -> None:
     """ref[*leading, rows, tile] = value, leaving the columns of the tile before it alone."""
     start, width, fresh = tile
-    index = (*leading, rows, slice(start, start + width))
+    index = (*leading, rows, ds(start, width))
     if fresh == width:
         ref[index] = value.astype(ref.dtype)
     else:
         plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((rows.size, width), 1, tile))
 
 
-def load_own_rows(ref: Any, tile: tuple[int, int, int], columns: Any) -> jax.Array:
+def load_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any) -> jax.Array:
     """ref[tile, columns], with zeros in the rows that the tile before it owns."""
     start, width, fresh = tile
     if fresh == width:
-        return ref[start : start + width, columns]
-    block = ref.at[start : start + width, columns]
+        return ref[ds(start, width), columns]
+    block = ref.at[ds(start, width), columns]
     return plt.load(block, mask=_own((width, columns.size), 0, tile), other=0)
 
 
-def store_own_rows(ref: Any, tile: tuple[int, int, int], columns: Any, value: jax.Array) -> None:
-    """ref[tile, columns] = value, leaving the rows of the tile before it alone."""
+def store_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, value: jax.Array, leading: tuple = ()) -> None:
+    """ref[*leading, tile, columns] = value, leaving the rows of the tile before it alone."""
     start, width, fresh = tile
+    index = (*leading, ds(start, width), columns)
     if fresh == width:
-        ref[start : start + width, columns] = value.astype(ref.dtype)
+        ref[index] = value.astype(ref.dtype)
     else:
-        block = ref.at[start : start + width, columns]
-        plt.store(block, value.astype(ref.dtype), mask=_own((width, columns.size), 0, tile))
+        plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((width, columns.size), 0, tile))
 
 
 def _own(shape, axis, tile):

@@ -1,6 +1,7 @@
 """On a CUDA device: the chunkwise op against float64, cuDNN attention against XLA's, a model and a training step."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from gdn_jax.mixers import attention
 from gdn_jax.model import init_model
 from gdn_jax.train import train
 from gdn_jax.tree import named_leaves
-from pallas_kernels.gated_delta_rule import conformance, triton_op
+from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, triton_op
 from pallas_kernels.gated_delta_rule.conformance import CASES, Case
 
 pytestmark = pytest.mark.gpu
@@ -57,13 +58,51 @@ def test_triton_matches_float64_at_every_size(K, V, name):
     assert conformance.failures(case, "triton", seed=2) == []
 
 
+@pytest.mark.parametrize("name", ["T=500", "documents", "inputs kept"])
+def test_triton_matches_float64_in_pieces(name, monkeypatch):
+    """Rows cut into pieces, as where a row is long and heads are few."""
+    monkeypatch.setattr(triton_op, "SHORTEST_PIECE", 128)
+    case = dataclasses.replace(next(c for c in CASES if c.name == name), K=128, V=128, T=700, dtype="bfloat16")
+    assert triton_op.pieces(case.B, case.T, case.Hv, case.V) == 4
+    assert conformance.failures(case, "triton", seed=3) == []
+
+
 @pytest.mark.parametrize("K,V", [(128, 128), (200, 400), (256, 512)])
-def test_triton_repeats_bit_for_bit(K, V):
+def test_triton_repeats_bit_for_bit_and_writes_everything(K, V):
+    """Three runs on memory that held NaNs: equal, and finite."""
     case = Case(name="repeat", T=500, K=K, V=V, dtype="bfloat16", documents=0.01)
     inputs = conformance.inputs(case)
-    runs = [conformance.outputs_and_gradients(case, *inputs, impl="triton", dtype=jnp.bfloat16) for _ in range(3)]
+    runs = []
+    for _ in range(3):
+        for size in (1 << 20, 1 << 26, 1 << 28):
+            jax.block_until_ready(jnp.full(size, jnp.nan, jnp.float32))
+        runs.append(conformance.outputs_and_gradients(case, *inputs, impl="triton", dtype=jnp.bfloat16))
     for name, first in runs[0].items():
+        assert np.isfinite(first).all(), name
         assert all(np.array_equal(first, other[name]) for other in runs[1:]), name
+
+
+def test_triton_under_transformations():
+    """jit of vmap, remat and scan give what plain calls give."""
+    case = Case(name="transformed", T=130, K=64, V=64, dtype="bfloat16")
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in conformance.inputs(case)[0][:3]]
+    gates = [jnp.asarray(x, jnp.float32) for x in conformance.inputs(case)[0][3:5]]
+
+    def op(q, k, v, g, beta):
+        return gated_delta_rule(q, k, v, g, beta, impl="triton")[0]
+
+    def loss(op, *tokens):
+        return (op(*tokens).astype(jnp.float32) ** 2).sum()
+
+    plain = jax.jit(jax.grad(partial(loss, op), argnums=(0, 1, 2, 3, 4)))(*arrays, *gates)
+    remat = jax.jit(jax.grad(partial(loss, jax.checkpoint(op)), argnums=(0, 1, 2, 3, 4)))(*arrays, *gates)
+    for one, other in zip(plain, remat, strict=True):
+        assert jnp.array_equal(one, other)
+    stacked = [jnp.stack([x, x[::-1]]) for x in (*arrays, *gates)]
+    mapped = jax.jit(jax.vmap(op))(*stacked)
+    assert jnp.array_equal(mapped[0], op(*arrays, *gates)) and jnp.array_equal(mapped[1], mapped[0][::-1])
+    _, scanned = jax.lax.scan(lambda _, tokens: (None, op(*tokens)), None, stacked)
+    assert jnp.array_equal(scanned, mapped)
 
 
 @pytest.mark.parametrize("window", [None, 256])

@@ -28,6 +28,20 @@ def test_interpreted_kernels_match_float64_at_every_size(K, V, name):
     assert conformance.failures(case, "triton_interpret", seed=6) == []
 
 
+@pytest.mark.parametrize("name", ["T=500", "documents", "group value", "inputs kept", "no state"])
+def test_rows_in_pieces_match_float64(name, monkeypatch):
+    monkeypatch.setattr(triton_op, "SHORTEST_PIECE", 128)
+    case = dataclasses.replace(next(c for c in CASES if c.name == name), K=64, V=64, B=1, T=500)
+    assert triton_op.pieces(case.B, case.T, case.Hv, case.V) == 2
+    assert conformance.failures(case, "triton_interpret", seed=7) == []
+
+
+def test_pieces_are_cut_where_programs_are_few():
+    assert triton_op.pieces(1, 65536, 8, 128) == 8
+    assert triton_op.pieces(2, 16384, 16, 128) == triton_op.pieces(8, 4096, 6, 512) == 1
+    assert triton_op.pieces(1, 4096, 8, 128) == 4 and triton_op.pieces(1, 2047, 8, 128) == 1
+
+
 @pytest.mark.skipif(not hasattr(jax.sharding, "AbstractDevice"), reason="jax 0.10 lowers without a device; 0.11 checks")
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("K,V", triton_op.SIZES)
@@ -46,7 +60,7 @@ def test_every_size_lowers_to_cuda(K, V, packed, monkeypatch):
 
     with hopper():
         lowered = jax.jit(run).trace(key, key, value, gate, gate, segments, value).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 7  # 3 stages forward, 4 backward
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == len(triton_op.STAGES) == 6
 
 
 def test_tiles_cover_every_column_once():
@@ -65,3 +79,15 @@ def test_auto_leaves_wider_inputs_exact():
 
 def test_the_lowering_is_still_there():
     assert triton_dialect.AVAILABLE, "this jax has no Triton lowering of Pallas: gated_delta_rule falls back to chunked"
+
+
+@pytest.mark.parametrize("size", [(64, 64), (200, 400)])
+def test_both_ways_to_hold_the_state_match_float64(size, monkeypatch):
+    K, V = size
+    for stage in ("state", "reverse"):
+        other = triton_op.config(K, V)[stage] | {"transposed": not triton_op.config(K, V)[stage]["transposed"]}
+        monkeypatch.setitem(triton_op.DEFAULTS, stage, other)
+    monkeypatch.setattr(triton_op, "_tuned", dict)
+    jax.clear_caches()
+    case = dataclasses.replace(next(c for c in CASES if c.name == "T=65"), K=K, V=V, B=1, H=1, Hv=1)
+    assert conformance.failures(case, "triton_interpret", seed=8) == []

@@ -1,10 +1,18 @@
 """The gated delta rule as Triton kernels: which sizes, which configuration, and the stages put together.
 
 forward   prepare (chunks of 64, parallel) -> state (serial) -> output (blocks of 128, parallel)
-backward  reverse (serial) -> pairs, gradients (blocks of 128, parallel)
+backward  reverse (serial) -> pairs, tokens (blocks of 128, parallel)
+
+A serial pass has one program for each row, head and tile of value columns. Where that is too few for the device, long
+rows are cut into pieces. A piece is an affine map of its entering state, S' = M S + B: M is its pass over the identity
+without values, B its pass from zero. Once the pieces' maps are chained, all of them run side by side, exactly.
 """
 
+import functools
+import json
 from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +24,48 @@ from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
 from pallas_kernels.gated_delta_rule.triton_state import BLOCK
 
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (192, 384), (200, 400), (256, 256), (256, 512))
+TUNED = Path(__file__).with_name("tuned.json")  # device kind -> "KxV" -> stage -> configuration
 
-CONFIG = {
-    "prepare": {"key_tile": 64, "warps": 4, "stages": 1},
-    "state": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
-    "output": {"block_v": 64, "key_tile": 256, "warps": 8, "stages": 3},
-    "reverse": {"block_v": 128, "key_tile": 256, "warps": 8, "stages": 2},
-    "pairs": {"block_v": 64, "key_tile": 64, "warps": 8, "stages": 2},
-    "queries": {"block_v": 64, "key_tile": 256, "warps": 8, "stages": 3},
-    "keys": {"block_v": 64, "key_tile": 128, "warps": 8, "stages": 3},
+# what runs where nothing was tuned
+DEFAULTS = {
+    "prepare": {"key_tile": 64, "warps": 4, "stages": 3},
+    "state": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
+    "output": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
+    "reverse": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
+    "pairs": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
+    "tokens": {"block_v": 64, "key_tile": 128, "pair_tile": 32, "warps": 8, "stages": 2},
 }
+
+FEW_PROGRAMS = 32  # of a serial pass: cut rows into pieces up to here
+MOST_PIECES, SHORTEST_PIECE = 8, 1024
+
+
+class Stage(NamedTuple):
+    """A kernel, the arrays it takes and gives by name, and which of the constants it wants."""
+
+    kernel: Any
+    takes: str
+    gives: str
+    constants: tuple[str, ...] = ()
+
+
+STAGES = {
+    "prepare": Stage(
+        triton_prepare.prepare, "q k g beta chunk_documents", "inverse attention read gamma write", ("scale",)
+    ),
+    "state": Stage(triton_state.forward, "k v gamma write inverse initial_state", "rho kept final"),
+    "output": Stage(triton_output.output, "k gamma write rho kept attention read", "o"),
+    "reverse": Stage(
+        triton_state.reverse, "k do gamma write inverse attention read d_final", "dv d_kept d_initial"
+    ),
+    "pairs": Stage(
+        triton_gradients.pairs, "q k g beta documents do dv rho", "m1 m2 dg_pairs dbeta_pairs", ("scale",)
+    ),
+    "tokens": Stage(
+        triton_gradients.tokens, "q k g beta documents do dv rho kept d_kept m1 m2",
+        "dq dk read_sums written_sums inner", ("scale", "dtype"),
+    ),
+}  # fmt: skip
 
 
 def why_not(key_dim: int, value_dim: int, chunk: int, *, interpret: bool) -> str | None:
@@ -38,6 +78,46 @@ def why_not(key_dim: int, value_dim: int, chunk: int, *, interpret: bool) -> str
     return None if interpret else triton.why_not_here()
 
 
+@functools.cache
+def _tuned() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    return json.loads(TUNED.read_text())["devices"] if TUNED.exists() else {}
+
+
+_trial: list[dict] = []
+
+
+def use(table: dict[str, dict[str, dict[str, dict[str, Any]]]] | None) -> None:
+    """Take configurations from `table` instead of TUNED, until `use(None)`: tuning tries them out. Forgets what jax
+    has compiled."""
+    _trial[:] = [] if table is None else [table]
+    jax.clear_caches()
+
+
+def config(key_dim: int, value_dim: int, device_kind: str = "") -> dict[str, dict[str, Any]]:
+    """Stage -> configuration at these sizes: the table's for this kind of device, else for the first kind it has
+    (all are Hopper), else the defaults."""
+    table = _trial[0] if _trial else _tuned()
+    of_device = table.get(device_kind) or next(iter(table.values()), {})
+    return DEFAULTS | of_device.get(f"{key_dim}x{value_dim}", {})
+
+
+def run(name: str, arrays: dict[str, Any], configuration: dict[str, Any], **constants: Any) -> dict[str, Any]:
+    """`arrays` and what stage `name` gives, by name."""
+    stage = STAGES[name]
+    chosen = {key: constants[key] for key in (*stage.constants, "interpret")}
+    results = stage.kernel(*(arrays[key] for key in stage.takes.split()), **chosen, **configuration)
+    names = stage.gives.split()
+    return arrays | dict(zip(names, results if len(names) > 1 else (results,), strict=True))
+
+
+def pieces(batch: int, tokens: int, value_heads: int, value_dim: int) -> int:
+    """Into how many pieces the serial passes cut every row."""
+    programs, count = batch * value_heads * -(-value_dim // 64), 1
+    while programs <= FEW_PROGRAMS and count < MOST_PIECES and tokens >= 2 * count * SHORTEST_PIECE:
+        count *= 2
+    return count
+
+
 def _heads_first(x):
     return jnp.swapaxes(x, 1, 2)
 
@@ -47,63 +127,95 @@ def _before(runs, size):
     return jnp.pad(runs, ((0, 0), (1, 0)))[:, : runs.shape[1] : size]
 
 
-def _states(q, k, v, g, beta, initial_state, runs, scale, interpret):
-    """What a token's outputs and gradients are made of: rho, states kept and final, and the chunks' preparation."""
-    before = None if runs is None else _before(runs, CHUNK)
-    inverse, attention, gamma, write = triton_prepare.prepare(
-        q, k, g, beta, runs, before, scale=scale, interpret=interpret, **CONFIG["prepare"]
-    )
-    rho, kept, final = triton_state.forward(
-        k, v, gamma, write, inverse, initial_state, interpret=interpret, **CONFIG["state"]
-    )
-    return rho, kept, final, (inverse, attention, gamma, write)
+class _Static(NamedTuple):
+    scale: float
+    residuals: str
+    interpret: bool
+    pieces: int
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def _op(q, k, v, g, beta, initial_state, runs, scale, residuals, interpret):
-    return _op_fwd(q, k, v, g, beta, initial_state, runs, scale, residuals, interpret)[0]
+def _chain(maps, local, first, count):
+    """The state S entering each piece, by S' = map S + local from `first`; [B pieces, ...] all, fp32."""
+    split = lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)  # noqa: E731
+
+    def step(state, piece):
+        product = jnp.einsum("bhij,bhjv->bhiv", piece[0], state, precision=jax.lax.Precision.HIGHEST)
+        return product + piece[1], state
+
+    _, entering = jax.lax.scan(step, first, (split(maps), split(local)))
+    return jnp.moveaxis(entering, 0, 1).reshape(local.shape)
 
 
-def _op_fwd(q, k, v, g, beta, initial_state, runs, scale, residuals, interpret):
-    g, beta = _heads_first(g), _heads_first(beta)
-    rho, kept, final, prepared = _states(q, k, v, g, beta, initial_state, runs, scale, interpret)
-    before = None if runs is None else _before(runs, BLOCK)
-    o = triton_output.output(
-        q, k, g, beta, runs, before, rho, kept, scale=scale, interpret=interpret, **CONFIG["output"]
-    )
-    if residuals == "saved":
-        return (o, final), (q, k, None, g, beta, None, runs, (rho, kept, prepared))
-    return (o, final), (q, k, v, g, beta, initial_state, runs, None)
+def _states(arrays, static):
+    """`arrays` with what states and errors are: stages prepare and state; under pieces also each piece's map."""
+    configs = _configs(arrays, static)
+    options = {"scale": static.scale, "interpret": static.interpret}
+    arrays = run("prepare", arrays, configs["prepare"], **options)
+    if static.pieces > 1:
+        rows, K, first = arrays["k"].shape[0], arrays["k"].shape[-1], arrays["initial_state"]
+        heads, V = arrays["gamma"].shape[1], arrays["v"].shape[-1]
+        passed = [arrays[name] for name in ("gamma", "write", "inverse")]
+        alone = partial(triton_state.forward, keep=False, interpret=static.interpret, **configs["state"])
+        identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
+        maps, local = alone(arrays["k"], None, *passed, identity), alone(arrays["k"], arrays["v"], *passed, None)
+        if first is None:
+            first = jnp.zeros((rows // static.pieces, heads, K, V), jnp.float32)
+        arrays |= {"maps": maps, "initial_state": _chain(maps, local, first, static.pieces)}
+    return run("state", arrays, configs["state"], **options)
 
 
-def _op_bwd(scale, residuals, interpret, saved, cotangents):
-    q, k, v, g, beta, initial_state, runs, states = saved
-    if states is None:
-        rho, kept, _, prepared = _states(q, k, v, g, beta, initial_state, runs, scale, interpret)
-    else:
-        rho, kept, prepared = states
-    inverse, attention, gamma, write = prepared
+def _configs(arrays, static):
+    kind = "" if static.interpret else jax.devices()[0].device_kind
+    return config(arrays["k"].shape[-1], arrays["v"].shape[-1] if "v" in arrays else arrays["rho"].shape[-1], kind)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _op(static, tokens, initial_state, documents):
+    return _op_fwd(static, tokens, initial_state, documents)[0]
+
+
+def _op_fwd(static, tokens, initial_state, documents):
+    q, k, v, g, beta = tokens
+    given = {"q": q, "k": k, "v": v, "g": _heads_first(g), "beta": _heads_first(beta), "initial_state": initial_state}
+    given |= documents
+    arrays = _states(given, static)
+    arrays = run("output", arrays, _configs(arrays, static)["output"], scale=static.scale, interpret=static.interpret)
+    final = arrays["final"]
+    final = final.reshape(-1, static.pieces, *final.shape[1:])[:, -1]
+    if static.residuals == "saved":
+        names = ["q", "k", "g", "beta", "rho", "kept", "inverse", "attention", "read", "gamma", "write"]
+        names += ["maps"] * (static.pieces > 1)
+        given = {name: arrays[name] for name in names} | documents
+    return (arrays["o"], final), given
+
+
+def _op_bwd(static, saved, cotangents):
+    arrays = _states(saved, static) if "v" in saved else saved
     do, d_final = cotangents
-    before = None if runs is None else _before(runs, BLOCK)
-    dv, d_kept, d_initial = triton_state.reverse(
-        q, k, do, gamma, write, inverse, attention, d_final, scale=scale, interpret=interpret, **CONFIG["reverse"]
-    )
-    m1, m2, dg, dbeta = triton_gradients.pairs(
-        q, k, g, beta, runs, before, do, dv, rho, scale=scale, interpret=interpret, **CONFIG["pairs"]
-    )
-    group = dv.shape[2] // q.shape[2]
-    dtype = jnp.bfloat16 if group == 1 else jnp.float32
-    dq, dg = triton_gradients.queries(
-        q, k, g, runs, before, do, kept, m1, dg, scale=scale, dtype=dtype, interpret=interpret, **CONFIG["queries"]
-    )
-    dk, dg, dbeta = triton_gradients.keys(
-        q, k, g, beta, runs, before, dv, rho, kept, d_kept, m1, m2, dg, dbeta,
-        dtype=dtype, interpret=interpret, **CONFIG["keys"],
-    )  # fmt: skip
+    configs = _configs(arrays, static)
+    if static.pieces > 1:
+        names = ("gamma", "write", "inverse", "attention", "read")
+        local = triton_state.reverse(
+            arrays["k"], do, *(arrays[name] for name in names), None,
+            keep=False, interpret=static.interpret, **configs["reverse"],
+        )  # fmt: skip
+        backwards = lambda x: x.reshape(-1, static.pieces, *x.shape[1:])[:, ::-1].reshape(x.shape)  # noqa: E731
+        maps = backwards(jnp.swapaxes(arrays["maps"], -1, -2))
+        d_final = backwards(_chain(maps, backwards(local), d_final, static.pieces))
+    arrays = arrays | {"do": do, "d_final": d_final}
+    group = arrays["g"].shape[1] // arrays["k"].shape[2]
+    options = {"scale": static.scale, "interpret": static.interpret}
+    options["dtype"] = jnp.bfloat16 if group == 1 else jnp.float32  # per value head until the sum over the group
+    for name in ("reverse", "pairs", "tokens"):
+        arrays = run(name, arrays, configs[name], **options)
+    names = ("beta", "dg_pairs", "dbeta_pairs", "read_sums", "written_sums", "inner")
+    dg, dbeta = triton_gradients.gates(*(arrays[name] for name in names))
+    dq, dk = arrays["dq"], arrays["dk"]
     if group > 1:
-        dq, dk = (x.reshape(*q.shape[:3], group, -1).sum(3).astype(jnp.bfloat16) for x in (dq, dk))
-    dg, dbeta = _heads_first(dg), _heads_first(dbeta)
-    return dq, dk, dv, dg, dbeta, d_initial, None
+        dq, dk = (x.reshape(*x.shape[:2], -1, group, x.shape[-1]).sum(3).astype(jnp.bfloat16) for x in (dq, dk))
+    d_initial = arrays["d_initial"]
+    d_initial = d_initial.reshape(-1, static.pieces, *d_initial.shape[1:])[:, 0]
+    return (dq, dk, arrays["dv"], _heads_first(dg), _heads_first(dbeta)), d_initial, None
 
 
 _op.defvjp(_op_fwd, _op_bwd)
@@ -111,17 +223,26 @@ _op.defvjp(_op_fwd, _op_bwd)
 
 def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residuals, interpret):
     """Arguments as in api.gated_delta_rule; initial_state and segment_ids may be None. Any T."""
-    T = q.shape[1]
-    dtype, padding = v.dtype, -T % BLOCK
-    runs = None
+    (batch, tokens), dtype = q.shape[:2], v.dtype
+    count = pieces(batch, tokens, *v.shape[2:])
+    padding = -tokens % (BLOCK * count)
+
+    def cut(x):
+        return x.reshape(batch * count, -1, *x.shape[2:])
+
+    documents = {"documents": None, "chunk_documents": None}
     if segment_ids is not None:
         runs = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
         runs = jnp.pad(runs, ((0, 0), (0, padding)), mode="edge")
-    q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-    g, beta = (x.astype(jnp.float32) for x in (g, beta))
-    if initial_state is not None:
-        initial_state = initial_state.astype(jnp.float32)
+        documents = {
+            "documents": (cut(runs), cut(_before(runs, BLOCK))),
+            "chunk_documents": (cut(runs), cut(_before(runs, CHUNK))),
+        }
+    given = [x.astype(jnp.bfloat16) for x in (q, k, v)] + [x.astype(jnp.float32) for x in (g, beta)]
     if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
-        q, k, v, g, beta = (jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for x in (q, k, v, g, beta))
-    o, state = _op(q, k, v, g, beta, initial_state, runs, scale, residuals, interpret)
-    return o[:, :T].astype(dtype), state
+        given = [jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for x in given]
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, *v.shape[2:3], q.shape[-1], v.shape[-1]), jnp.float32)
+    static = _Static(scale, residuals, interpret, count)
+    o, state = _op(static, tuple(cut(x) for x in given), initial_state.astype(jnp.float32), documents)
+    return o.reshape(batch, -1, *o.shape[2:])[:, :tokens].astype(dtype), state

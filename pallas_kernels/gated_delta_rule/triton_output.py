@@ -1,88 +1,69 @@
-"""The outputs of 128 tokens from the state that entered them and their prediction errors, all blocks at once.
+"""The outputs of every block of 128 tokens, all at once, from the state S that entered it.
 
-o = scale gamma (Q S) + scale D . (Q K^T) (beta rho)
+    first half    O = read S + attention rho
+    second half   O = gamma_64 (read S) + attention rho + (read K_1^T) diag(write_1) rho_1
+
+with K_1, write_1 and rho_1 of the first half: what its tokens add to the state that the second half reads. gamma_64 is
+what the first half leaves of S.
 """
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_prepare import pair_decay
+from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
 from pallas_kernels.gated_delta_rule.triton_state import BLOCK
 from pallas_kernels.triton_dialect import BlockSpec
 
 
-def value_tiles(V, block_v):
-    """(columns of a tile, how many of them a loop takes, tiles of what is left)."""
-    block_v = min(block_v, V)
-    loop = V // block_v
-    rest = triton.tiles(V - loop * block_v, block_v) if V % block_v else ()
-    return block_v, loop, tuple((loop * block_v + start, width, fresh) for start, width, fresh in rest)
-
-
-def gates(g_ref, run_refs, size):
-    """(D, gamma, r, gamma_C) of the `size` tokens of a program, fp32."""
-    runs = None if not run_refs else run_refs[0][...]
-    g = g_ref[...]
-    total, decay = pair_decay(g, runs, size)
-    last = jnp.sum(g)
-    gamma, leaving, through = jnp.exp(total), jnp.exp(last - total), jnp.exp(last)
-    if runs is not None:
-        before = run_refs[1][0]
-        gamma = jnp.where(runs == before, gamma, 0.0)
-        leaving = jnp.where(runs == jnp.max(runs), leaving, 0.0)
-        through = jnp.where(jnp.max(runs) == before, through, 0.0)
-    return decay, gamma, leaving, through
-
-
-def run_specs(runs):
-    """Block specs of (runs, before) over grid (block, head, batch)."""
-    if runs is None:
-        return ()
-    return BlockSpec((None, BLOCK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
-
-
-def output(q, k, g, beta, runs, before, rho, kept, *, scale, block_v, key_tile, warps, stages, interpret):
+def output(k, gamma, write, rho, kept, attention, read, *, block_v, key_tile, warps, stages, interpret):
     """o [B,T,Hv,V] bf16.
 
-    q, k [B,T,H,K], rho [B,T,Hv,V] bf16; g, beta [B,Hv,T]; kept [B,Hv,T/128,V,K] the state entering each block; runs
-    [B,T] and before [B,T/128] number documents as in prepare, at blocks of 128.
+    k [B,T,H,K]; gamma, write [B,Hv,T], attention [B,Hv,T/64,64,64] and read [B,T,Hv,K] from prepare; rho [B,T,Hv,V] and
+    kept [B,Hv,T/128,V,K], the state that enters each block, from state. T is a multiple of 128.
     """
-    B, T, H, K = q.shape
+    B, T, H, K = k.shape
     Hv, V = rho.shape[2:]
-    group = Hv // H
     columns = triton.tiles(K, key_tile)
-    block_v, loop, rest = value_tiles(V, block_v)
+    first, second = triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)
 
-    def gdn_output(q_ref, k_ref, g_ref, beta_ref, rho_ref, kept_ref, *others):
-        *run_refs, o_ref = others
-        rows = triton.ds(0, BLOCK)
-        decay, gamma, _, _ = gates(g_ref, run_refs, BLOCK)
-        queries = [triton.load_own(q_ref, rows, tile) for tile in columns]
-        pairs = jnp.zeros((BLOCK, BLOCK), jnp.float32)
-        for query, tile in zip(queries, columns, strict=True):
-            pairs += triton.dot(query, triton.load_own(k_ref, rows, tile).T)
-        attention = (scale * decay * pairs * beta_ref[...][None, :]).astype(jnp.bfloat16)
-        read = (scale * gamma)[:, None]
+    def gdn_output(k_ref, gamma_ref, write_ref, rho_ref, kept_ref, attention_ref, read_ref, o_ref):
+        reads = [[triton.load_own(read_ref, rows, tile) for tile in columns] for rows in (first, second)]
+        crossing = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+        for tile_read, tile in zip(reads[1], columns, strict=True):
+            crossing += triton.dot(tile_read, triton.load_own(k_ref, first, tile).T)
+        crossing = (crossing * write_ref[first][None, :]).astype(jnp.bfloat16)
+        left = gamma_ref[CHUNK - 1]
+        pairs = attention_ref[0], attention_ref[1]
 
         def part(values):
-            own = jnp.zeros((BLOCK, values.size), jnp.float32)
-            for query, (start, width, _) in zip(queries, columns, strict=True):
-                own += triton.dot(query, kept_ref[values, start : start + width].T)
-            o_ref[rows, values] = (read * own + triton.dot(attention, rho_ref[rows, values])).astype(jnp.bfloat16)
+            states = [kept_ref[values, triton.ds(start, width)].T for start, width, _ in columns]
 
-        jax.lax.fori_loop(0, loop, lambda i, _: part(triton.ds(i * block_v, block_v)), None)
-        for start, width, _ in rest:
-            part(triton.ds(start, width))
+            def carried(half):
+                total = jnp.zeros((CHUNK, values.size), jnp.float32)
+                for tile_read, state in zip(reads[half], states, strict=True):
+                    total += triton.dot(tile_read, state)
+                return total
 
-    key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, h // group, 0))
+            early = rho_ref[first, values]
+            o_ref[first, values] = (carried(0) + triton.dot(pairs[0], early)).astype(jnp.bfloat16)
+            late = left * carried(1) + triton.dot(pairs[1], rho_ref[second, values])
+            o_ref[second, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
+
+        width, count, rest = triton.full_and_rest(V, block_v)
+        jax.lax.fori_loop(0, count, lambda i, _: part(triton.ds(i * width, width)), None)
+        for start, wide, _ in rest:
+            part(triton.ds(start, wide))
+
+    key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, jax.lax.div(h, Hv // H), 0))
+    read_spec = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, h, 0))
     value = BlockSpec((None, BLOCK, None, V), lambda n, h, b: (b, n, h, 0))
     gate = BlockSpec((None, None, BLOCK), lambda n, h, b: (b, h, n))
     state = BlockSpec((None, None, None, V, K), lambda n, h, b: (b, h, n, 0, 0))
-    documents = () if runs is None else (runs, before)
+    pair = BlockSpec((None, None, 2, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
     (o,) = triton.call(
-        gdn_output, q, k, g, beta, rho, kept, *documents,
-        grid=(T // BLOCK, Hv, B), in_specs=[key, key, gate, gate, value, state, *run_specs(runs)], out_specs=[value],
+        gdn_output, k, gamma, write, rho, kept, attention, read,
+        grid=(T // BLOCK, Hv, B), in_specs=[key, gate, gate, value, state, pair, read_spec], out_specs=[value],
         out_shape=[jax.ShapeDtypeStruct(rho.shape, jnp.bfloat16)], warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
     return o

@@ -1,17 +1,23 @@
 """The serial passes over a sequence's chunks: states and prediction errors forward, their gradients in reverse.
 
-A program owns one head's `block_v` value columns and keeps their state, transposed, [block_v, K] in fp32 registers, so
-that the state and the errors are the register operand of every product and the keys come from shared memory. Forward:
+A program owns one head's `block_v` value columns and keeps their state in fp32 registers. Forward:
 
     rho = inverse (V - gamma (K S))           S' = gamma_C S + K^T (write rho)
 
 reverse, with dO and the gradient dS' of the leaving state:
 
     drho = attention^T dO + write (K dS')     dV = inverse^T drho
-    dS   = gamma_C dS' + Q^T (scale gamma dO) - K^T (gamma dV)
+    dS   = gamma_C dS' + read^T dO - K^T (gamma dV)
 
 Both keep what the gradient stage needs: the state entering, and the gradient of the state leaving, every 128 tokens.
+
+Everything with value columns is held as it stands, or transposed. Transposed, state and errors are the register operand
+of every product and only keys and pairs go through shared memory: fewer barriers. As it stands, they go through shared
+memory themselves: fewer registers, which is what matters once the state takes half of them.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +30,21 @@ BLOCK = 128
 PER_BLOCK = BLOCK // CHUNK
 
 
-def _specs(T, K, V, group, block_v):
+class _Held(NamedTuple):
+    """How arrays with value columns are held: `turn` takes them from memory and back."""
+
+    turn: Callable[[Any], Any]
+    along_tokens: Callable[[Any], Any]  # [C] -> to be multiplied with what is held
+    product: Callable[[Any, Any], Any]  # (loaded a, held x) -> a x, held
+
+
+PLAIN = _Held(lambda x: x, lambda x: x[:, None], triton.dot)
+TRANSPOSED = _Held(lambda x: x.T, lambda x: x[None, :], lambda a, x: triton.dot(x, a.T))
+
+
+def _specs(T, K, V, group):
     """Block specs over grid (value block, head, batch): key, value, gate, pair, kept state, fp32 state."""
-    key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, h // group, 0))
+    key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, jax.lax.div(h, group), 0))
     value = BlockSpec((None, T, None, V), lambda i, h, b: (b, 0, h, 0))
     gate = BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
     pair = BlockSpec((None, None, T // CHUNK, CHUNK, CHUNK), lambda i, h, b: (b, h, 0, 0, 0))
@@ -43,122 +61,147 @@ def _own_columns(V, block_v, interpret):
     return triton.ds(start, block_v)
 
 
-def _read_state(ref, columns, tiles, block_v):
-    """The transposed fp32 state of these value columns, tile by tile along the keys."""
+def _read_state(ref, columns, tiles, held):
+    """The fp32 state of these value columns, held tile by tile along the keys."""
     if ref is None:
-        return tuple(jnp.zeros((block_v, width), jnp.float32) for _, width, _ in tiles)
-    return tuple(triton.load_own_rows(ref, tile, columns).T for tile in tiles)
+        return tuple(held.turn(jnp.zeros((width, columns.size), jnp.float32)) for _, width, _ in tiles)
+    return tuple(held.turn(triton.load_own_rows(ref, tile, columns)) for tile in tiles)
 
 
-def forward(k, v, gamma, write, inverse, initial_state, *, block_v, key_tile, warps, stages, interpret):
-    """(rho [B,T,Hv,V] bf16, state entering each block [B,Hv,T/128,V,K] bf16, final state [B,Hv,K,V] fp32).
+def _keep(kept_ref, chunk, columns, tiles, states, held):
+    """Store the state [V, K] of the chunk's block."""
+    for tile, state in zip(tiles, states, strict=True):
+        transposed = state if held is TRANSPOSED else state.T
+        triton.store_own(kept_ref, columns, tile, transposed, (jax.lax.div(chunk, PER_BLOCK),))
 
-    k [B,T,H,K], v [B,T,Hv,V] bf16; gamma, write [B,Hv,T]; inverse [B,Hv,T/64,64,64]; initial_state or None for zeros.
-    T is a multiple of 128.
+
+def forward(
+    k, v, gamma, write, inverse, initial_state,
+    *, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
+):  # fmt: skip
+    """(rho [B,T,Hv,V] bf16, state entering each block [B,Hv,T/128,V,K] bf16, final state [B,Hv,K,V] fp32), or the final
+    state alone where `keep` is False.
+
+    k [B,T,H,K], v [B,T,Hv,V] bf16, or None for zeros with V = K; gamma, write [B,Hv,T]; inverse [B,Hv,T/64,64,64];
+    initial_state or None for zeros. T is a multiple of 128.
     """
     B, T, H, K = k.shape
-    Hv, V = v.shape[2:]
-    block_v = min(block_v, V)
-    tiles = triton.tiles(K, key_tile)
+    Hv, V = gamma.shape[1], K if v is None else v.shape[3]
+    block_v, held = min(block_v, V), TRANSPOSED if transposed else PLAIN
+    tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
-    def gdn_state(*refs):
-        k_ref, v_ref, gamma_ref, write_ref, inverse_ref = refs[:5]
-        rho_ref, kept_ref, final_ref = refs[-3:]
+    def gdn_state(k_ref, gamma_ref, write_ref, inverse_ref, *rest):
+        rest, outputs = list(rest[: len(given)]), rest[len(given) :]
+        v_ref = None if v is None else rest.pop(0)
+        initial_ref = None if initial_state is None else rest.pop(0)
         columns = _own_columns(V, block_v, interpret)
 
-        def step(chunk, states):
-            @triton.when(jax.lax.rem(chunk, PER_BLOCK) == 0)
-            def keep():
-                for tile, state in zip(tiles, states, strict=True):
-                    triton.store_own(kept_ref, columns, tile, state, (jax.lax.div(chunk, PER_BLOCK),))
-
+        def step(chunk, carry):
+            left, states = carry
+            next_left = gamma_ref[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]  # on its way while this chunk computes
+            if keep:
+                boundary = jax.lax.rem(chunk, PER_BLOCK) == 0
+                triton.when(boundary)(lambda: _keep(outputs[1], chunk, columns, tiles, states, held))
             rows = triton.ds(chunk * CHUNK, CHUNK)
             keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
-            seen = jnp.zeros((block_v, CHUNK), jnp.float32)
+            seen = held.turn(jnp.zeros((CHUNK, block_v), jnp.float32))
             for state, key in zip(states, keys, strict=True):
-                seen += triton.dot(state.astype(jnp.bfloat16), key.T)
-            error = v_ref[rows, columns].T.astype(jnp.float32) - gamma_ref[rows][None, :] * seen
-            rho = triton.dot(error.astype(jnp.bfloat16), inverse_ref[chunk].T)
-            rho_ref[rows, columns] = rho.T.astype(jnp.bfloat16)
-            written = (rho * write_ref[rows][None, :]).astype(jnp.bfloat16)
-            left = gamma_ref[chunk * CHUNK + CHUNK - 1]
-            return tuple(left * state + triton.dot(written, key) for state, key in zip(states, keys, strict=True))
+                seen += held.product(key, state.astype(jnp.bfloat16))
+            error = -held.along_tokens(gamma_ref[rows]) * seen
+            if v_ref is not None:
+                error += held.turn(v_ref[rows, columns]).astype(jnp.float32)
+            rho = held.product(inverse_ref[chunk], error.astype(jnp.bfloat16))
+            if keep:
+                outputs[0][rows, columns] = held.turn(rho).astype(jnp.bfloat16)
+            written = (rho * held.along_tokens(write_ref[rows])).astype(jnp.bfloat16)
+            new = (left * state + held.product(key.T, written) for state, key in zip(states, keys, strict=True))
+            return next_left, tuple(new)
 
-        states = _read_state(None if initial_state is None else refs[5], columns, tiles, block_v)
-        states = jax.lax.fori_loop(0, T // CHUNK, step, states)
+        states = _read_state(initial_ref, columns, tiles, held)
+        _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[CHUNK - 1], states))
         for tile, state in zip(tiles, states, strict=True):
-            triton.store_own_rows(final_ref, tile, columns, state.T)
+            triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
 
-    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block_v)
-    carried = () if initial_state is None else (initial_state,)
-    return triton.call(
-        gdn_state, k, v, gamma, write, inverse, *carried,
-        grid=(-(-V // block_v), Hv, B), in_specs=[key, value, gate, gate, pair, *(state for _ in carried)],
-        out_specs=[value, kept, state],
-        out_shape=[
-            jax.ShapeDtypeStruct(v.shape, jnp.bfloat16),
-            jax.ShapeDtypeStruct((B, Hv, T // BLOCK, V, K), jnp.bfloat16),
-            jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32),
-        ],
+    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H)
+    given = [(x, spec) for x, spec in ((v, value), (initial_state, state)) if x is not None]
+    out = [(jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state)]
+    if keep:
+        out = [
+            (jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), value),
+            (jax.ShapeDtypeStruct((B, Hv, T // BLOCK, V, K), jnp.bfloat16), kept),
+            *out,
+        ]
+    results = triton.call(
+        gdn_state, k, gamma, write, inverse, *(x for x, _ in given),
+        grid=(-(-V // block_v), Hv, B), in_specs=[key, gate, gate, pair, *(spec for _, spec in given)],
+        out_specs=[spec for _, spec in out], out_shape=[shape for shape, _ in out],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
+    return results if keep else results[0]
 
 
-def reverse(q, k, do, gamma, write, inverse, attention, d_final, *, scale, block_v, key_tile, warps, stages, interpret):
-    """(dv [B,T,Hv,V] bf16, gradient of the state leaving each block [B,Hv,T/128,V,K] bf16, dinitial [B,Hv,K,V] fp32).
+def reverse(
+    k, do, gamma, write, inverse, attention, read, d_final,
+    *, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
+):  # fmt: skip
+    """(dv [B,T,Hv,V] bf16, gradient of the state leaving each block [B,Hv,T/128,V,K] bf16, dinitial [B,Hv,K,V] fp32),
+    or dinitial alone where `keep` is False.
 
-    do like v, bf16; the rest as in `forward`; d_final [B,Hv,K,V] fp32.
+    do like v, bf16; attention like inverse and read [B,T,Hv,K] from prepare; d_final [B,Hv,K,V] fp32 or None for zeros;
+    the rest as in `forward`.
     """
     B, T, H, K = k.shape
     Hv, V = do.shape[2:]
-    block_v = min(block_v, V)
-    tiles = triton.tiles(K, key_tile)
-    chunks = T // CHUNK
+    block_v, held = min(block_v, V), TRANSPOSED if transposed else PLAIN
+    tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
-    def gdn_reverse(q_ref, k_ref, do_ref, gamma_ref, write_ref, inverse_ref, attention_ref, *rest):
-        final_ref, dv_ref, kept_ref, initial_ref = rest
+    def gdn_reverse(k_ref, do_ref, gamma_ref, write_ref, inverse_ref, attention_ref, read_ref, *rest):
+        final_ref, outputs = (None, rest) if d_final is None else (rest[0], rest[1:])
         columns = _own_columns(V, block_v, interpret)
 
-        def step(i, states):
+        def step(i, carry):
+            left, states = carry
             chunk = chunks - 1 - i
-
-            @triton.when(jax.lax.rem(chunk, PER_BLOCK) == PER_BLOCK - 1)
-            def keep():
-                for tile, state in zip(tiles, states, strict=True):
-                    triton.store_own(kept_ref, columns, tile, state, (jax.lax.div(chunk, PER_BLOCK),))
-
+            next_left = gamma_ref[jnp.maximum(chunk, 1) * CHUNK - 1]
+            if keep:
+                boundary = jax.lax.rem(chunk, PER_BLOCK) == PER_BLOCK - 1
+                triton.when(boundary)(lambda: _keep(outputs[1], chunk, columns, tiles, states, held))
             rows = triton.ds(chunk * CHUNK, CHUNK)
             keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
-            do_t = do_ref[rows, columns].T
-            gamma = gamma_ref[rows][None, :]
-            reached = jnp.zeros((block_v, CHUNK), jnp.float32)
+            do = held.turn(do_ref[rows, columns])
+            reached = held.turn(jnp.zeros((CHUNK, block_v), jnp.float32))
             for state, key in zip(states, keys, strict=True):
-                reached += triton.dot(state.astype(jnp.bfloat16), key.T)
-            drho = triton.dot(do_t, attention_ref[chunk]) + write_ref[rows][None, :] * reached
-            dv = triton.dot(drho.astype(jnp.bfloat16), inverse_ref[chunk])
-            dv_ref[rows, columns] = dv.T.astype(jnp.bfloat16)
-            read = (scale * gamma * do_t.astype(jnp.float32)).astype(jnp.bfloat16)
-            error = (-gamma * dv).astype(jnp.bfloat16)
-            left = gamma_ref[chunk * CHUNK + CHUNK - 1]
-            return tuple(
-                left * state + triton.dot(read, triton.load_own(q_ref, rows, tile)) + triton.dot(error, key)
-                for state, key, tile in zip(states, keys, tiles, strict=True)
-            )
+                reached += held.product(key, state.astype(jnp.bfloat16))
+            drho = held.product(attention_ref[chunk].T, do) + held.along_tokens(write_ref[rows]) * reached
+            dv = held.product(inverse_ref[chunk].T, drho.astype(jnp.bfloat16))
+            if keep:
+                outputs[0][rows, columns] = held.turn(dv).astype(jnp.bfloat16)
+            error = (-held.along_tokens(gamma_ref[rows]) * dv).astype(jnp.bfloat16)
+            new = []
+            for state, key, tile in zip(states, keys, tiles, strict=True):
+                entered = left * state + held.product(triton.load_own(read_ref, rows, tile).T, do)
+                new.append(entered + held.product(key.T, error))
+            return next_left, tuple(new)
 
-        states = _read_state(final_ref, columns, tiles, block_v)
-        states = jax.lax.fori_loop(0, chunks, step, states)
+        states = _read_state(final_ref, columns, tiles, held)
+        _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[chunks * CHUNK - 1], states))
         for tile, state in zip(tiles, states, strict=True):
-            triton.store_own_rows(initial_ref, tile, columns, state.T)
+            triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
 
-    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block_v)
-    return triton.call(
-        gdn_reverse, q, k, do, gamma, write, inverse, attention, d_final,
-        grid=(-(-V // block_v), Hv, B), in_specs=[key, key, value, gate, gate, pair, pair, state],
-        out_specs=[value, kept, state],
-        out_shape=[
-            jax.ShapeDtypeStruct(do.shape, jnp.bfloat16),
-            jax.ShapeDtypeStruct((B, Hv, T // BLOCK, V, K), jnp.bfloat16),
-            jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32),
-        ],
+    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H)
+    reads = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, h, 0))
+    given = [] if d_final is None else [d_final]
+    out = [(jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state)]
+    if keep:
+        out = [
+            (jax.ShapeDtypeStruct(do.shape, jnp.bfloat16), value),
+            (jax.ShapeDtypeStruct((B, Hv, T // BLOCK, V, K), jnp.bfloat16), kept),
+            *out,
+        ]
+    results = triton.call(
+        gdn_reverse, k, do, gamma, write, inverse, attention, read, *given,
+        grid=(-(-V // block_v), Hv, B), in_specs=[key, value, gate, gate, pair, pair, reads, *(state for _ in given)],
+        out_specs=[spec for _, spec in out], out_shape=[shape for shape, _ in out],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
+    return results if keep else results[0]

@@ -1,0 +1,228 @@
+"""The fastest configuration of every kernel at given sizes, on the device at hand.
+
+Candidates of a stage are compiled side by side and timed one by one on what the stages before it make of random inputs.
+The fastest of each stage go into the op together, and into the table only when the op then matches its float64 oracle
+there; a stage whose fastest fails is left at the next that passes.
+"""
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import bench
+from pallas_kernels.shapes import DeltaShape
+
+# cases of gated_delta_rule/conformance.py that a configuration must pass before it is admitted
+CHECKS = ("T=129", "documents", "decay 0.3", "group value", "beta in (1,2)")
+LEAST_MS, MOST_CALLS = 10.0, 40  # of one repetition
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to tune; lists are separated by commas."""
+
+    shapes: str = "all"  # names of pallas_kernels/shapes.py, or written out as BxT,H,K,V: 8x4096,6,256,512
+    stages: str = "all"  # some of prepare, state, output, reverse, pairs, tokens
+    repetitions: int = 5  # of each timing; the median decides
+    threads: int = 8  # compilations at a time
+    out: str = ""  # the table to write; empty: the one that the kernels read
+
+
+def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
+    """Configurations of a stage worth a try: those that were among the fastest at some size, and their neighbours."""
+    widest = 1 << (key_dim.bit_length() - 1)
+    wide, widest = min(128, widest), min(256, widest)
+
+    def grid(**choices):
+        return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+    found = {
+        "prepare": grid(key_tile=(64, 128), warps=(4,), stages=(2, 3)),
+        "state": grid(block_v=(64,), key_tile=(64, widest), transposed=(False, True), warps=(4,), stages=(2, 3)),
+        "output": grid(block_v=(32, 64), key_tile=(64, widest), warps=(4,), stages=(2, 3))
+        + grid(block_v=(64, 128), key_tile=(widest,), warps=(8,), stages=(2,)),
+        "pairs": grid(block_v=(64,), key_tile=(32, 64), warps=(4,), stages=(2, 3))
+        + grid(block_v=(32,), key_tile=(32,), warps=(4,), stages=(3,)),
+        "tokens": grid(block_v=(32, 64), key_tile=(wide,), pair_tile=(32, 64), warps=(8,), stages=(2, 3))
+        + grid(block_v=(64,), key_tile=(64,), pair_tile=(32,), warps=(4, 8), stages=(2, 3)),
+    }
+    found["reverse"] = found["state"]
+    return [row for i, row in enumerate(found[stage]) if row not in found[stage][:i]]
+
+
+def inputs(shape: DeltaShape, seed: int = 0) -> dict[str, Any]:
+    """Arrays that the first stages take: unit q and k, normal v and do, decays and strengths of a fresh model."""
+    import jax
+    import jax.numpy as jnp
+
+    B, T, H, K, V = shape
+    keys = jax.random.split(jax.random.key(seed), 6)
+
+    @jax.jit
+    def draw():
+        q, k = (jax.random.normal(key, (B, T, H, K)) for key in keys[:2])
+        q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+        v, do = (jax.random.normal(key, (B, T, H, V)) for key in keys[2:4])
+        g = jax.nn.log_sigmoid(jax.random.normal(keys[4], (B, H, T))) / 4
+        beta = jax.nn.sigmoid(jax.random.normal(keys[5], (B, H, T)))
+        state = jnp.zeros((B, H, K, V), jnp.float32)
+        bf16 = {name: x.astype(jnp.bfloat16) for name, x in {"q": q, "k": k, "v": v, "do": do}.items()}
+        return bf16 | {"g": g, "beta": beta, "initial_state": state, "d_final": state}
+
+    return draw() | {"documents": None, "chunk_documents": None}
+
+
+def timed(call: Callable[[], Any], repetitions: int) -> float:
+    """Milliseconds of one call: median over repetitions of calls back to back."""
+    import jax
+
+    def run(calls):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) * 1e3
+
+    run(2)
+    calls = max(2, min(MOST_CALLS, int(LEAST_MS / max(run(1), 1e-3)) + 1))
+    return statistics.median(run(calls) / calls for _ in range(repetitions))
+
+
+def measure(shape: DeltaShape, stages: list[str], options: Options, say: Callable[[str], None]) -> dict[str, list]:
+    """Stage -> [(ms, configuration)], fastest first; what does not compile or run is said and left out."""
+    import jax
+    import jax.numpy as jnp
+
+    from pallas_kernels.gated_delta_rule import triton_op
+
+    def compiled(stage, arrays, configuration):
+        taken = triton_op.STAGES[stage].takes.split()
+
+        def call(*given):
+            constants = {"scale": shape.key_dim**-0.5, "dtype": jnp.bfloat16, "interpret": False}
+            named = dict(zip(taken, given, strict=True))
+            return {k: v for k, v in triton_op.run(stage, named, configuration, **constants).items() if k not in named}
+
+        kinds = [arrays[name] for name in taken]
+        return jax.jit(call).lower(*kinds).compile()
+
+    def of(stage, arrays):
+        return {name: arrays[name] for name in triton_op.STAGES[stage].takes.split()}
+
+    def shapes_after(stage, kinds):
+        constants = {"scale": 1.0, "dtype": jnp.bfloat16, "interpret": True}
+        given = of(stage, kinds)
+        results = jax.eval_shape(lambda x: triton_op.run(stage, x, triton_op.DEFAULTS[stage], **constants), given)
+        return kinds | results
+
+    kinds, found, jobs = jax.eval_shape(lambda: inputs(shape)), {}, {}
+    with ThreadPoolExecutor(options.threads) as pool:
+        for stage in triton_op.STAGES:
+            tried = candidates(stage, shape.key_dim) if stage in stages else []
+            jobs[stage] = [
+                (configuration, pool.submit(compiled, stage, kinds, configuration))
+                for configuration in (triton_op.DEFAULTS[stage], *tried)
+            ]
+            kinds = shapes_after(stage, kinds)
+        arrays = inputs(shape)
+        for stage, ((_, default), *tried) in jobs.items():
+            given, times = list(of(stage, arrays).values()), []
+            for configuration, job in tried:
+                try:
+                    times.append((timed(partial(job.result(), *given), options.repetitions), configuration))
+                except Exception as error:  # out of shared memory, most often: that is its answer
+                    say(f"{stage} {_short(configuration)}: {str(error).splitlines()[0][:100]}")
+            if times:
+                found[stage] = sorted(times, key=lambda row: row[0])
+                say(f"{stage} " + ", ".join(f"{ms:.3f} ms {_short(c)}" for ms, c in found[stage][:3]))
+            arrays |= default.result()(*given)
+    return found
+
+
+def _short(configuration: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in configuration.items())
+
+
+def admitted(
+    shape: DeltaShape, times: dict[str, list], kind: str, threads: int, say: Callable[[str], None]
+) -> dict[str, dict]:
+    """Stage -> the fastest configuration with which the op passes CHECKS at these sizes."""
+    from pallas_kernels.gated_delta_rule import conformance, triton_op
+
+    def failures(chosen):
+        triton_op.use({kind: {f"{shape.key_dim}x{shape.value_dim}": chosen}})
+        cases = [case for case in conformance.CASES if case.name in CHECKS]
+        sized = [replace(case, K=shape.key_dim, V=shape.value_dim, dtype="bfloat16") for case in cases]
+        try:
+            with ThreadPoolExecutor(threads) as pool:  # most of the time is compilation
+                found = pool.map(lambda case: conformance.failures(case, "triton"), sized)
+                return [
+                    f"{case.name}: {failure}" for case, wrong in zip(sized, found, strict=True) for failure in wrong
+                ]
+        finally:
+            triton_op.use(None)
+
+    best = {stage: rows[0][1] for stage, rows in times.items()}
+    if not failures(best):
+        return best
+    alone: dict[str, dict] = {}
+    for stage, rows in times.items():
+        for _, configuration in rows:
+            wrong = failures(alone | {stage: configuration})
+            if not wrong:
+                alone[stage] = configuration
+                break
+            say(f"{stage} {_short(configuration)} is not admitted: {wrong[0]}")
+    return alone
+
+
+def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Tune, write the table, return it: {"devices": kind -> "KxV" -> stage -> configuration, "measured": likewise,
+    milliseconds with date, commit, versions and the shape they were measured at}.
+
+    ValueError with a sentence for options that cannot be read; NotImplementedError off a Hopper device.
+    """
+    shapes = bench.shapes_of(op, options.shapes)
+    from pallas_kernels import triton_dialect
+    from pallas_kernels.gated_delta_rule import triton_op
+
+    stages = list(triton_op.STAGES) if options.stages == "all" else options.stages.split(",")
+    for stage in stages:
+        if stage not in triton_op.STAGES:
+            raise ValueError(f"stages names {stage!r}; it must be all or some of {', '.join(triton_op.STAGES)}.")
+    for name in ("repetitions", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name} is {getattr(options, name)}; it must be positive.")
+    for name, shape in shapes.items():
+        if (shape.key_dim, shape.value_dim) not in triton_op.SIZES:
+            reason = triton_op.why_not(shape.key_dim, shape.value_dim, 64, interpret=True)
+            raise ValueError(f"Shape {name!r} cannot be tuned: {reason}.")
+    reason = triton_dialect.why_not_here()
+    if reason:
+        raise NotImplementedError(f"{op} cannot be tuned here: {reason}.")
+    import jax
+
+    kind, path = jax.devices()[0].device_kind, Path(options.out or triton_op.TUNED)
+    table = json.loads(path.read_text()) if path.exists() else {"devices": {}, "measured": {}}
+    for name, shape in shapes.items():
+        say = lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True)  # noqa: E731
+        times = measure(shape, stages, options, say)
+        size = f"{shape.key_dim}x{shape.value_dim}"
+        chosen = admitted(shape, times, kind, options.threads, say)
+        table["devices"].setdefault(kind, {}).setdefault(size, {}).update(chosen)
+        here = environment()
+        facts = {"shape": name} | {key: here[key] for key in ("date", "commit", "dirty", "versions")}
+        ms = {stage: next(t for t, c in times[stage] if c == configuration) for stage, configuration in chosen.items()}
+        measured = table["measured"].setdefault(kind, {}).setdefault(size, {})
+        measured.update({stage: facts | {"ms": round(time_, 4)} for stage, time_ in ms.items()})
+        path.write_text(json.dumps(table, indent=1) + "\n")
+        say("admitted: " + "; ".join(f"{stage} {ms[stage]:.3f} ms" for stage in chosen))
+    return table

@@ -30,7 +30,7 @@ class Options:
     """What to tune; lists are separated by commas."""
 
     shapes: str = "all"  # names of pallas_kernels/shapes.py, or written out as BxT,H,K,V: 8x4096,6,256,512
-    stages: str = "all"  # some of prepare, state, output, reverse, pairs, tokens
+    stages: str = "all"  # some of prepare, state, output, reverse, chunks, pairs, tokens
     repetitions: int = 5  # of each timing; the median decides
     threads: int = 8  # compilations at a time
     out: str = ""  # the table to write; empty: the one that the kernels read
@@ -49,6 +49,8 @@ def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
         "state": grid(block_v=(64,), key_tile=(64, widest), transposed=(False, True), warps=(4,), stages=(2, 3)),
         "output": grid(block_v=(32, 64), key_tile=(64, widest), warps=(4,), stages=(2, 3))
         + grid(block_v=(64, 128), key_tile=(widest,), warps=(8,), stages=(2,)),
+        "chunks": grid(block_v=(32, 64, 128), key_tile=(64,), warps=(4,), stages=(2, 3))
+        + grid(block_v=(64, 128), key_tile=(wide,), warps=(8,), stages=(2, 3)),
         "pairs": grid(block_v=(64,), key_tile=(32, 64), warps=(4,), stages=(2, 3))
         + grid(block_v=(32,), key_tile=(32,), warps=(4,), stages=(3,)),
         "tokens": grid(block_v=(32, 64), key_tile=(wide,), pair_tile=(32, 64), warps=(8,), stages=(2, 3))
@@ -96,7 +98,9 @@ def timed(call: Callable[[], Any], repetitions: int) -> float:
     return statistics.median(run(calls) / calls for _ in range(repetitions))
 
 
-def measure(shape: DeltaShape, stages: list[str], options: Options, say: Callable[[str], None]) -> dict[str, list]:
+def measure(
+    shape: DeltaShape, block: int, stages: list[str], options: Options, say: Callable[[str], None]
+) -> dict[str, list]:
     """Stage -> [(ms, configuration)], fastest first; what does not compile or run is said and left out."""
     import jax
     import jax.numpy as jnp
@@ -107,7 +111,7 @@ def measure(shape: DeltaShape, stages: list[str], options: Options, say: Callabl
         taken = triton_op.STAGES[stage].takes.split()
 
         def call(*given):
-            constants = {"scale": shape.key_dim**-0.5, "dtype": jnp.bfloat16, "interpret": False}
+            constants = {"scale": shape.key_dim**-0.5, "dtype": jnp.bfloat16, "interpret": False, "block": block}
             named = dict(zip(taken, given, strict=True))
             return {k: v for k, v in triton_op.run(stage, named, configuration, **constants).items() if k not in named}
 
@@ -118,14 +122,14 @@ def measure(shape: DeltaShape, stages: list[str], options: Options, say: Callabl
         return {name: arrays[name] for name in triton_op.STAGES[stage].takes.split()}
 
     def shapes_after(stage, kinds):
-        constants = {"scale": 1.0, "dtype": jnp.bfloat16, "interpret": True}
+        constants = {"scale": 1.0, "dtype": jnp.bfloat16, "interpret": True, "block": block}
         given = of(stage, kinds)
         results = jax.eval_shape(lambda x: triton_op.run(stage, x, triton_op.DEFAULTS[stage], **constants), given)
         return kinds | results
 
     kinds, found, jobs = jax.eval_shape(lambda: inputs(shape)), {}, {}
     with ThreadPoolExecutor(options.threads) as pool:
-        for stage in triton_op.STAGES:
+        for stage in triton_op.stages(block):
             tried = candidates(stage, shape.key_dim) if stage in stages else []
             jobs[stage] = [
                 (configuration, pool.submit(compiled, stage, kinds, configuration))
@@ -145,6 +149,26 @@ def measure(shape: DeltaShape, stages: list[str], options: Options, say: Callabl
                 say(f"{stage} " + ", ".join(f"{ms:.3f} ms {_short(c)}" for ms, c in found[stage][:3]))
             arrays |= default.result()(*given)
     return found
+
+
+def _faster_blocks(shape, stages, options, kind, say):
+    """`measure` with states every 64 or every 128 tokens, whichever makes the faster whole; "all" says which.
+
+    The one kernel that makes all gradients of 64 tokens holds no more than 128 key columns, a power of two. Some stages
+    alone are measured under the block that is in force.
+    """
+    from pallas_kernels.gated_delta_rule import triton_op
+
+    if set(stages) != set(triton_op.STAGES):
+        block = triton_op.config(shape.key_dim, shape.value_dim, kind)["all"]["block"]
+        return measure(shape, block, stages, options, say)
+    blocks = (64, 128) if shape.key_dim in (64, 128) else (128,)
+    tried = {block: measure(shape, block, stages, options, say) for block in blocks}
+    whole = {block: sum(rows[0][0] for rows in times.values()) for block, times in tried.items()}
+    for block, ms in whole.items():
+        say(f"states every {block} tokens: {ms:.3f} ms in all")
+    block = min(whole, key=whole.get)
+    return {"all": [(whole[block], {"block": block})]} | tried[block]
 
 
 def _short(configuration: dict[str, Any]) -> str:
@@ -214,7 +238,7 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
     table = json.loads(path.read_text()) if path.exists() else {"devices": {}, "measured": {}}
     for name, shape in shapes.items():
         say = lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True)  # noqa: E731
-        times = measure(shape, stages, options, say)
+        times = _faster_blocks(shape, stages, options, kind, say)
         size = f"{shape.key_dim}x{shape.value_dim}"
         chosen = admitted(shape, times, kind, options.threads, say)
         table["devices"].setdefault(kind, {}).setdefault(size, {}).update(chosen)

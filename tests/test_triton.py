@@ -60,7 +60,9 @@ def test_every_size_lowers_to_cuda(K, V, packed, monkeypatch):
 
     with hopper():
         lowered = jax.jit(run).trace(key, key, value, gate, gate, segments, value).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("__gpu$xla.gpu.triton") == len(triton_op.STAGES) == 6
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == len(
+        triton_op.stages(triton_op.config(K, V)["all"]["block"])
+    )
 
 
 def test_tiles_cover_every_column_once():
@@ -81,13 +83,27 @@ def test_the_lowering_is_still_there():
     assert triton_dialect.AVAILABLE, "this jax has no Triton lowering of Pallas: gated_delta_rule falls back to chunked"
 
 
-@pytest.mark.parametrize("size", [(64, 64), (200, 400)])
-def test_both_ways_to_hold_the_state_match_float64(size, monkeypatch):
-    K, V = size
-    for stage in ("state", "reverse"):
-        other = triton_op.config(K, V)[stage] | {"transposed": not triton_op.config(K, V)[stage]["transposed"]}
-        monkeypatch.setitem(triton_op.DEFAULTS, stage, other)
+@pytest.fixture
+def defaults(monkeypatch):
+    """What would run had nothing been tuned, for a test to change."""
+    changed = {stage: dict(configuration) for stage, configuration in triton_op.DEFAULTS.items()}
+    monkeypatch.setattr(triton_op, "DEFAULTS", changed)
     monkeypatch.setattr(triton_op, "_tuned", dict)
     jax.clear_caches()
-    case = dataclasses.replace(next(c for c in CASES if c.name == "T=65"), K=K, V=V, B=1, H=1, Hv=1)
+    yield changed
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("size", [(64, 64), (200, 400)])
+def test_states_held_transposed_match_float64(size, defaults):
+    defaults["state"]["transposed"] = defaults["reverse"]["transposed"] = True
+    case = dataclasses.replace(next(c for c in CASES if c.name == "T=65"), K=size[0], V=size[1], B=1, H=1, Hv=1)
     assert conformance.failures(case, "triton_interpret", seed=8) == []
+
+
+@pytest.mark.parametrize(("size", "block"), [((64, 64), 64), ((128, 64), 64), ((64, 64), 128)])
+@pytest.mark.parametrize("name", ["documents", "group value", "resets strewn in"])
+def test_states_kept_every_block_match_float64(size, block, name, defaults):
+    defaults["all"]["block"] = block
+    case = dataclasses.replace(next(c for c in CASES if c.name == name), K=size[0], V=size[1], B=1, T=150)
+    assert conformance.failures(case, "triton_interpret", seed=9) == []

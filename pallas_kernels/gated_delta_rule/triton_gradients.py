@@ -1,4 +1,5 @@
-"""The gradients of every block of 128 tokens, all blocks at once, in products of 64 tokens or fewer.
+"""The gradients of every block of 128 tokens, all blocks at once, for heads of more than 128 key columns: their states
+are what costs most to keep, and half as many blocks keep half as many.
 
     M1 = scale D . (dO rho^T)          M2 = -strict(D . (dV rho^T))          H = M1 . Q K^T + M2 . K K^T
     dQ = scale gamma (dO S^T) + (M1 beta) K
@@ -18,20 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule.triton_chunks import over_values
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, pair_decay, square
-from pallas_kernels.gated_delta_rule.triton_state import BLOCK
 from pallas_kernels.triton_dialect import BlockSpec
 
+BLOCK = 128
 TILES = 3  # of pairs, numbered late half + early half
-
-
-def _over_values(V, block_v, step, carry):
-    """carry after step(carry, columns) for every tile of value columns."""
-    width, count, rest = triton.full_and_rest(V, block_v)
-    carry = jax.lax.fori_loop(0, count, lambda i, carry: step(carry, triton.ds(i * width, width)), carry)
-    for start, wide, _ in rest:
-        carry = step(carry, triton.ds(start, wide))
-    return carry
 
 
 def pairs(q, k, g, beta, runs, do, dv, rho, *, scale, block_v, key_tile, warps, stages, interpret):
@@ -59,7 +52,7 @@ def pairs(q, k, g, beta, runs, do, dv, rho, *, scale, block_v, key_tile, warps, 
         since = jnp.cumsum(late_g_ref[...])
         until = jnp.cumsum(early_g) - jnp.where(same, 0.0, jnp.sum(early_g))
 
-        def over_values(sums, values):
+        def over_value_tile(sums, values):
             early = rho_ref[rows, values].T
             return sums[0] + triton.dot(do_ref[rows, values], early), sums[1] + triton.dot(dv_ref[rows, values], early)
 
@@ -70,15 +63,15 @@ def pairs(q, k, g, beta, runs, do, dv, rho, *, scale, block_v, key_tile, warps, 
 
         def over_both(i, sums):
             values, keys = triton.ds(i * wide, wide), (i * width, width, width)
-            return *over_values(sums[:2], values), *over_keys(sums[2:], keys)
+            return *over_value_tile(sums[:2], values), *over_keys(sums[2:], keys)
 
         zero = jnp.zeros((CHUNK, CHUNK), jnp.float32)
         both = min(count, value_count)
         m1, m2, qk, kk = jax.lax.fori_loop(0, both, over_both, (zero,) * 4)
         sums = m1, m2
-        sums = jax.lax.fori_loop(both, value_count, lambda i, x: over_values(x, triton.ds(i * wide, wide)), sums)
+        sums = jax.lax.fori_loop(both, value_count, lambda i, x: over_value_tile(x, triton.ds(i * wide, wide)), sums)
         for start, own_width, _ in value_rest:
-            sums = over_values(sums, triton.ds(start, own_width))
+            sums = over_value_tile(sums, triton.ds(start, own_width))
         m1, m2 = sums
         sums = qk, kk
         sums = jax.lax.fori_loop(both, count, lambda i, x: over_keys(x, (i * width, width, width)), sums)
@@ -157,7 +150,7 @@ def tokens(
             columns = triton.ds(start, width)
             zero = jnp.zeros((BLOCK, width), jnp.float32)
 
-            def over_values(sums, values):
+            def states(sums, values):
                 read, written, inner = sums
                 state, d_state = kept_ref[values, columns], d_kept_ref[values, columns]
                 both = state.astype(jnp.float32) * d_state.astype(jnp.float32)
@@ -167,7 +160,7 @@ def tokens(
                 read = read + triton.dot(dv_ref[rows, values], state)
                 return read, written + triton.dot(rho_ref[rows, values], d_state), inner + jnp.sum(both, axis=0)
 
-            read, written, inner = _over_values(V, block_v, over_values, (zero, zero, jnp.zeros((width,), jnp.float32)))
+            read, written, inner = over_values(V, block_v, states, (zero, zero, jnp.zeros((width,), jnp.float32)))
             g = g_ref[...]
             since, last = jnp.cumsum(g), jnp.sum(g)
             gamma, leaving, through = triton.exp(since, interpret), triton.exp(last - since, interpret), jnp.exp(last)
@@ -198,7 +191,7 @@ def tokens(
             def over_outputs(total, values):
                 return total + triton.dot(do_ref[rows, values], kept_ref[values, columns])
 
-            asked = (scale * gamma)[:, None] * _over_values(V, block_v, over_outputs, zero)
+            asked = (scale * gamma)[:, None] * over_values(V, block_v, over_outputs, zero)
             query = triton.load_own(q_ref, rows, tile).astype(jnp.float32)
             read_ref[...] = keys_read + jnp.sum(query * asked, axis=1)
             triton.store_own(dq_ref, rows, tile, dq + asked)

@@ -1,7 +1,10 @@
 """The gated delta rule as Triton kernels: which sizes, which configuration, and the stages put together.
 
-forward   prepare (chunks of 64, parallel) -> state (serial) -> output (blocks of 128, parallel)
-backward  reverse (serial) -> pairs, tokens (blocks of 128, parallel)
+forward   prepare (chunks of 64, parallel) -> state (serial) -> output (blocks, parallel)
+backward  reverse (serial) -> chunks, or pairs and tokens (blocks, parallel)
+
+A block is 64 or 128 tokens: every 64, states cost twice the traffic and gradients need one kernel; every 128, they need
+two. Which is faster is measured.
 
 A serial pass has one program for each row, head and tile of value columns. Where that is too few for the device, long
 rows are cut into pieces. A piece is an affine map of its entering state, S' = M S + B: M is its pass over the identity
@@ -18,24 +21,33 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule import triton_gradients, triton_output, triton_prepare, triton_state
+from pallas_kernels.gated_delta_rule import (
+    triton_chunks,
+    triton_gradients,
+    triton_output,
+    triton_prepare,
+    triton_state,
+)
 from pallas_kernels.gated_delta_rule.reference import document_starts
+from pallas_kernels.gated_delta_rule.triton_gradients import BLOCK
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
-from pallas_kernels.gated_delta_rule.triton_state import BLOCK
 
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (192, 384), (200, 400), (256, 256), (256, 512))
 TUNED = Path(__file__).with_name("tuned.json")  # device kind -> "KxV" -> stage -> configuration
 
 # what runs where nothing was tuned
 DEFAULTS = {
+    "all": {"block": 128},  # tokens between kept states, and of one program of the gradients: 64 or 128
     "prepare": {"key_tile": 64, "warps": 4, "stages": 3},
     "state": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
     "output": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
     "reverse": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
+    "chunks": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
     "pairs": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
     "tokens": {"block_v": 64, "key_tile": 128, "pair_tile": 32, "warps": 8, "stages": 2},
 }
 
+FORWARD = 3  # stages before the backward's
 FEW_PROGRAMS = 32  # of a serial pass: cut rows into pieces up to here
 MOST_PIECES, SHORTEST_PIECE = 8, 1024
 
@@ -53,10 +65,13 @@ STAGES = {
     "prepare": Stage(
         triton_prepare.prepare, "q k g beta chunk_documents", "inverse attention read gamma write", ("scale",)
     ),
-    "state": Stage(triton_state.forward, "k v gamma write inverse initial_state", "rho kept final"),
-    "output": Stage(triton_output.output, "k gamma write rho kept attention read", "o"),
+    "state": Stage(triton_state.forward, "k v gamma write inverse initial_state", "rho kept final", ("block",)),
+    "output": Stage(triton_output.output, "k gamma write rho kept attention read", "o", ("block",)),
     "reverse": Stage(
-        triton_state.reverse, "k do gamma write inverse attention read d_final", "dv d_kept d_initial"
+        triton_state.reverse, "k do gamma write inverse attention read d_final", "dv d_kept d_initial", ("block",)
+    ),
+    "chunks": Stage(
+        triton_chunks.chunks, "q k g beta chunk_documents do dv rho kept d_kept", "dq dk dg dbeta", ("scale", "dtype")
     ),
     "pairs": Stage(
         triton_gradients.pairs, "q k g beta documents do dv rho", "m1 m2 dg_pairs dbeta_pairs", ("scale",)
@@ -66,6 +81,12 @@ STAGES = {
         "dq dk read_sums written_sums inner", ("scale", "dtype"),
     ),
 }  # fmt: skip
+
+
+def stages(block: int) -> tuple[str, ...]:
+    """The stages of forward and backward, in order, with states kept every `block` tokens."""
+    gradients = ("chunks",) if block == CHUNK else ("pairs", "tokens")
+    return ("prepare", "state", "output", "reverse", *gradients)
 
 
 def why_not(key_dim: int, value_dim: int, chunk: int, *, interpret: bool) -> str | None:
@@ -133,6 +154,9 @@ class _Static(NamedTuple):
     interpret: bool
     pieces: int
 
+    def constants(self, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        return {"scale": self.scale, "interpret": self.interpret, **configs["all"]}
+
 
 def _chain(maps, local, first, count):
     """The state S entering each piece, by S' = map S + local from `first`; [B pieces, ...] all, fp32."""
@@ -149,19 +173,20 @@ def _chain(maps, local, first, count):
 def _states(arrays, static):
     """`arrays` with what states and errors are: stages prepare and state; under pieces also each piece's map."""
     configs = _configs(arrays, static)
-    options = {"scale": static.scale, "interpret": static.interpret}
-    arrays = run("prepare", arrays, configs["prepare"], **options)
+    constants = static.constants(configs)
+    arrays = run("prepare", arrays, configs["prepare"], **constants)
     if static.pieces > 1:
         rows, K, first = arrays["k"].shape[0], arrays["k"].shape[-1], arrays["initial_state"]
         heads, V = arrays["gamma"].shape[1], arrays["v"].shape[-1]
         passed = [arrays[name] for name in ("gamma", "write", "inverse")]
-        alone = partial(triton_state.forward, keep=False, interpret=static.interpret, **configs["state"])
+        fixed = {"block": constants["block"], "interpret": static.interpret}
+        alone = partial(triton_state.forward, keep=False, **fixed, **configs["state"])
         identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
         maps, local = alone(arrays["k"], None, *passed, identity), alone(arrays["k"], arrays["v"], *passed, None)
         if first is None:
             first = jnp.zeros((rows // static.pieces, heads, K, V), jnp.float32)
         arrays |= {"maps": maps, "initial_state": _chain(maps, local, first, static.pieces)}
-    return run("state", arrays, configs["state"], **options)
+    return run("state", arrays, configs["state"], **constants)
 
 
 def _configs(arrays, static):
@@ -179,7 +204,8 @@ def _op_fwd(static, tokens, initial_state, documents):
     given = {"q": q, "k": k, "v": v, "g": _heads_first(g), "beta": _heads_first(beta), "initial_state": initial_state}
     given |= documents
     arrays = _states(given, static)
-    arrays = run("output", arrays, _configs(arrays, static)["output"], scale=static.scale, interpret=static.interpret)
+    configs = _configs(arrays, static)
+    arrays = run("output", arrays, configs["output"], **static.constants(configs))
     final = arrays["final"]
     final = final.reshape(-1, static.pieces, *final.shape[1:])[:, -1]
     if static.residuals == "saved":
@@ -193,24 +219,25 @@ def _op_bwd(static, saved, cotangents):
     arrays = _states(saved, static) if "v" in saved else saved
     do, d_final = cotangents
     configs = _configs(arrays, static)
+    constants = static.constants(configs)
     if static.pieces > 1:
         names = ("gamma", "write", "inverse", "attention", "read")
         local = triton_state.reverse(
             arrays["k"], do, *(arrays[name] for name in names), None,
-            keep=False, interpret=static.interpret, **configs["reverse"],
+            keep=False, block=constants["block"], interpret=static.interpret, **configs["reverse"],
         )  # fmt: skip
         backwards = lambda x: x.reshape(-1, static.pieces, *x.shape[1:])[:, ::-1].reshape(x.shape)  # noqa: E731
         maps = backwards(jnp.swapaxes(arrays["maps"], -1, -2))
         d_final = backwards(_chain(maps, backwards(local), d_final, static.pieces))
     arrays = arrays | {"do": do, "d_final": d_final}
     group = arrays["g"].shape[1] // arrays["k"].shape[2]
-    options = {"scale": static.scale, "interpret": static.interpret}
-    options["dtype"] = jnp.bfloat16 if group == 1 else jnp.float32  # per value head until the sum over the group
-    for name in ("reverse", "pairs", "tokens"):
-        arrays = run(name, arrays, configs[name], **options)
-    names = ("beta", "dg_pairs", "dbeta_pairs", "read_sums", "written_sums", "inner")
-    dg, dbeta = triton_gradients.gates(*(arrays[name] for name in names))
-    dq, dk = arrays["dq"], arrays["dk"]
+    constants["dtype"] = jnp.bfloat16 if group == 1 else jnp.float32  # per value head until the sum over the group
+    for name in stages(constants["block"])[FORWARD:]:
+        arrays = run(name, arrays, configs[name], **constants)
+    if "dg" not in arrays:
+        names = ("beta", "dg_pairs", "dbeta_pairs", "read_sums", "written_sums", "inner")
+        arrays["dg"], arrays["dbeta"] = triton_gradients.gates(*(arrays[name] for name in names))
+    dq, dk, dg, dbeta = (arrays[name] for name in ("dq", "dk", "dg", "dbeta"))
     if group > 1:
         dq, dk = (x.reshape(*x.shape[:2], -1, group, x.shape[-1]).sum(3).astype(jnp.bfloat16) for x in (dq, dk))
     d_initial = arrays["d_initial"]

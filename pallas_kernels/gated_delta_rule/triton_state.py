@@ -9,7 +9,8 @@ reverse, with dO and the gradient dS' of the leaving state:
     drho = attention^T dO + write (K dS')     dV = inverse^T drho
     dS   = gamma_C dS' + read^T dO - K^T (gamma dV)
 
-Both keep what the gradient stage needs: the state entering, and the gradient of the state leaving, every 128 tokens.
+Both keep what the gradient stage needs, the state entering and the gradient of the state leaving every block of 64 or
+128 tokens.
 
 Everything with value columns is held as it stands, or transposed. Transposed, state and errors are the register operand
 of every product and only keys and pairs go through shared memory: fewer barriers. As it stands, they go through shared
@@ -26,9 +27,6 @@ from pallas_kernels import triton_dialect as triton
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
 from pallas_kernels.triton_dialect import BlockSpec
 
-BLOCK = 128
-PER_BLOCK = BLOCK // CHUNK
-
 
 class _Held(NamedTuple):
     """How arrays with value columns are held: `turn` takes them from memory and back."""
@@ -42,13 +40,13 @@ PLAIN = _Held(lambda x: x, lambda x: x[:, None], triton.dot)
 TRANSPOSED = _Held(lambda x: x.T, lambda x: x[None, :], lambda a, x: triton.dot(x, a.T))
 
 
-def _specs(T, K, V, group):
+def _specs(T, K, V, group, block):
     """Block specs over grid (value block, head, batch): key, value, gate, pair, kept state, fp32 state."""
     key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, jax.lax.div(h, group), 0))
     value = BlockSpec((None, T, None, V), lambda i, h, b: (b, 0, h, 0))
     gate = BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
     pair = BlockSpec((None, None, T // CHUNK, CHUNK, CHUNK), lambda i, h, b: (b, h, 0, 0, 0))
-    kept = BlockSpec((None, None, T // BLOCK, V, K), lambda i, h, b: (b, h, 0, 0, 0))
+    kept = BlockSpec((None, None, T // block, V, K), lambda i, h, b: (b, h, 0, 0, 0))
     state = BlockSpec((None, None, K, V), lambda i, h, b: (b, h, 0, 0))
     return key, value, gate, pair, kept, state
 
@@ -68,22 +66,22 @@ def _read_state(ref, columns, tiles, held):
     return tuple(held.turn(triton.load_own_rows(ref, tile, columns)) for tile in tiles)
 
 
-def _keep(kept_ref, chunk, columns, tiles, states, held):
-    """Store the state [V, K] of the chunk's block."""
+def _keep(kept_ref, number, columns, tiles, states, held):
+    """Store the state [V, K] of block `number`."""
     for tile, state in zip(tiles, states, strict=True):
         transposed = state if held is TRANSPOSED else state.T
-        triton.store_own(kept_ref, columns, tile, transposed, (jax.lax.div(chunk, PER_BLOCK),))
+        triton.store_own(kept_ref, columns, tile, transposed, (number,))
 
 
 def forward(
     k, v, gamma, write, inverse, initial_state,
-    *, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
+    *, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
 ):  # fmt: skip
-    """(rho [B,T,Hv,V] bf16, state entering each block [B,Hv,T/128,V,K] bf16, final state [B,Hv,K,V] fp32), or the final
-    state alone where `keep` is False.
+    """(rho [B,T,Hv,V] bf16, state entering each block [B,Hv,T/block,V,K] bf16, final state [B,Hv,K,V] fp32), or the
+    final state alone where `keep` is False.
 
     k [B,T,H,K], v [B,T,Hv,V] bf16, or None for zeros with V = K; gamma, write [B,Hv,T]; inverse [B,Hv,T/64,64,64];
-    initial_state or None for zeros. T is a multiple of 128.
+    initial_state or None for zeros. T is a multiple of `block`.
     """
     B, T, H, K = k.shape
     Hv, V = gamma.shape[1], K if v is None else v.shape[3]
@@ -100,8 +98,9 @@ def forward(
             left, states = carry
             next_left = gamma_ref[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]  # on its way while this chunk computes
             if keep:
-                boundary = jax.lax.rem(chunk, PER_BLOCK) == 0
-                triton.when(boundary)(lambda: _keep(outputs[1], chunk, columns, tiles, states, held))
+                boundary = jax.lax.rem(chunk, block // CHUNK) == 0
+                number = jax.lax.div(chunk, block // CHUNK)
+                triton.when(boundary)(lambda: _keep(outputs[1], number, columns, tiles, states, held))
             rows = triton.ds(chunk * CHUNK, CHUNK)
             keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
             seen = held.turn(jnp.zeros((CHUNK, block_v), jnp.float32))
@@ -122,13 +121,13 @@ def forward(
         for tile, state in zip(tiles, states, strict=True):
             triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
 
-    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H)
+    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     given = [(x, spec) for x, spec in ((v, value), (initial_state, state)) if x is not None]
     out = [(jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state)]
     if keep:
         out = [
             (jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), value),
-            (jax.ShapeDtypeStruct((B, Hv, T // BLOCK, V, K), jnp.bfloat16), kept),
+            (jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16), kept),
             *out,
         ]
     results = triton.call(
@@ -142,9 +141,9 @@ def forward(
 
 def reverse(
     k, do, gamma, write, inverse, attention, read, d_final,
-    *, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
+    *, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
 ):  # fmt: skip
-    """(dv [B,T,Hv,V] bf16, gradient of the state leaving each block [B,Hv,T/128,V,K] bf16, dinitial [B,Hv,K,V] fp32),
+    """(dv [B,T,Hv,V] bf16, gradient of the state leaving each block [B,Hv,T/block,V,K] bf16, dinitial [B,Hv,K,V] fp32),
     or dinitial alone where `keep` is False.
 
     do like v, bf16; attention like inverse and read [B,T,Hv,K] from prepare; d_final [B,Hv,K,V] fp32 or None for zeros;
@@ -164,8 +163,9 @@ def reverse(
             chunk = chunks - 1 - i
             next_left = gamma_ref[jnp.maximum(chunk, 1) * CHUNK - 1]
             if keep:
-                boundary = jax.lax.rem(chunk, PER_BLOCK) == PER_BLOCK - 1
-                triton.when(boundary)(lambda: _keep(outputs[1], chunk, columns, tiles, states, held))
+                boundary = jax.lax.rem(chunk, block // CHUNK) == block // CHUNK - 1
+                number = jax.lax.div(chunk, block // CHUNK)
+                triton.when(boundary)(lambda: _keep(outputs[1], number, columns, tiles, states, held))
             rows = triton.ds(chunk * CHUNK, CHUNK)
             keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
             do = held.turn(do_ref[rows, columns])
@@ -188,14 +188,14 @@ def reverse(
         for tile, state in zip(tiles, states, strict=True):
             triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
 
-    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H)
+    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     reads = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, h, 0))
     given = [] if d_final is None else [d_final]
     out = [(jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state)]
     if keep:
         out = [
             (jax.ShapeDtypeStruct(do.shape, jnp.bfloat16), value),
-            (jax.ShapeDtypeStruct((B, Hv, T // BLOCK, V, K), jnp.bfloat16), kept),
+            (jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16), kept),
             *out,
         ]
     results = triton.call(

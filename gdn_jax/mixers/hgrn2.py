@@ -31,7 +31,7 @@ class HGRN2(nnx.Module):
         self.q_proj = Linear(D, D, linear_init(cfg, D), rngs=rngs)
         self.f_proj = Linear(D, D, linear_init(cfg, D), rngs=rngs)
         self.i_proj = Linear(D, D, linear_init(cfg, D), rngs=rngs)
-        self.o_norm = RMSNorm(D, cfg.norm_eps)
+        self.o_norm = RMSNorm(D, 1e-5)  # fla's layer leaves this norm at 1e-5 whatever the model's eps is
         self.o_proj = Linear(D, D, linear_init(cfg, D, residual=cfg.rescale_o_proj), rngs=rngs)
 
     def __call__(

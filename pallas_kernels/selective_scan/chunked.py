@@ -5,12 +5,13 @@ One chunk of C tokens, state h_0 [D, N] entering it, all products elementwise on
     h_t = a_t h_{t-1} + u_t B_t       a_t = exp(dt_t A), 0 where a document starts      u_t = dt_t x_t
     y_t = sum_n C_t h_t + D x_t
 
-The C states of a chunk are found by doubling: after the pass of distance s a token holds what the 2s tokens up to it
-have written, so log2 C passes suffice, and decays only ever multiply, never divide. Outside the current chunk no
+The C states of a chunk are found in three passes: all runs of RUN tokens side by side, token after token, as if each
+began with an empty state; the runs one after another, which gives the state entering each; and that state, times the
+product of decays since, added to every token. Decays only ever multiply, never divide. Outside the current chunk no
 [T, D, N] array exists: the forward keeps the state entering each chunk, and the backward makes a chunk's states again.
 
 Backward, with dh'_C the gradient of the state that leaves the chunk:
-    dh_t = C_t dy_t + a_{t+1} dh_{t+1}      the same doubling from the right
+    dh_t = C_t dy_t + a_{t+1} dh_{t+1}      the same three passes from the right
     dl_t = dh_t a_t h_{t-1}, the gradient of the exponent dt_t A;  du_t = sum_n dh_t B_t
     dx = dt du + D dy    ddt = x du + sum_n A dl    dA = sum_t dt dl    dB = sum_d u dh    dC = sum_d h dy
     dD = sum_t x dy
@@ -23,17 +24,29 @@ import jax.numpy as jnp
 
 from pallas_kernels.tiles import document_numbers, pad_tokens
 
+RUN = 8  # tokens of a chunk that follow one another; C / RUN such runs go side by side
+
 
 def _states(decay, write, state):
     """h [B, C, D, N] of every token from decay, write [B, C, D, N] and the state [B, D, N] before the first."""
-    write = write.at[:, 0].add(decay[:, 0] * state)
-    distance = 1
-    while distance < decay.shape[1]:
-        before = lambda x: jnp.pad(x[:, :-distance], ((0, 0), (distance, 0), (0, 0), (0, 0)))  # noqa: B023, E731
-        write = write + decay * before(write)
-        decay = decay * before(decay)
-        distance *= 2
-    return write
+    B, C, D, N = decay.shape
+    runs = (B, C // RUN, RUN, D, N)
+
+    def within(carry, token):
+        (written, product), (a, u) = carry, token
+        carry = (a * written + u, a * product)
+        return carry, carry
+
+    def across(state, run):
+        written, product = run
+        return product * state + written, state
+
+    empty = jnp.zeros((B, C // RUN, D, N), decay.dtype)
+    tokens = [jnp.moveaxis(x.reshape(runs), 2, 0) for x in (decay, write)]
+    _, (written, product) = jax.lax.scan(within, (empty, empty + 1), tokens)
+    _, entering = jax.lax.scan(across, state, [jnp.moveaxis(x[-1], 1, 0) for x in (written, product)])
+    h = written + product * jnp.moveaxis(entering, 0, 1)
+    return jnp.moveaxis(h, 0, 2).reshape(decay.shape)
 
 
 def _chunk(arrays, runs, start, size, A):

@@ -10,7 +10,7 @@ import pytest
 from small import experiment
 from test_train import first_steps
 
-from experiments.variants import MODELS, model_config
+from experiments.variants import MODELS, PAPER_MODELS, model_config
 from gdn_jax.layers import Compute
 from gdn_jax.model import count_parameters
 from gdn_jax.model import init_model as eager_init_model
@@ -71,7 +71,11 @@ ROUNDED = {  # given in millions with one decimal
     "transformer/400m": 502.2,
     "samba/400m": 535.0,
 }
-TINY = [name for name, scales in MODELS.items() if "tiny" in scales]
+TINY = [
+    pytest.param(name, marks=() if name in PAPER_MODELS else pytest.mark.slow)
+    for name, scales in MODELS.items()
+    if "tiny" in scales
+]
 FP32 = Compute(dtype=jnp.float32, impl="chunked", chunk=16)
 init_model = jax.jit(eager_init_model, static_argnums=0)
 

@@ -1,4 +1,4 @@
-"""Smoke: a two-block model learns Python source byte by byte, offline, in under 90 s on two CPU cores.
+"""Smoke: a two-block model learns Python source byte by byte, offline, in under 120 s on two CPU cores.
 
     gdn run smoke/gated-deltanet
 

@@ -61,8 +61,9 @@ def linear_init(cfg: Model, fan_in: int, *, residual: bool = False) -> Initialis
     """Start of a Linear kernel: lit U(+-fan_in^-1/2), fla N(0, 0.02^2).
 
     `residual` marks a projection that writes to the residual stream: lit divides it by the square root of the
-    number of such writes, two a layer, or one where there is no MLP. fla does not rescale. lit-normal, the released
-    code's start of models without a recurrence: N(0, 2 / (5 d)), residual N(0, 1 / (d layers^2)), d the model's width.
+    number of such writes, two a layer, or one where there is no MLP. fla does not, but for Mamba2 (see there).
+    lit-normal, the released code's start of models without a recurrence: N(0, 2 / (5 d)), residual
+    N(0, 1 / (d layers^2)), d the model's width.
     """
     if cfg.init == "fla":
         return normal(0.02)

@@ -179,6 +179,13 @@ def test_initialisation_of_the_fla_family():
     check_normal(model.embed[...], 0.02)
 
 
+def test_initialisation_of_models_without_a_recurrence():
+    cfg, key = hybrid(init="lit-normal"), jax.random.key(0)
+    check_normal(linear_init(cfg, 999)(key, (128, 256)), np.sqrt(2 / (5 * 128)))
+    check_normal(linear_init(cfg, 999, residual=True)(key, (128, 256)), 1 / (np.sqrt(128) * 4))
+    check_normal(init_model(cfg, key).embed[...], np.sqrt(2 / (5 * 128)))
+
+
 def test_initialisation_of_the_gates():
     A = np.exp(np.asarray(log_decay_rate_init(jax.random.key(0), 20000)))
     assert A.min() >= 0.99e-4 and 15.9 < A.max() <= 16

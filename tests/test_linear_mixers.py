@@ -242,10 +242,16 @@ def test_initialisation_of_mamba_and_mamba2_in_the_lit_family(d_ff, writes):
 def test_initialisation_of_the_fla_family():
     for name in ("retnet", "hgrn2", "mamba", "mamba2"):
         mixer = fresh(name, "fla").groups.blocks[0].mixer
-        for part in ("q_proj", "o_proj") if name in ("retnet", "hgrn2") else ("in_proj", "out_proj"):
+        for part in ("q_proj", "o_proj") if name in ("retnet", "hgrn2") else ("in_proj",):
             check_normal(getattr(mixer, part).kernel[...], 0.02)
-    assert not np.any(fresh("mamba", "fla").groups.blocks[0].mixer.conv.bias[...])
-    check_dt(fresh("mamba", "fla").groups.blocks[0].mixer.dt_proj.bias[...])
+    mamba, mamba2 = (fresh(name, "fla").groups.blocks[0].mixer for name in ("mamba", "mamba2"))
+    check_normal(mamba.out_proj.kernel[...], 0.02)
+    check_uniform(mamba.conv.bias[...], 0.5)
+    check_uniform(mamba.dt_proj.kernel[...], 64**-0.5)
+    check_dt(mamba.dt_proj.bias[...])
+    check_uniform(mamba2.out_proj.kernel[...], 256**-0.5 / np.sqrt(3))
+    check_normal(mamba2.conv.weight[...], 0.02)
+    assert not np.any(mamba2.conv.bias[...])
     assert np.all(np.asarray(fresh("hgrn2", "fla").lower_bounds[...]) == 0)
     assert fresh("hgrn2", "fla").lower_bounds.shape == (3, 128) and fresh("retnet", "fla").lower_bounds is None
 

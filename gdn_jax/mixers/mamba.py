@@ -8,17 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
-from gdn_jax.layers import (
-    Compute,
-    Linear,
-    ShortConv,
-    conv_bias_init,
-    conv_init,
-    dt_bias_init,
-    linear_init,
-    normal,
-    uniform,
-)
+from gdn_jax.layers import Compute, Linear, ShortConv, dt_bias_init, linear_init, uniform
 from pallas_kernels.selective_scan import selective_scan, selective_scan_step
 
 
@@ -40,11 +30,10 @@ class Mamba(nnx.Module):
         self.config = mixer = cfg.mamba
         D, inner, rank, N, width = cfg.d_model, mixer.inner, mixer.dt_rank, mixer.state, mixer.conv_width
         self.in_proj = Linear(D, 2 * inner, linear_init(cfg, D), rngs=rngs)
-        bias = conv_bias_init(cfg, width)
-        self.conv = ShortConv(inner, width, conv_init(cfg, width), rngs=rngs, bias_init=bias)
+        init = uniform(width**-0.5)  # both families leave Mamba's convolution and dt_proj at their own start
+        self.conv = ShortConv(inner, width, init, rngs=rngs, bias_init=init)
         self.x_proj = Linear(inner, rank + 2 * N, linear_init(cfg, inner), rngs=rngs)
-        init = uniform(rank**-0.5) if cfg.init == "lit" else normal(0.02)
-        self.dt_proj = Linear(rank, inner, init, rngs=rngs, bias=True)
+        self.dt_proj = Linear(rank, inner, uniform(rank**-0.5), rngs=rngs, bias=True)
         self.dt_proj.bias[...] = dt_bias_init(rngs.params(), inner)
         rates = jnp.log(jnp.arange(1.0, N + 1, dtype=jnp.float32))
         self.A_log = nnx.Param(jnp.broadcast_to(rates, (inner, N)))

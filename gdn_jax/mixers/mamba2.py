@@ -18,6 +18,7 @@ from gdn_jax.layers import (
     dt_bias_init,
     linear_init,
     log_decay_rate_init,
+    uniform,
 )
 from pallas_kernels.linear_attention import linear_attention, linear_attention_step
 
@@ -47,7 +48,10 @@ class Mamba2(nnx.Module):
         self.dt_bias = nnx.Param(dt_bias_init(rngs.params(), mixer.heads))
         self.D = nnx.Param(jnp.ones(mixer.heads, jnp.float32))
         self.norm = RMSNorm(inner, cfg.norm_eps, gate_first=True, groups=mixer.groups)
-        self.out_proj = Linear(inner, D, linear_init(cfg, inner, residual=True), rngs=rngs)
+        init = linear_init(cfg, inner, residual=True)
+        if cfg.init == "fla":  # which for Mamba2 alone does rescale, counting one write a layer
+            init = uniform((inner * cfg.layers) ** -0.5)
+        self.out_proj = Linear(inner, D, init, rngs=rngs)
 
     def __call__(
         self,

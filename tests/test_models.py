@@ -11,6 +11,7 @@ from small import experiment
 from test_train import first_steps
 
 from experiments.variants import MODELS, PAPER_MODELS, model_config
+from gdn_jax.flops import MIXER_FLOPS
 from gdn_jax.layers import Compute
 from gdn_jax.model import count_parameters
 from gdn_jax.model import init_model as eager_init_model
@@ -88,6 +89,20 @@ def test_parameters_by_shape(id):
 @pytest.mark.parametrize("id", ROUNDED)
 def test_parameters_by_shape_to_the_digits_published(id):
     assert round(count_parameters(model_config(*id.split("/"))) / 1e6, 1) == ROUNDED[id]
+
+
+def test_flops_of_the_recurrences_by_hand():
+    """A token's share at tiny, chunks of 64: products with the state [K, V], within the chunk with K and with V."""
+    heads, K, V = 4, 32, 64
+    expected = {
+        "retnet": heads * (4 * K * V + 2 * 64 * K + 2 * 64 * V),
+        "hgrn2": heads * (4 * K * K + 2 * 64 * K + 2 * 64 * K),
+        "mamba2": heads * (4 * K * V + 2 * 64 * V) + 2 * 64 * K,  # one group: Q K^T once for all heads
+        "mamba": 6 * 256 * 16,
+        "deltanet": heads * (6 * K * K + 4 * 64 * K + 4 * 64 * K),
+    }
+    for name, flops in expected.items():
+        assert MIXER_FLOPS[name](model_config(name, "tiny"), 100) == flops, name
 
 
 @functools.cache

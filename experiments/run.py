@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 import experiments
-from experiments import report
+from experiments import report, tables
 from gdn_jax.config import Data, Experiment, Model, Optim, Run, flat, to_dict
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.files import explained
@@ -307,6 +307,7 @@ COMMANDS = {
     "train": Command(train, TrainOptions, "ID"),
     "eval": Command(evaluate, EvalOptions, "ID"),
     "run": Command(run, RunOptions, "ID"),
+    "table": Command(tables.table, tables.TableOptions, "TABLE"),
     "data prepare": Command(prepare_data, PrepareOptions, "SOURCE"),
     "data verify": Command(verify_data, VerifyOptions, "DIR"),
     "doctor": Command(doctor, DoctorOptions),

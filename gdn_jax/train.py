@@ -26,7 +26,7 @@ from rich.live import Live
 
 from gdn_jax import data, prepare, sharding, tokenizer
 from gdn_jax.checkpoint import Checkpoints, check_same, read_config
-from gdn_jax.config import Experiment, to_dict
+from gdn_jax.config import DeltaNetConfig, Experiment, GatedDeltaNetConfig, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.flops import train_flops_per_token
@@ -35,18 +35,25 @@ from gdn_jax.loss import next_token_loss
 from gdn_jax.metrics import Writer, check_sinks, environment, peak_flops
 from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
-from pallas_kernels import gated_delta_rule
+from pallas_kernels import gated_delta_rule, linear_attention, selective_scan
 
 
-def _delta_rule(experiment: Experiment):
-    mixer = experiment.model.gated_deltanet
+def _delta_rule(experiment: Experiment, mixer: GatedDeltaNetConfig | DeltaNetConfig):
     dtype = compute_for(experiment).dtype
     return gated_delta_rule.resolve(
         experiment.run.impl, key_dim=mixer.key_dim, value_dim=mixer.value_dim, chunk=experiment.run.chunk, dtype=dtype
     )
 
 
-OPS = {"gated_deltanet": ("gated_delta_rule", _delta_rule)}  # mixer -> its op and how impl resolves
+# mixer -> its op and how impl resolves
+OPS = {
+    "gated_deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.gated_deltanet)),
+    "deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.deltanet)),
+    "mamba": ("selective_scan", lambda run: selective_scan.resolve(run.run.impl)),
+    **dict.fromkeys(
+        ("retnet", "hgrn2", "mamba2"), ("linear_attention", lambda run: linear_attention.resolve(run.run.impl))
+    ),
+}
 
 
 class Interrupted(Exception):

@@ -11,6 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pallas_kernels import dispatch
 from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule
 from pallas_kernels.gated_delta_rule.conformance import Case
+from pallas_kernels.linear_attention import conformance as linear_attention_conformance
+from pallas_kernels.linear_attention import linear_attention
+from pallas_kernels.selective_scan import conformance as selective_scan_conformance
+from pallas_kernels.selective_scan import selective_scan
 
 
 def test_auto_takes_the_first_that_can_run_and_says_why_once(caplog):
@@ -53,6 +57,37 @@ def test_sharded_op_equals_the_plain_one_and_gathers_nothing(axes):
     if "tensor" not in axes:
         assert "all-gather" not in compiled.as_text()
     for x, y in zip(plain, compiled(*placed), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
+
+
+SUITES = {
+    "linear_attention": (linear_attention, linear_attention_conformance, {}),
+    "linear_attention by channel": (linear_attention, linear_attention_conformance, {"channels": True}),
+    "selective_scan": (selective_scan, selective_scan_conformance, {}),
+}
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_other_sharded_ops_equal_the_plain_ones(name):
+    """Gradients of what all shards share, A over the batch and B, C over the channels, are summed over the shards."""
+    op, suite, changes = SUITES[name]
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    arrays, segments, cotangents = suite.inputs(suite.Case(name="sharded", T=40, B=4, documents=0.05, **changes))
+    arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
+
+    def run(arrays, segments):
+        def loss(arrays):
+            *inputs, state = arrays
+            outputs = op(*inputs, initial_state=state, segment_ids=segments, impl="chunked")
+            return sum((x * d).sum() for x, d in zip(outputs, cotangents, strict=True))
+
+        return jax.grad(loss)(arrays)
+
+    plain = jax.jit(run)(arrays, segments)
+    with jax.set_mesh(mesh):
+        sharded = jax.jit(run)(arrays, segments)
+        assert "shard_map" in str(jax.make_jaxpr(run)(arrays, segments))
+    for x, y in zip(plain, sharded, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
 
 

@@ -7,9 +7,9 @@ import pytest
 import experiments
 from experiments.run import main
 
-DEFAULT = "smoke/gated-deltanet"
+DEFAULT = ("smoke/gated-deltanet", "smoke/gated-deltanet-h1")  # one recurrent model, one hybrid
 IDS = [
-    pytest.param(experiment.id, marks=() if experiment.id == DEFAULT else pytest.mark.slow)
+    pytest.param(experiment.id, marks=() if experiment.id in DEFAULT else pytest.mark.slow)
     for experiment in experiments.find("smoke/*")
 ]
 

@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from gdn_jax.config import Experiment, canonical, flat, from_dict, to_dict
 from gdn_jax.errors import UserError
+from gdn_jax.files import write_json
 from gdn_jax.model import LM, abstract_model
 from gdn_jax.tree import named_leaves, with_leaves
 
@@ -47,12 +48,16 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, model: Any, optimizer: Any) -> None:
-        """Begins to write a checkpoint and returns; a write still going on is waited for first."""
+    def save(self, step: int, model: Any, optimizer: Any = None) -> None:
+        """Begins to write a checkpoint and returns; a write still going on is waited for first.
+
+        Without an optimizer state it can be evaluated, not trained on.
+        """
+        state = {MODEL: named_leaves(model)} | ({} if optimizer is None else {OPTIMIZER: named_leaves(optimizer)})
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
-                {MODEL: named_leaves(model), OPTIMIZER: named_leaves(optimizer)},
+                state,
                 force=True,
                 overwrite=True,
                 custom_metadata={"step": step, "batch": step, "experiment": to_dict(self._experiment)},
@@ -183,3 +188,11 @@ def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int]:
             raise none
         model = checkpoints.load_model(step, abstract)
     return experiment, model, step
+
+
+def write(run_dir: Path, experiment: Experiment, model: LM, step: int) -> None:
+    """Makes a run of a model that was not trained here: config.json and one checkpoint, without optimizer state."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "config.json", to_dict(experiment))
+    with contextlib.closing(Checkpoints(run_dir / "checkpoints", experiment, writes=True)) as checkpoints:
+        checkpoints.save(step, model)

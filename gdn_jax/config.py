@@ -22,6 +22,8 @@ from gdn_jax.errors import UserError, nearest
 # mixer name in a pattern -> the field of Model that configures it
 MIXER_FIELDS = {"gated_deltanet": "gated_deltanet", "attention": "attention", "swa": "attention"}
 
+IMPORTED = "imported/"  # begins the ID of a run whose parameters came from another program's files
+
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:

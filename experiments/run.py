@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import experiments
-from experiments.commands import Stopped, machine
+from experiments.commands import Stopped, convert, generate, machine, of_run
 from experiments.commands import data as on_data
 from experiments.commands import experiment as on_ids
 from experiments.options import Overrides, parse
@@ -29,14 +29,21 @@ COMMANDS = {
     "list": Command(on_ids.list_ids, on_ids.ListOptions, "[GLOB]"),
     "show": Command(on_ids.show, on_ids.ShowOptions, "ID"),
     "train": Command(on_ids.train, on_ids.TrainOptions, "ID"),
-    "eval": Command(on_ids.evaluate, on_ids.EvalOptions, "ID"),
+    "eval": Command(on_ids.evaluate, on_ids.EvalOptions, "RUN"),
     "run": Command(on_ids.run, on_ids.RunOptions, "ID"),
     "data prepare": Command(on_data.prepare_data, on_data.PrepareOptions, "SOURCE"),
     "data verify": Command(on_data.verify_data, on_data.VerifyOptions, "DIR"),
+    "generate": Command(generate.generate_text, generate.GenerateOptions, "RUN"),
+    "convert import": Command(convert.import_run, convert.ImportOptions, "SOURCE"),
+    "convert export": Command(convert.export_run, convert.ExportOptions, "RUN"),
     "doctor": Command(machine.doctor, machine.DoctorOptions),
     "bench": Command(machine.bench_op, machine.BenchOptions, "OP"),
 }
 GROUPS = {name.partition(" ")[0] for name in COMMANDS if " " in name}  # commands of two words
+HINTS = {
+    "ID": "; `gdn list` shows all IDs",
+    "RUN": ", an ID or the directory of a run",
+}
 HELP = ("-h", "--help")
 
 
@@ -75,13 +82,14 @@ def _dispatch(words: list[str]) -> int | None:
     asks_help = any(word in HELP for word in words)
     operand = words.pop(0) if command.operand and words and not words[0].startswith("-") else ""
     if not (operand or command.operand in ("", "[GLOB]") or asks_help):
-        hint = "; `gdn list` shows all IDs" if command.operand == "ID" else ""
+        hint = HINTS.get(command.operand, "")
         raise UserError(f"`gdn {name}` needs {command.operand} as its first word{hint}.")
     prog = f"gdn {name} {command.operand}".rstrip()
     if not issubclass(command.options, Overrides):
         return command.call(operand, parse(command.options(), words, prog))
     # Help without an ID shows the defaults of the first one.
-    experiment = experiments.get(operand or next(iter(experiments.EXPERIMENTS)))
+    operand = operand or next(iter(experiments.EXPERIMENTS))
+    experiment = of_run(operand) if command.operand == "RUN" else experiments.get(operand)
     groups = {name: getattr(experiment, name) for name in ("model", "optim", "data", "run")}
     options = parse(command.options(**groups), words, prog)
     experiment = dataclasses.replace(experiment, **{name: getattr(options, name) for name in groups})

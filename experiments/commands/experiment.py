@@ -1,6 +1,7 @@
 """`gdn list`, `show`, `train`, `eval` and `run`: what one does with an experiment ID."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import experiments
 from experiments import report
 from experiments.commands import Stopped, print_facts
 from experiments.options import Overrides, Switch
-from gdn_jax.config import Experiment, flat, to_dict
+from gdn_jax.config import IMPORTED, Experiment, flat, to_dict
 from gdn_jax.errors import UserError
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 parameters and AdamW's two moments
@@ -144,7 +145,11 @@ def _train(experiment: Experiment) -> Path:
 
 
 def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -> dict[str, Any]:
-    """Measure the run's last checkpoint and keep the numbers in its directory."""
+    """Measure the run's last checkpoint and keep the numbers in its directory.
+
+    The model of an imported run may be measured on any data, for it was trained on none of ours; only the numbers on
+    the data that the run names are kept.
+    """
     from gdn_jax import checkpoint, tokenizer
     from gdn_jax.evaluate.perplexity import check_scoring, perplexity
     from gdn_jax.layers import compute_for
@@ -154,7 +159,10 @@ def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -
     chosen_impls(experiment)
     run_dir = run_directory(experiment)
     trained, model, step = checkpoint.load(run_dir)
-    checkpoint.check_same(trained, experiment, run_dir)
+    imported = trained.id.startswith(IMPORTED)
+    checkpoint.check_same(
+        dataclasses.replace(trained, data=experiment.data) if imported else trained, experiment, run_dir
+    )
     data, optim = experiment.data, experiment.optim
     numbers = perplexity(
         model, prepared_data(experiment, None), tokenizer.load(data.tokenizer),
@@ -162,7 +170,8 @@ def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -
         batch_size=optim.batch_size // experiment.run.micro_batches,
         compute=compute_for(experiment), with_segments=data.reset_at_documents,
     )  # fmt: skip
-    report.save_evaluation(run_dir, numbers, step)
+    if data == trained.data:
+        report.save_evaluation(run_dir, numbers, step)
     return {"id": experiment.id, "hash8": experiment.hash8, "step": step} | numbers
 
 

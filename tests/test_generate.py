@@ -19,7 +19,7 @@ from gdn_jax.model import init_model
 
 FP32 = Compute(dtype=jnp.float32, impl="reference")
 BYTES = tokenizer.load("byte")
-PROMPTS = ["a", "def main(", "", "x" * 21]
+PROMPTS = ["a", "def main(argv=None)", "", "x" * 16]  # 1, 16 + 3 x 1, 1 and 16 tokens: pieces of every kind
 PATTERNS = [("gated_deltanet",), ("gated_deltanet", "swa"), ("attention",)]
 
 

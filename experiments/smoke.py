@@ -19,4 +19,5 @@ EXPERIMENTS = tuple(
         run=Run(eval_every=75, save_every=150),
     )
     for name in MODELS
+    if "tiny" in MODELS[name]
 )

@@ -20,7 +20,12 @@ from typing import Any, Literal
 from gdn_jax.errors import UserError, nearest
 
 # mixer name in a pattern -> the field of Model that configures it
-MIXER_FIELDS = {"gated_deltanet": "gated_deltanet", "attention": "attention", "swa": "attention"}
+MIXER_FIELDS = {
+    "gated_deltanet": "gated_deltanet",
+    "deltanet": "deltanet",
+    "attention": "attention",
+    "swa": "attention",
+}
 
 IMPORTED = "imported/"  # begins the ID of a run whose parameters came from another program's files
 
@@ -72,6 +77,24 @@ class GatedDeltaNetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig:
+    """The DeltaNet mixer (Yang et al. 2024b): the delta rule without decay and without an output gate."""
+
+    heads: int
+    key_dim: int  # per head
+    value_dim: int  # per head
+    conv_width: int = 4  # 0: no short convolution
+
+    def __post_init__(self):
+        where = "model.deltanet"
+        _positive(self, where, "heads", "key_dim", "value_dim")
+        _require(
+            self.conv_width >= 0,
+            f"{where}.conv_width is {self.conv_width}; use 0 for none or a positive width.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Softmax attention with RoPE; `window` counts visible tokens, the current one included, and binds `swa` only."""
 
@@ -102,6 +125,7 @@ class Model:
     init: Literal["lit", "fla"] = "lit"  # which family's initialisation (released code or FLA)
     rescale_o_proj: bool = False  # lit: also divide the recurrent mixers' output projection by sqrt(2 layers)
     gated_deltanet: GatedDeltaNetConfig | None = None
+    deltanet: DeltaNetConfig | None = None
     attention: AttentionConfig | None = None
 
     def __post_init__(self):

@@ -9,7 +9,7 @@ import jax
 from gdn_jax.config import Model
 from gdn_jax.model import abstract_model
 
-DELTA_RULE_CHUNK = 64  # the paper's chunk; the count must not change with a run's tiling
+CHUNK = 64  # the paper's chunk; the count must not change with a run's tiling
 
 
 def forward_flops_per_token(cfg: Model, seq_len: int) -> float:
@@ -30,11 +30,20 @@ def matmul_parameters(cfg: Model) -> int:
     return kernels + (cfg.vocab * cfg.d_model if cfg.tied else 0)
 
 
-def gated_delta_rule_flops(cfg: Model, seq_len: int) -> float:
+def _delta_rule(heads: int, K: int, V: int) -> float:
     """For each value head: 3 * 2KV (S k, S q, k^T x) + 2 * 2CK (K K^T, Q K^T) + 2 * 2CV (both times V)."""
-    mixer, C = cfg.gated_deltanet, DELTA_RULE_CHUNK
-    K, V = mixer.key_dim, mixer.value_dim
-    return mixer.num_value_heads * (6.0 * K * V + 4.0 * C * K + 4.0 * C * V)
+    return heads * (6.0 * K * V + 4.0 * CHUNK * K + 4.0 * CHUNK * V)
+
+
+def gated_delta_rule_flops(cfg: Model, seq_len: int) -> float:
+    """The delta rule of every value head."""
+    mixer = cfg.gated_deltanet
+    return _delta_rule(mixer.num_value_heads, mixer.key_dim, mixer.value_dim)
+
+
+def delta_rule_flops(cfg: Model, seq_len: int) -> float:
+    """As gated_delta_rule_flops: the decay costs no matmul."""
+    return _delta_rule(cfg.deltanet.heads, cfg.deltanet.key_dim, cfg.deltanet.value_dim)
 
 
 def attention_flops(cfg: Model, seq_len: int) -> float:
@@ -48,4 +57,9 @@ def swa_flops(cfg: Model, seq_len: int) -> float:
     return 4.0 * cfg.d_model * (W * (W + 1) / 2 + (seq_len - W) * W) / seq_len
 
 
-MIXER_FLOPS = {"gated_deltanet": gated_delta_rule_flops, "attention": attention_flops, "swa": swa_flops}
+MIXER_FLOPS = {
+    "gated_deltanet": gated_delta_rule_flops,
+    "deltanet": delta_rule_flops,
+    "attention": attention_flops,
+    "swa": swa_flops,
+}

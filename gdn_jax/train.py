@@ -26,7 +26,7 @@ from rich.live import Live
 
 from gdn_jax import data, prepare, sharding, tokenizer
 from gdn_jax.checkpoint import Checkpoints, check_same, read_config
-from gdn_jax.config import Experiment, to_dict
+from gdn_jax.config import DeltaNetConfig, Experiment, GatedDeltaNetConfig, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.flops import train_flops_per_token
@@ -38,15 +38,18 @@ from gdn_jax.optim import optimizer, schedule
 from pallas_kernels import gated_delta_rule
 
 
-def _delta_rule(experiment: Experiment):
-    mixer = experiment.model.gated_deltanet
+def _delta_rule(experiment: Experiment, mixer: GatedDeltaNetConfig | DeltaNetConfig):
     dtype = compute_for(experiment).dtype
     return gated_delta_rule.resolve(
         experiment.run.impl, key_dim=mixer.key_dim, value_dim=mixer.value_dim, chunk=experiment.run.chunk, dtype=dtype
     )
 
 
-OPS = {"gated_deltanet": ("gated_delta_rule", _delta_rule)}  # mixer -> its op and how impl resolves
+# mixer -> its op and how impl resolves
+OPS = {
+    "gated_deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.gated_deltanet)),
+    "deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.deltanet)),
+}
 
 
 class Interrupted(Exception):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gdn_jax.config import AttentionConfig, GatedDeltaNetConfig, Model
+from gdn_jax.config import AttentionConfig, DeltaNetConfig, GatedDeltaNetConfig, Model
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.mixers import MIXERS
@@ -23,7 +23,7 @@ ATTENTION = AttentionConfig(heads=3, head_dim=8, window=5)
 def config(delta=DELTA, attention=ATTENTION):
     return Model(
         pattern=("gated_deltanet", "swa"), repeats=1, d_model=D, d_ff=32, vocab=64, gated_deltanet=delta,
-        attention=attention,
+        attention=attention, deltanet=DeltaNetConfig(heads=2, key_dim=6, value_dim=8),
     )  # fmt: skip
 
 
@@ -72,9 +72,13 @@ def direct_gated_deltanet(mixer, x):
     q, k, v = (conv(x @ p[f"{n}_proj.kernel"], p[f"{n}_conv.weight"]) for n in "qkv")
     q, k = (y.reshape(B, T, cfg.heads, K) for y in (q, k))
     q, k = (y / np.sqrt((y**2).sum(-1, keepdims=True) + 1e-6) for y in (q, k))
-    v, gate = v.reshape(B, T, Hv, V), (x @ p["g_proj.kernel"]).reshape(B, T, Hv, V)
+    v, gate = v.reshape(B, T, Hv, V), np.ones((B, T, Hv, V))
+    if "g_proj.kernel" in p:
+        gate = silu(x @ p["g_proj.kernel"]).reshape(B, T, Hv, V)
     beta = 1 / (1 + np.exp(-(x @ p["b_proj.kernel"] + p.get("b_proj.bias", 0))))
-    alpha = np.exp(-np.exp(p["A_log"]) * np.log1p(np.exp(x @ p["a_proj.kernel"] + p["dt_bias"])))
+    alpha = np.ones((B, T, Hv))
+    if "A_log" in p:
+        alpha = np.exp(-np.exp(p["A_log"]) * np.log1p(np.exp(x @ p["a_proj.kernel"] + p["dt_bias"])))
     o = np.zeros((B, T, Hv, V))
     for b in range(B):
         for h in range(Hv):
@@ -84,13 +88,13 @@ def direct_gated_deltanet(mixer, x):
                 S = alpha[b, t, h] * S @ (np.eye(K) - beta[b, t, h] * np.outer(key, key))
                 S += beta[b, t, h] * np.outer(v[b, t, h], key)
                 o[b, t, h] = S @ q[b, t, source] / np.sqrt(K)
-    o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * p["o_norm.weight"] * silu(gate)
+    o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * p["o_norm.weight"] * gate
     return o.reshape(B, T, -1) @ p["o_proj.kernel"]
 
 
-@pytest.mark.parametrize("value_heads", [None, 4])
-def test_gated_deltanet_against_a_direct_float64_layer(value_heads):
-    mixer, x = make(value_heads=value_heads), inputs(37)
+@pytest.mark.parametrize("name, value_heads", [("gated_deltanet", None), ("gated_deltanet", 4), ("deltanet", None)])
+def test_gated_deltanet_against_a_direct_float64_layer(name, value_heads):
+    mixer, x = make(name, value_heads=value_heads), inputs(37)
     exact = direct_gated_deltanet(mixer, x)
     assert np.abs(exact).max() > 0.3
     for impl in ("reference", "chunked"):
@@ -146,6 +150,12 @@ def test_a_switch_drops_its_parameters_and_changes_the_output(switches, dropped)
         step, cache = run(mixer, x[:, t : t + 1], cache=cache)
         steps.append(step)
     np.testing.assert_allclose(jnp.concatenate(steps, 1), y, atol=2e-5)
+
+
+def test_deltanet_is_the_ungated_layer():
+    mixer = make("deltanet")
+    assert names(mixer) == ALL - {"a_proj.kernel", "A_log", "dt_bias", "g_proj.kernel", "b_proj.bias"}
+    assert np.all(np.asarray(mixer.op_inputs(inputs(5), compute=FP32)[0].g) == 0)
 
 
 def test_feature_maps_and_norms():

@@ -6,10 +6,12 @@ Every mixer is made by `Mixer(cfg, rngs=...)` and has
 """
 
 from gdn_jax.mixers.attention import Attention, SlidingWindowAttention
+from gdn_jax.mixers.deltanet import DeltaNet
 from gdn_jax.mixers.gated_deltanet import GatedDeltaNet
 
 MIXERS = {
     "gated_deltanet": GatedDeltaNet,
+    "deltanet": DeltaNet,
     "attention": Attention,
     "swa": SlidingWindowAttention,
 }

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from gdn_jax.config import Model
+from gdn_jax.config import GatedDeltaNetConfig, Model
 from gdn_jax.layers import (
     Compute,
     Linear,
@@ -49,7 +49,7 @@ class GatedDeltaNet(nnx.Module):
     """
 
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
-        self.config = mixer = cfg.gated_deltanet
+        self.config = mixer = self.settings(cfg)
         D, Hv = cfg.d_model, mixer.num_value_heads
         key_size, value_size = mixer.heads * mixer.key_dim, Hv * mixer.value_dim
 
@@ -70,6 +70,11 @@ class GatedDeltaNet(nnx.Module):
         self.o_norm = RMSNorm(mixer.value_dim, cfg.norm_eps) if mixer.output_norm else None
         init = linear_init(cfg, value_size, residual=cfg.rescale_o_proj)
         self.o_proj = Linear(value_size, D, init, rngs=rngs)
+
+    @staticmethod
+    def settings(cfg: Model) -> GatedDeltaNetConfig:
+        """The switches of this mixer in a model."""
+        return cfg.gated_deltanet
 
     def __call__(
         self,

@@ -22,19 +22,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gated_delta_rule.reference import document_starts
+from pallas_kernels.tiles import cut, document_numbers, dot, operand_dtype, pad_tokens, put, reverse_cumsum
 
 BLOCK = 128  # tokens between kept states, and per step of the backward's gradient stage
-
-
-def _dot(spec, x, y, operand):
-    """einsum with operands rounded to `operand` and accumulation in at least fp32."""
-    exact = operand != jnp.bfloat16
-    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
-    accumulate = jnp.promote_types(jnp.float32, operand)
-    return jnp.einsum(
-        spec, x.astype(operand), y.astype(operand), precision=precision, preferred_element_type=accumulate
-    )
 
 
 def _decays(g, runs):
@@ -77,21 +67,11 @@ def _invert(lower):
 def _prepare(q, k, g, beta, runs, scale, operand):
     """What a chunk's tokens do to each other, independent of the state."""
     decay, gamma, r, gamma_all = _decays(g, runs)
-    strict = jnp.tril(_dot("bhik,bhjk->bhij", k, k, operand), -1)[:, :, None]
+    strict = jnp.tril(dot("bhik,bhjk->bhij", k, k, operand), -1)[:, :, None]
     lower = decay * strict * beta[..., None, :]
     inverse = _invert(lower)
-    attention = scale * decay * _dot("bhik,bhjk->bhij", q, k, operand)[:, :, None] * beta[..., None, :]
+    attention = scale * decay * dot("bhik,bhjk->bhij", q, k, operand)[:, :, None] * beta[..., None, :]
     return gamma, r, gamma_all, inverse, attention
-
-
-def _tile(arrays, runs, start, size):
-    """Tokens [start, start + size) of q k v g beta ..., heads before tokens, value heads as [h, r]."""
-    q, k, *by_value_head = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in arrays)
-    heads = q.shape[2]
-    q, k = (jnp.swapaxes(x, 1, 2) for x in (q, k))
-    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1, *x.shape[3:]), 1, 3)  # noqa: E731
-    runs = None if runs is None else jax.lax.dynamic_slice_in_dim(runs, start, size + 1, axis=1)
-    return q, k, *(split(x) for x in by_value_head), runs
 
 
 def _prepare_chunks(q, k, g, beta, runs, scale, operand, chunk):
@@ -107,47 +87,30 @@ def _prepare_chunks(q, k, g, beta, runs, scale, operand, chunk):
     return [(span, q[n], k[n], beta[n], *(x[n] for x in prepared)) for n, span in enumerate(spans)]
 
 
-def _put(buffer, tile, start):
-    """Write a heads-first tile of a value-head array back at its tokens."""
-    tile = jnp.moveaxis(tile, 3, 1)
-    tile = tile.reshape(*tile.shape[:2], *buffer.shape[2:]).astype(buffer.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, tile, start, axis=1)
-
-
-def _operand(q, k, v):
-    """Dtype of dot operands: bf16 when all inputs are, else exact."""
-    dtype = jnp.result_type(q, k, v)
-    return dtype if dtype == jnp.bfloat16 else jnp.promote_types(jnp.float32, dtype)
-
-
-def _reverse_cumsum(x, axis):
-    return jax.lax.cumsum(x, axis=axis % x.ndim, reverse=True)
-
-
 def _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, *, read=True, keep=False):
     """((o if `read`, final state), (rho [B,T,Hv,V], state entering each block [N,b,h,r,K,V]) if `keep`)."""
     batch, length, heads, key_dim = q.shape
-    block, operand = min(BLOCK, length), _operand(q, k, v)
+    block, operand = min(BLOCK, length), operand_dtype(q, k, v)
 
     def step(carry, start):
         state, o, kept_rho = carry
         kept_state = state.astype(operand) if keep else None
-        qb, kb, vb, gb, betab, runsb = _tile((q, k, v, g, beta), runs, start, block)
+        qb, kb, vb, gb, betab, runsb = cut((q, k, v, g, beta), runs, start, block)
         o_parts, rho_parts = [], []
         chunks = _prepare_chunks(qb, kb, gb, betab, runsb, scale, operand, chunk)
         for span, qc, kc, bc, gamma, r, gamma_all, inverse, attention in chunks:
-            error = vb[..., span, :] - gamma[..., None] * _dot("bhik,bhrkv->bhriv", kc, state, operand)
-            rho = _dot("bhrij,bhrjv->bhriv", inverse, error, operand)
+            error = vb[..., span, :] - gamma[..., None] * dot("bhik,bhrkv->bhriv", kc, state, operand)
+            rho = dot("bhrij,bhrjv->bhriv", inverse, error, operand)
             if read:
-                carried = scale * gamma[..., None] * _dot("bhik,bhrkv->bhriv", qc, state, operand)
-                o_parts.append(carried + _dot("bhrij,bhrjv->bhriv", attention, rho, operand))
-            written = _dot("bhik,bhriv->bhrkv", kc, (r * bc)[..., None] * rho, operand)
+                carried = scale * gamma[..., None] * dot("bhik,bhrkv->bhriv", qc, state, operand)
+                o_parts.append(carried + dot("bhrij,bhrjv->bhriv", attention, rho, operand))
+            written = dot("bhik,bhriv->bhrkv", kc, (r * bc)[..., None] * rho, operand)
             state = gamma_all[..., None, None] * state + written
             rho_parts.append(rho)
         if read:
-            o = _put(o, jnp.concatenate(o_parts, axis=3), start)
+            o = put(o, jnp.concatenate(o_parts, axis=3), start)
         if keep:
-            kept_rho = _put(kept_rho, jnp.concatenate(rho_parts, axis=3), start)
+            kept_rho = put(kept_rho, jnp.concatenate(rho_parts, axis=3), start)
         return (state, o, kept_rho), kept_state
 
     state = initial_state.reshape(batch, heads, -1, key_dim, v.shape[-1])
@@ -173,51 +136,51 @@ def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale,
     cancel to rounding noise where decay is strong, and the chain rule multiplies that noise by g.
     """
     batch, length, heads, key_dim = q.shape
-    block, operand = min(BLOCK, length), _operand(q, k, v)
-    dot = partial(_dot, operand=operand)
+    block, operand = min(BLOCK, length), operand_dtype(q, k, v)
+    product = partial(dot, operand=operand)
 
     def step(carry, x):
         d_state, dq, dk, dv, dg, dbeta = carry
         start, state = x
         arrays = (q, k, g, beta, do, kept_rho)
-        qb, kb, gb, betab, dob, rho, runsb = _tile(arrays, runs, start, block)
+        qb, kb, gb, betab, dob, rho, runsb = cut(arrays, runs, start, block)
         d_left = d_state  # gradient of the state that leaves the block
         dv_parts = []
         chunks = _prepare_chunks(qb, kb, gb, betab, runsb, scale, operand, chunk)
         for span, qc, kc, bc, gamma, r, gamma_all, inverse, attention in reversed(chunks):
             doc = dob[..., span, :]
-            drho = dot("bhrji,bhrjv->bhriv", attention, doc)
-            drho += (r * bc)[..., None] * dot("bhik,bhrkv->bhriv", kc, d_state)
-            dvc = dot("bhrji,bhrjv->bhriv", inverse, drho)
+            drho = product("bhrji,bhrjv->bhriv", attention, doc)
+            drho += (r * bc)[..., None] * product("bhik,bhrkv->bhriv", kc, d_state)
+            dvc = product("bhrji,bhrjv->bhriv", inverse, drho)
             d_state = gamma_all[..., None, None] * d_state
-            d_state += dot("bhik,bhriv->bhrkv", qc, (scale * gamma)[..., None] * doc)
-            d_state -= dot("bhik,bhriv->bhrkv", kc, gamma[..., None] * dvc)
+            d_state += product("bhik,bhriv->bhrkv", qc, (scale * gamma)[..., None] * doc)
+            d_state -= product("bhik,bhriv->bhrkv", kc, gamma[..., None] * dvc)
             dv_parts.append(dvc)
         dvb = jnp.concatenate(dv_parts[::-1], axis=3)
 
         decay, gamma, r, gamma_all = _decays(gb, runsb)
-        m1 = scale * decay * dot("bhriv,bhrjv->bhrij", dob, rho)
-        m2 = -decay * jnp.tril(dot("bhriv,bhrjv->bhrij", dvb, rho), -1)
-        h = m1 * dot("bhik,bhjk->bhij", qb, kb)[:, :, None] + m2 * dot("bhik,bhjk->bhij", kb, kb)[:, :, None]
+        m1 = scale * decay * product("bhriv,bhrjv->bhrij", dob, rho)
+        m2 = -decay * jnp.tril(product("bhriv,bhrjv->bhrij", dvb, rho), -1)
+        h = m1 * product("bhik,bhjk->bhij", qb, kb)[:, :, None] + m2 * product("bhik,bhjk->bhij", kb, kb)[:, :, None]
         m1, m2 = m1 * betab[..., None, :], m2 * betab[..., None, :]
-        dq_read = scale * gamma[..., None] * dot("bhriv,bhrkv->bhrik", dob, state)
-        dk_read = -dot("bhriv,bhrkv->bhrik", gamma[..., None] * dvb, state)
-        dk_write = dot("bhriv,bhrkv->bhrik", r[..., None] * rho, d_left)
+        dq_read = scale * gamma[..., None] * product("bhriv,bhrkv->bhrik", dob, state)
+        dk_read = -product("bhriv,bhrkv->bhrik", gamma[..., None] * dvb, state)
+        dk_write = product("bhriv,bhrkv->bhrik", r[..., None] * rho, d_left)
         # dq and dk of a key head are summed over its value heads before they leave fp32
-        dqb = dq_read.sum(2) + dot("bhrij,bhjk->bhik", m1, kb)
-        dkb = (dk_read + betab[..., None] * dk_write).sum(2) + dot("bhrij,bhjk->bhik", m2, kb)
-        dkb += dot("bhrji,bhjk->bhik", m1, qb) + dot("bhrji,bhjk->bhik", m2, kb)
+        dqb = dq_read.sum(2) + product("bhrij,bhjk->bhik", m1, kb)
+        dkb = (dk_read + betab[..., None] * dk_write).sum(2) + product("bhrij,bhjk->bhik", m2, kb)
+        dkb += product("bhrji,bhjk->bhik", m1, qb) + product("bhrji,bhjk->bhik", m2, kb)
 
         kw = (kb[:, :, None] * dk_write).sum(-1)
-        between = jnp.tril(_reverse_cumsum(h * betab[..., None, :], axis=-2), -1).sum(-1)
-        read = _reverse_cumsum((qb[:, :, None] * dq_read).sum(-1) + (kb[:, :, None] * dk_read).sum(-1), axis=-1)
+        between = jnp.tril(reverse_cumsum(h * betab[..., None, :], axis=-2), -1).sum(-1)
+        read = reverse_cumsum((qb[:, :, None] * dq_read).sum(-1) + (kb[:, :, None] * dk_read).sum(-1), axis=-1)
         written = jnp.cumsum(betab * kw, axis=-1) - betab * kw
         through = gamma_all * (state * d_left).sum((-2, -1))
         dgb = between + read + written + through[..., None]
 
-        put_key = lambda buffer, tile: _put(buffer, tile[:, :, None], start)  # noqa: E731
-        new = (put_key(dq, dqb), put_key(dk, dkb), _put(dv, dvb, start), _put(dg, dgb, start))
-        return (d_state, *new, _put(dbeta, h.sum(-2) + kw, start)), None
+        put_key = lambda buffer, tile: put(buffer, tile[:, :, None], start)  # noqa: E731
+        new = (put_key(dq, dqb), put_key(dk, dkb), put(dv, dvb, start), put(dg, dgb, start))
+        return (d_state, *new, put(dbeta, h.sum(-2) + kw, start)), None
 
     d_final = d_final.reshape(batch, heads, -1, key_dim, v.shape[-1])
     carry = (d_final, *(jnp.zeros_like(x) for x in (q, k, v, g, beta)))
@@ -254,11 +217,8 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, chunk,
     length = q.shape[1]
     block = min(BLOCK, -(-length // chunk) * chunk)
     padding = -length % block
-    runs = None
-    if segment_ids is not None:
-        runs = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
-        runs = jnp.pad(jnp.pad(runs, ((0, 0), (1, 0))), ((0, 0), (0, padding)), mode="edge")
+    runs = document_numbers(segment_ids, padding)
     if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
-        q, k, v, g, beta = (jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for x in (q, k, v, g, beta))
+        q, k, v, g, beta = (pad_tokens(x, padding) for x in (q, k, v, g, beta))
     o, state = _op(q, k, v, g, beta, initial_state, runs, scale, chunk, residuals)
     return o[:, :length], state

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.tiles import document_starts
+
 
 def step(q, k, v, g, beta, state, scale):
     """One token of the recurrence (paper eq. 10): decay, read the error, write, read out.
@@ -14,11 +16,6 @@ def step(q, k, v, g, beta, state, scale):
     error = v - jnp.einsum("bhkv,bhk->bhv", state, k, precision=highest)
     state = state + k[..., :, None] * (beta[..., None] * error)[..., None, :]
     return scale * jnp.einsum("bhkv,bhk->bhv", state, q, precision=highest), state
-
-
-def document_starts(segment_ids):
-    """[B, T] bool: True where a token's segment differs from the one before; the first token continues."""
-    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
 def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale):

@@ -1,0 +1,114 @@
+"""Linear attention with decay: signature, equation, argument rules, and the choice of an implementation."""
+
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+from beartype import beartype
+from jaxtyping import Array, Float, Int, jaxtyped
+
+from pallas_kernels import dispatch
+from pallas_kernels.linear_attention import chunked, reference
+
+NAME = "linear_attention"
+CHUNKS = (16, 32, 64, 128)
+DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
+
+
+def why_not(impl: str) -> str | None:
+    """The reason `impl` cannot run here, or None when it can."""
+    if impl in ("triton", "triton_interpret"):
+        return "this version has no Triton kernel for it; use 'chunked' or 'auto'"
+    return None
+
+
+def resolve(impl: str = "auto") -> dispatch.Choice:
+    """Which implementation `impl` means, and why a faster one was refused."""
+    return dispatch.choose(NAME, impl, why_not)
+
+
+@jaxtyped(typechecker=beartype)
+def linear_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T Hv V"],
+    g: Float[Array, "B T Hv"] | Float[Array, "B T Hv K"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B Hv K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    impl: dispatch.Impl = "auto",
+    chunk: int = 64,
+    residuals: Literal["saved", "inputs"] = "saved",
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
+    """Decayed linear attention of every token and head, and the state after the last one.
+
+        S_t = Diag(alpha_t) S_{t-1} + k_t v_t^T,    alpha_t = exp(g_t)
+        o_t = scale S_t^T q_t                    (paper section 2.1 and Table 1, Mamba2's row; S is its transpose)
+
+    q, k           [B, T, H, K]
+    v              [B, T, Hv, V], Hv a multiple of H; value head h reads key head h // (Hv // H)
+    g              [B, T, Hv] one log decay a head (RetNet, Mamba2) or [B, T, Hv, K] one a key channel (HGRN2), <= 0
+    scale          defaults to K^-1/2
+    initial_state  [B, Hv, K, V], zero when absent
+    segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
+    impl           "auto" takes the fastest for this device; a named one never falls back
+    chunk          16, 32, 64 or 128 tokens at once
+    residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk;
+                   "inputs" runs the forward again instead
+
+    Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
+    q, k, v are bfloat16 (bf16 operands at the dots, fp32 elsewhere), float32 or float64 (exact throughout). A decay of
+    exp(g) = 0 and g = -inf are allowed; no exponent is ever positive.
+    Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
+    Source: arXiv 2412.06464, section 2; per channel: HGRN2, arXiv 2404.07904.
+    """
+    value_heads, heads = v.shape[2], q.shape[2]
+    if value_heads % heads:
+        raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
+    if q.shape[1] == 0:
+        raise ValueError("T is 0; linear attention needs at least one token.")
+    if chunk not in CHUNKS:
+        raise ValueError(f"chunk is {chunk}; it must be one of {', '.join(map(str, CHUNKS))}.")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} is {x.dtype}; q, k and v must be bfloat16, float32 or float64.")
+    exact = jnp.promote_types(jnp.float32, v.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    g = (g[..., None] if g.ndim == 3 else g).astype(exact)
+    if initial_state is None:
+        initial_state = jnp.zeros((q.shape[0], value_heads, q.shape[-1], v.shape[-1]))
+    initial_state = initial_state.astype(exact)
+    if resolve(impl).impl == "reference":
+        segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
+    run = partial(chunked.linear_attention, scale=scale, chunk=chunk, residuals=residuals)
+    token, state = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    return dispatch.shard(
+        run, (q, k, v, g, initial_state, segment_ids), (token, token, token, token, state, token[:2]), (token, state)
+    )
+
+
+@jaxtyped(typechecker=beartype)
+def linear_attention_step(
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B Hv V"],
+    g: Float[Array, "B Hv"] | Float[Array, "B Hv K"],
+    state: Float[Array, "B Hv K V"],
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B Hv V"], Float[Array, "B Hv K V"]]:
+    """One token of `linear_attention`: (o in v's dtype, state in fp32 or float64). Ranges and errors as there."""
+    value_heads, heads = v.shape[1], q.shape[1]
+    if value_heads % heads:
+        raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
+    exact = jnp.promote_types(jnp.float32, v.dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k = (jnp.repeat(x.astype(exact), value_heads // heads, axis=1) for x in (q, k))
+    g = g[..., None] if g.ndim == 2 else g
+    o, state = reference.step(q, k, *(x.astype(exact) for x in (v, g, state)), scale)
+    return o.astype(v.dtype), state
+
+
+__all__ = ["linear_attention", "linear_attention_step", "resolve", "why_not"]

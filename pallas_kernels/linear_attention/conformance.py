@@ -1,0 +1,133 @@
+"""What makes an implementation of linear attention correct: cases, float64 oracle, errors and their limits."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.accuracy import outside, relative_errors
+from pallas_kernels.linear_attention.api import linear_attention
+
+OUTPUTS = ("o", "state", "dq", "dk", "dv", "dg", "dinitial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One set of random inputs and how to run it."""
+
+    name: str
+    T: int
+    channels: bool = False  # a decay for each key channel
+    B: int = 2
+    H: int = 2
+    Hv: int = 2
+    K: int = 32
+    V: int = 48
+    dtype: str = "float32"
+    chunk: int = 64
+    residuals: str = "saved"
+    log_decay: float = -0.05  # typical g; 0: no decay
+    spread: float = 0.5  # log-normal spread of g; 0: constant
+    strong: float = 0.0  # fraction of decays that are `reset` instead
+    reset: float = -20.0
+    documents: float = 0.0  # chance that a token starts a document
+    carried: bool = True  # random initial state and gradient of the final one
+
+
+# Cases that differ in content alone share T, and so one compilation.
+BOTH = (
+    dict(name="T=1", T=1),
+    dict(name="T=65", T=65),
+    dict(name="chunk=16", T=150, chunk=16),
+    dict(name="chunk=128", T=150, chunk=128),
+    dict(name="inputs kept", T=200, residuals="inputs", documents=0.03),
+    dict(name="group value", T=150, Hv=6, documents=0.02),
+    dict(name="one group, odd sizes", T=70, K=20, V=40, H=1, Hv=3),
+    dict(name="plain", T=200),
+    dict(name="no state", T=200, carried=False),
+    dict(name="decay 0.999", T=200, log_decay=-1e-3),
+    dict(name="decay 0.3", T=200, log_decay=-1.2),
+    dict(name="g=0", T=200, log_decay=0.0),
+    dict(name="g=-20", T=200, log_decay=-20.0, spread=0.0),
+    dict(name="g=-60", T=200, log_decay=-60.0, spread=0.0),
+    dict(name="resets strewn in", T=200, strong=0.2),
+    dict(name="decay 0 strewn in", T=200, strong=0.2, reset=-np.inf),
+    dict(name="documents", T=200, documents=0.05),
+    dict(name="every token a document", T=200, documents=1.0),
+)
+CASES = (
+    *(Case(**case) for case in BOTH),
+    *(Case(**case | {"name": f"channels, {case['name']}", "channels": True}) for case in BOTH),
+)
+
+
+def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None, list[np.ndarray]]:
+    """(q, k, v, g, initial state), segment ids and (do, d final state); float64 values that `dtype` holds."""
+    random = np.random.default_rng(seed)
+    normal = random.standard_normal
+    key, value = (case.B, case.T, case.H, case.K), (case.B, case.T, case.Hv, case.V)
+    q, k = normal(key), normal(key) / case.K**0.5
+    g = case.log_decay * np.exp(case.spread * normal((*value[:3], case.K) if case.channels else value[:3]))
+    g = np.where(random.uniform(size=g.shape) < case.strong, case.reset, g)
+    state = normal((case.B, case.Hv, case.K, case.V)) * case.carried
+    segments = None
+    if case.documents:
+        segments = np.cumsum(random.uniform(size=key[:2]) < case.documents, axis=1).astype(np.int32) % 3
+    do, d_state = normal(value), normal(state.shape) * case.carried
+    hold = lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(np.float64)  # noqa: E731
+    q, k, v, do = (hold(x, case.dtype) for x in (q, k, normal(value), do))
+    g, state, d_state = (hold(x, jnp.float32) for x in (g, state, d_state))
+    return [q, k, v, g, state], segments, [do, d_state]
+
+
+@partial(jax.jit, static_argnames=("impl", "chunk", "residuals"))
+def _run(arrays, segments, cotangents, *, impl, chunk, residuals):
+    def op(q, k, v, g, state):
+        return linear_attention(
+            q, k, v, g, initial_state=state, segment_ids=segments, impl=impl, chunk=chunk, residuals=residuals
+        )
+
+    outputs, vjp = jax.vjp(op, *arrays)
+    return *outputs, *vjp(tuple(cotangents))
+
+
+def outputs_and_gradients(case: Case, arrays, segments, cotangents, *, impl: str, dtype) -> dict[str, np.ndarray]:
+    """Every output and gradient of one call at `dtype` (g and states at least fp32), as float64 arrays."""
+    exact = jnp.promote_types(jnp.float32, dtype)
+    dtypes = (dtype, dtype, dtype, exact, exact)
+    arrays = [jnp.asarray(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+    cotangents = [jnp.asarray(x, dtype) for x, dtype in zip(cotangents, (dtype, exact), strict=True)]
+    segments = None if segments is None else jnp.asarray(segments, jnp.int32)
+    results = _run(arrays, segments, cotangents, impl=impl, chunk=case.chunk, residuals=case.residuals)
+    return {name: np.asarray(x).astype(np.float64) for name, x in zip(OUTPUTS, results, strict=True)}
+
+
+def oracle(case: Case, arrays, segments, cotangents) -> dict[str, np.ndarray]:
+    """The token recurrence and its gradients in float64."""
+    with jax.enable_x64(True):
+        return outputs_and_gradients(case, arrays, segments, cotangents, impl="reference", dtype=jnp.float64)
+
+
+def errors(case: Case, impl: str, seed: int = 0) -> dict[str, float]:
+    """Relative L2 error of every output and gradient of `impl` against float64.
+
+    dg is measured against max(|dg|, |do . o|): under strong decay dg itself is pure cancellation.
+    """
+    arrays, segments, cotangents = inputs(case, seed)
+    got = outputs_and_gradients(case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype))
+    want = oracle(case, arrays, segments, cotangents)
+    return relative_errors(got, want, {"dg": float(np.linalg.norm((cotangents[0] * want["o"]).sum(-1)))})
+
+
+def limits(case: Case, impl: str) -> dict[str, float]:
+    """The accuracy that is asked of each output (relative L2)."""
+    if case.dtype == "bfloat16" or impl.startswith("triton"):
+        return dict.fromkeys(OUTPUTS, 1e-2) | {"dg": 2.5e-2}
+    return dict.fromkeys(OUTPUTS, 1e-12 if case.dtype == "float64" else 1e-5)
+
+
+def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
+    """`name error > limit` for everything outside its limit or not finite."""
+    return outside(errors(case, impl, seed), limits(case, impl))

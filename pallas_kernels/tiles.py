@@ -1,0 +1,63 @@
+"""What the chunkwise ops share: products of a stated precision, cuts of [B, T, H, ...] arrays, documents by number."""
+
+import jax
+import jax.numpy as jnp
+
+
+def document_starts(segment_ids):
+    """[B, T] bool: True where a token's segment differs from the one before; the first token continues."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+
+def document_numbers(segment_ids, padding):
+    """[B, 1 + T + padding] int32: the documents counted along the sequence; entry 0 is the one that came before.
+
+    None without segment_ids. The padding belongs to the last document.
+    """
+    if segment_ids is None:
+        return None
+    numbers = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
+    return jnp.pad(jnp.pad(numbers, ((0, 0), (1, 0))), ((0, 0), (0, padding)), mode="edge")
+
+
+def pad_tokens(x, padding):
+    """Zeros after the last token of [B, T, ...]."""
+    return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+
+
+def operand_dtype(*arrays):
+    """Dtype of dot operands: bf16 when all inputs are, else exact."""
+    dtype = jnp.result_type(*arrays)
+    return dtype if dtype == jnp.bfloat16 else jnp.promote_types(jnp.float32, dtype)
+
+
+def dot(spec, x, y, operand):
+    """einsum with operands rounded to `operand` and accumulation in at least fp32."""
+    exact = operand != jnp.bfloat16
+    precision = jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+    accumulate = jnp.promote_types(jnp.float32, operand)
+    return jnp.einsum(
+        spec, x.astype(operand), y.astype(operand), precision=precision, preferred_element_type=accumulate
+    )
+
+
+def reverse_cumsum(x, axis):
+    """Sum of each entry and all after it."""
+    return jax.lax.cumsum(x, axis=axis % x.ndim, reverse=True)
+
+
+def cut(arrays, runs, start, size):
+    """Tokens [start, start + size) of q k v ..., heads before tokens, value heads as [h, r]; runs from one before."""
+    q, k, *by_value_head = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in arrays)
+    heads = q.shape[2]
+    q, k = (jnp.swapaxes(x, 1, 2) for x in (q, k))
+    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1, *x.shape[3:]), 1, 3)  # noqa: E731
+    runs = None if runs is None else jax.lax.dynamic_slice_in_dim(runs, start, size + 1, axis=1)
+    return q, k, *(split(x) for x in by_value_head), runs
+
+
+def put(buffer, tile, start):
+    """Write a heads-first tile of a value-head array back at its tokens."""
+    tile = jnp.moveaxis(tile, 3, 1)
+    tile = tile.reshape(*tile.shape[:2], *buffer.shape[2:]).astype(buffer.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, tile, start, axis=1)

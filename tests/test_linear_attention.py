@@ -1,0 +1,191 @@
+"""Linear attention against the float64 token recurrence, its invariants, what it keeps and its argument rules."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.linear_attention import conformance, linear_attention, linear_attention_step
+from pallas_kernels.linear_attention.conformance import CASES, Case
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_fp32_matches_float64_recurrence(case):
+    assert conformance.failures(case, "chunked") == []
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.T == 200], ids=lambda case: case.name)
+def test_bf16_matches_float64_recurrence(case):
+    assert conformance.failures(dataclasses.replace(case, dtype="bfloat16"), "chunked") == []
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_float64_is_exact_and_satisfies_the_invariants(channels):
+    case = Case(name="invariants", T=150, Hv=4, dtype="float64", channels=channels)
+    arrays, segments, (do, d_state) = conformance.inputs(case)
+    with jax.enable_x64(True):
+        got = conformance.outputs_and_gradients(
+            case, arrays, segments, (do, d_state), impl="chunked", dtype=jnp.float64
+        )
+    want = conformance.oracle(case, arrays, segments, (do, d_state))
+    for name in conformance.OUTPUTS:
+        assert np.linalg.norm(got[name] - want[name]) <= 1e-12 * np.linalg.norm(want[name]), name
+    # the limits can fail: without decay the outputs are far away
+    wrong = conformance.oracle(case, [*arrays[:3], 0 * arrays[3], arrays[4]], segments, (do, d_state))
+    assert np.linalg.norm(wrong["o"] - want["o"]) > 0.1 * np.linalg.norm(want["o"])
+
+    # o is linear in q, and in (v, S0) together
+    q, _, v, _, state = arrays
+    np.testing.assert_allclose((q * got["dq"]).sum(), (do * got["o"]).sum(), rtol=1e-11)
+    both = (v * got["dv"]).sum() + (state * got["dinitial"]).sum()
+    np.testing.assert_allclose(both, (do * got["o"]).sum() + (d_state * got["state"]).sum(), rtol=1e-11)
+
+
+def _inputs(**changes):
+    case = Case(**dict(name="here", T=100) | changes)
+    arrays, _, cotangents = conformance.inputs(case)
+    return [jnp.asarray(x, jnp.float32) for x in arrays], [jnp.asarray(x, jnp.float32) for x in cotangents]
+
+
+def test_one_decay_for_all_channels_is_the_scalar_decay():
+    """Two algorithms for the pairs of a chunk, one number."""
+    (q, k, v, g, state), (do, _) = _inputs(strong=0.1)
+
+    def loss(arrays, channels):
+        q, k, v, g, state = arrays
+        g = jnp.repeat(g[..., None], q.shape[-1], -1) if channels else g
+        return (linear_attention(q, k, v, g, initial_state=state, impl="chunked")[0] * do).sum()
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    arrays = (q, k, v, g, state)
+    for x, y in zip(gradient(arrays, False), gradient(arrays, True), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_two_parts_equal_the_whole_with_gradients(channels):
+    arrays, (do, d_state) = _inputs(channels=channels)
+
+    def loss(arrays, cuts):
+        *tokens, state = arrays
+        parts = []
+        for start, stop in itertools.pairwise(cuts):
+            o, state = linear_attention(*(x[:, start:stop] for x in tokens), initial_state=state, impl="chunked")
+            parts.append(o)
+        return (jnp.concatenate(parts, axis=1) * do).sum() + (state * d_state).sum()
+
+    whole = jax.jit(jax.grad(loss), static_argnums=1)(arrays, (0, 100))
+    parts = jax.jit(jax.grad(loss), static_argnums=1)(arrays, (0, 37, 100))
+    for x, y in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_single_tokens_equal_the_parallel_form(channels):
+    (*tokens, state), _ = _inputs(channels=channels, T=20, Hv=4)
+    whole, last = linear_attention(*tokens, initial_state=state, impl="chunked", scale=0.7)
+    step = jax.jit(lambda state, *token: linear_attention_step(*token, state, scale=0.7))
+    for t in range(20):
+        o, state = step(state, *(x[:, t] for x in tokens))
+        np.testing.assert_allclose(o, whole[:, t], atol=1e-5)
+    np.testing.assert_allclose(state, last, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_packed_documents_equal_separate_calls_at_every_boundary(channels):
+    """Row b is split at token b + 1: every offset modulo 16 and 32."""
+    case = Case(name="boundaries", T=64, B=48, H=1, Hv=1, K=8, V=8, channels=channels)
+    (q, k, v, g, state), _, _ = conformance.inputs(case)
+    offset, position = np.arange(1, case.B + 1)[:, None], np.arange(case.T)[None]
+    segments = jnp.asarray(np.where(position < offset, 7, 3))
+    tokens = [jnp.asarray(x, jnp.float32) for x in (q, k, v, g)]
+    op = jax.jit(lambda tokens, state, segments: linear_attention(
+        *tokens, initial_state=state, segment_ids=segments, impl="chunked", chunk=16
+    ))  # fmt: skip
+    packed, last = op(tokens, jnp.asarray(state, jnp.float32), segments)
+    first, _ = op(tokens, jnp.asarray(state, jnp.float32), 0 * segments)
+    np.testing.assert_allclose(
+        np.where((position < offset)[..., None, None], packed - first, 0), np.zeros_like(packed), atol=1e-5
+    )
+    order = (position + offset) % case.T  # the second document moved to the front
+    moved = [np.take_along_axis(np.asarray(x), order.reshape(*order.shape, *(1,) * (x.ndim - 2)), 1) for x in tokens]
+    left = (position < case.T - offset).reshape(*order.shape, 1, 1)
+    moved = [
+        jnp.asarray(np.where(left[..., : x.ndim - 2].reshape(*order.shape, *(1,) * (x.ndim - 2)), x, 0)) for x in moved
+    ]
+    second, state = op(moved, jnp.zeros_like(last), 0 * segments)
+    shifted = np.take_along_axis(np.asarray(packed), order[..., None, None], 1)
+    np.testing.assert_allclose(np.where(left, shifted - second, 0), np.zeros_like(packed), atol=1e-5)
+    np.testing.assert_allclose(state, last, atol=1e-5)
+
+
+@pytest.mark.parametrize("residuals", ["saved", "inputs"])
+def test_what_the_forward_keeps(residuals):
+    """Besides its inputs the state every chunk, or nothing."""
+    B, T, H, K, V = 2, 256, 2, 16, 32
+    shapes = [(B, T, H, K), (B, T, H, K), (B, T, H, V), (B, T, H), (B, H, K, V)]
+    arrays = [jnp.ones(shape, jnp.bfloat16 if len(shape) == 4 and shape[1] == T else jnp.float32) for shape in shapes]
+
+    def op(*arrays):
+        *tokens, state = arrays
+        return linear_attention(*tokens, initial_state=state, impl="chunked", residuals=residuals)
+
+    _, vjp = jax.vjp(op, *arrays)
+    kept = sorted((x.shape, x.dtype.name) for x in jax.tree.leaves(vjp) if x.ndim)
+    inputs = [(x.shape, x.dtype.name) for x in arrays]
+    inputs[3] = ((B, T, H, 1), "float32")
+    states = ((T // 64, B, H, 1, K, V), "bfloat16")
+    assert kept == sorted([*inputs[:4], states] if residuals == "saved" else inputs)
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_program_size_does_not_depend_on_length(channels):
+    def equations(T):
+        shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)  # noqa: E731
+        key, value = shape(1, T, 2, 16), shape(1, T, 2, 16)
+        gate = shape(1, T, 2, 16) if channels else shape(1, T, 2)
+        ids = jax.ShapeDtypeStruct((1, T), jnp.int32)
+
+        def run(arrays, ids, do):
+            outputs, vjp = jax.vjp(lambda *a: linear_attention(*a, segment_ids=ids, impl="chunked")[0], *arrays)
+            return outputs, vjp(do)
+
+        return str(jax.make_jaxpr(run)((key, key, value, gate), ids, value)).count(" = ")
+
+    assert equations(128) == equations(65536) < 2000
+
+
+def _tokens(T=8, H=2, Hv=2, K=4, V=4, dtype=jnp.float32):
+    key, value = jnp.ones((1, T, H, K), dtype), jnp.ones((1, T, Hv, V), dtype)
+    return key, key, value, jnp.zeros((1, T, Hv))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "error", "words"),
+    [
+        (_tokens(Hv=3), {}, ValueError, "v has 3 heads, not a multiple of the 2"),
+        (_tokens(T=0), {}, ValueError, "at least one token"),
+        (_tokens(), {"chunk": 48}, ValueError, "chunk is 48"),
+        (_tokens(dtype=jnp.float16), {}, ValueError, "q is float16"),
+        (
+            _tokens(),
+            {"impl": "triton"},
+            NotImplementedError,
+            "linear_attention: impl 'triton' cannot run: this version",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_with_the_reason(tokens, options, error, words):
+    with pytest.raises(error, match=words):
+        linear_attention(*tokens, **options)
+
+
+def test_a_wrong_shape_is_refused_by_type():
+    q, k, v, g = _tokens()
+    with pytest.raises(Exception, match="type"):
+        linear_attention(q, k, v, g[:, 1:])
+    o, state = linear_attention(*_tokens(dtype=jnp.bfloat16))
+    assert (o.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)

@@ -34,6 +34,8 @@ def small(id: str, **changes) -> Model:
     model = get(id).model
     if model.attention is not None:
         changes["attention"] = replace(model.attention, heads=3, head_dim=16)
+    if model.deltanet is not None:
+        changes["deltanet"] = replace(model.deltanet, heads=2, key_dim=8, value_dim=12)
     if model.gated_deltanet is not None:
         changes["gated_deltanet"] = replace(model.gated_deltanet, heads=2, key_dim=8, value_dim=12)
     return replace(model, d_model=48, d_ff=40, vocab=320, repeats=2, **changes)
@@ -91,6 +93,7 @@ def test_the_manifest_has_every_architecture_that_has_a_table():
 FLA_MODELS = {
     "gated_deltanet": small("table3/gated-deltanet-fla/tiny"),
     "gated_deltanet switches": small("table3/gated-deltanet-fla/tiny"),
+    "delta_net": small("table3/deltanet/tiny", tied=False, init="fla"),
     "transformer": small("table3/transformer/tiny", tied=False, init="fla"),
     "transformer tied": small("table3/transformer/tiny", init="fla", norm_eps=1e-6),
 }
@@ -268,7 +271,7 @@ REFUSED = [
     ("no tensors", lambda: Path("fla/model.safetensors").unlink(), ("fla holds no .safetensors file", "give the")),
     ("no JSON", lambda: Path("fla/config.json").write_text("{"), ("config.json is no JSON", "download it again")),
     ("no config", lambda: Path("fla/config.json").unlink(), ("has no config.json", "--like table3/")),
-    ("unknown model", config(model_type="rwkv7"), ("model_type 'rwkv7'", "gated_deltanet, transformer")),
+    ("unknown model", config(model_type="rwkv7"), ("model_type 'rwkv7'", "gated_deltanet, delta_net, transformer")),
     ("lacks a size", config(hidden_size=None), ("lacks 'hidden_size'", "restore the file")),
     ("wrong type", config(num_heads="6"), ("num_heads = '6'", "of type int")),
     ("unknown switch", config(use_magic=True), ("use_magic = True", "does not know", "delete such a key only if")),

@@ -47,6 +47,7 @@ MODELS = {
         **COMMON, **DELTA, num_v_heads=4, allow_neg_eigval=True, use_gate=False, num_hidden_layers=1
     ),
     "gated_deltanet_hybrid": models.GatedDeltaNetConfig(**COMMON, **DELTA, num_hidden_layers=2, attn=SOFTMAX),
+    "delta_net": models.DeltaNetConfig(**COMMON, num_heads=2, expand_v=2.0, num_hidden_layers=2),
     "transformer": models.TransformerConfig(**COMMON, num_heads=2, num_hidden_layers=2, tie_word_embeddings=True),
 }
 

@@ -25,6 +25,7 @@ from gdn_jax.tree import named_leaves, with_leaves
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
+WRITE_BYTES = 1 << 27  # in flight to the disk, at least
 QUIET_SECONDS = 0.3  # without a word from threads whose reads failed: they have ended
 
 
@@ -194,5 +195,9 @@ def write(run_dir: Path, experiment: Experiment, model: LM, step: int) -> None:
     """Makes a run of a model that was not trained here: config.json and one checkpoint, without optimizer state."""
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "config.json", to_dict(experiment))
-    with contextlib.closing(Checkpoints(run_dir / "checkpoints", experiment, writes=True)) as checkpoints:
+    # Without a limit the writer holds every array compressed, which is nearly the model once more.
+    context = ocp.Context()
+    largest = max(leaf.nbytes for leaf in named_leaves(model).values())
+    context.memory.write_concurrent_bytes = max(largest + 1, WRITE_BYTES)  # less than one array is an error
+    with context, contextlib.closing(Checkpoints(run_dir / "checkpoints", experiment, writes=True)) as checkpoints:
         checkpoints.save(step, model)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
-from experiments import smoke, table3
+from experiments import ablations, smoke, table3
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError, nearest
 
@@ -18,7 +18,7 @@ def collect(experiments: Iterable[Experiment]) -> dict[str, Experiment]:
     return found
 
 
-EXPERIMENTS = collect([*smoke.EXPERIMENTS, *table3.EXPERIMENTS])
+EXPERIMENTS = collect([*smoke.EXPERIMENTS, *table3.EXPERIMENTS, *ablations.EXPERIMENTS])
 
 
 def get(id: str) -> Experiment:

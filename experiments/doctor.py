@@ -10,11 +10,21 @@ import numpy as np
 
 from experiments.report import aligned
 from gdn_jax.metrics import environment
+from pallas_kernels import linear_attention, selective_scan
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import api, conformance
+from pallas_kernels.linear_attention import conformance as linear_attention_conformance
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels.selective_scan import conformance as selective_scan_conformance
 
 DELTA_CASES = ("resets strewn in", "beta=1", "group value")  # two shapes, so seconds to compile
+# op -> its conformance suite, which implementation auto picks, and the cases to run
+OTHERS = {
+    "linear_attention": (
+        linear_attention_conformance, linear_attention.resolve, ("group value", "channels, group value"),
+    ),
+    "selective_scan": (selective_scan_conformance, selective_scan.resolve, ("documents",)),
+}  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 HEAD_LIMIT = 1e-5  # relative error of the fp32 head loss and its gradients
 
@@ -33,7 +43,7 @@ OPTIONAL = {
 
 def examine() -> dict[str, Any]:
     """Run every check: {"environment", "ops": [{"op", "impl", "refused", "case", "failures"}], "optional", "ok"}."""
-    ops = [*_gated_delta_rule(), *_linear_cross_entropy()]
+    ops = [*_gated_delta_rule(), *_other_recurrences(), *_linear_cross_entropy()]
     optional = {name: importlib.util.find_spec(name) is not None for name in OPTIONAL}
     ok = not any(op["failures"] for op in ops)
     return {"environment": environment(), "ops": ops, "optional": optional, "ok": ok}
@@ -46,6 +56,17 @@ def _gated_delta_rule() -> list[dict[str, Any]]:
             choice = api.resolve("auto", key_dim=case.K, value_dim=case.V, dtype=jnp.dtype(dtype))
             failures = conformance.failures(replace(case, dtype=dtype), choice.impl)
             found.append(_entry(api.NAME, choice, f"{case.name}, {dtype}", failures))
+    return found
+
+
+def _other_recurrences() -> list[dict[str, Any]]:
+    found = []
+    for op, (suite, resolve, names) in OTHERS.items():
+        choice = resolve("auto")
+        for case in (case for case in suite.CASES if case.name in names):
+            for dtype in DTYPES:
+                failures = suite.failures(replace(case, dtype=dtype), choice.impl)
+                found.append(_entry(op, choice, f"{case.name}, {dtype}", failures))
     return found
 
 

@@ -7,7 +7,7 @@ information from earlier bytes, the optimizer works and the evaluation reads the
 means a broken installation.
 """
 
-from experiments.models import MODELS, model_config
+from experiments.variants import MODELS, model_config
 from gdn_jax.config import Data, Experiment, Optim, Run
 
 EXPERIMENTS = tuple(

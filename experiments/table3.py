@@ -1,5 +1,6 @@
 """Table 3: language modelling and zero-shot reasoning, 1.3B parameters after 100B tokens of FineWeb-Edu.
 
+    gdn table table3 --scale tiny            all rows, from the runs there are
     gdn run table3/gated-deltanet/tiny       2-block model on Python's standard library, minutes on a CPU
     gdn run table3/gated-deltanet/desk       38M parameters on the same bytes, minutes on one GPU
     gdn run table3/gated-deltanet/400m       15B tokens, the ablations' size: 33 GPU-hours at 400 TFLOP/s
@@ -10,7 +11,7 @@ tiny and desk check the machinery and the trend; they read bytes, so no number o
 paper's. 400m and 1.3b need FineWeb-Edu and the Llama-2 tokenizer (`gdn data prepare`).
 """
 
-from experiments.models import MODELS, model_config, scales_of
+from experiments.variants import MODELS, model_config, scales_of
 from gdn_jax.config import Data, Experiment, Optim, Run
 
 WINDOW = 4096

@@ -23,6 +23,10 @@ from gdn_jax.errors import UserError, nearest
 MIXER_FIELDS = {
     "gated_deltanet": "gated_deltanet",
     "deltanet": "deltanet",
+    "retnet": "retnet",
+    "hgrn2": "hgrn2",
+    "mamba": "mamba",
+    "mamba2": "mamba2",
     "attention": "attention",
     "swa": "attention",
 }
@@ -95,6 +99,66 @@ class DeltaNetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetNetConfig:
+    """The retention mixer (Sun et al. 2023a): head h decays by 1 - 2^(-5 - h) a token; queries and keys are rotated."""
+
+    heads: int
+    key_dim: int  # per head
+    value_dim: int  # per head
+    rope_base: float = 10000.0
+
+    def __post_init__(self):
+        _positive(self, "model.retnet", "heads", "key_dim", "value_dim", "rope_base")
+        _require(
+            self.key_dim % 2 == 0,
+            f"model.retnet.key_dim is {self.key_dim}; it must be even, because RoPE rotates pairs.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HGRN2Config:
+    """The HGRN2 mixer (Qin et al. 2024b): heads x head_dim = d_model key channels, each with its own decay."""
+
+    heads: int
+    head_dim: int
+
+    def __post_init__(self):
+        _positive(self, "model.hgrn2", "heads", "head_dim")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig:
+    """The Mamba mixer (Gu & Dao 2023): a selective scan over `inner` channels with `state` numbers each."""
+
+    inner: int
+    dt_rank: int
+    state: int = 16
+    conv_width: int = 4
+
+    def __post_init__(self):
+        _positive(self, "model.mamba", "inner", "dt_rank", "state", "conv_width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba2Config:
+    """The Mamba2 mixer (Dao & Gu 2024b): heads x head_dim inner channels; heads / groups of them share B and C."""
+
+    heads: int
+    head_dim: int = 64
+    state: int = 128
+    groups: int = 1
+    conv_width: int = 4
+
+    def __post_init__(self):
+        where = "model.mamba2"
+        _positive(self, where, "heads", "head_dim", "state", "groups", "conv_width")
+        _require(
+            self.heads % self.groups == 0,
+            f"{where}.groups is {self.groups}; it must divide {where}.heads {self.heads}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """Softmax attention with RoPE; `window` counts visible tokens, the current one included, and binds `swa` only."""
 
@@ -122,10 +186,14 @@ class Model:
     vocab: int = 32000
     tied: bool = True
     norm_eps: float = 1e-5
-    init: Literal["lit", "fla"] = "lit"  # which family's initialisation (released code or FLA)
+    init: Literal["lit", "fla", "lit-normal"] = "lit"  # which family's initialisation (released code or FLA)
     rescale_o_proj: bool = False  # lit: also divide the recurrent mixers' output projection by sqrt(2 layers)
     gated_deltanet: GatedDeltaNetConfig | None = None
     deltanet: DeltaNetConfig | None = None
+    retnet: RetNetConfig | None = None
+    hgrn2: HGRN2Config | None = None
+    mamba: MambaConfig | None = None
+    mamba2: Mamba2Config | None = None
     attention: AttentionConfig | None = None
 
     def __post_init__(self):
@@ -143,12 +211,13 @@ class Model:
                 getattr(self, field) is not None,
                 f"model.pattern uses {mixer!r} but model.{field} is not set; set it.",
             )
-        if self.attention is not None:
-            width = self.attention.heads * self.attention.head_dim
+        for name in ("attention", "hgrn2"):
+            mixer = getattr(self, name)
             _require(
-                self.d_model == width,
-                f"model.d_model is {self.d_model}; it must be model.attention.heads {self.attention.heads} x head_dim "
-                f"{self.attention.head_dim} = {width}.",
+                mixer is None or self.d_model == mixer.heads * mixer.head_dim,
+                mixer
+                and f"model.d_model is {self.d_model}; it must be model.{name}.heads {mixer.heads} x head_dim "
+                f"{mixer.head_dim} = {mixer.heads * mixer.head_dim}.",
             )
 
     @property

@@ -1,7 +1,7 @@
 """Floating point operations that a model needs by its definition, a multiply-add counting as two.
 
-Counted are the matmuls, attention over the visible pairs, and the gated delta rule in its chunkwise form; not
-counted are convolutions, norms, gates, the embedding lookup, and whatever a backward recomputes.
+Counted are the matmuls, attention over the visible pairs, and the recurrences in their chunkwise form; not counted
+are convolutions, norms, gates, the embedding lookup, and whatever a backward recomputes.
 """
 
 import jax
@@ -46,6 +46,33 @@ def delta_rule_flops(cfg: Model, seq_len: int) -> float:
     return _delta_rule(cfg.deltanet.heads, cfg.deltanet.key_dim, cfg.deltanet.value_dim)
 
 
+def _linear_attention(heads: int, K: int, V: int) -> float:
+    """For each value head: 2 * 2KV (S q, k^T v) + 2CK (Q K^T) + 2CV (times V)."""
+    return heads * (4.0 * K * V + 2.0 * CHUNK * K + 2.0 * CHUNK * V)
+
+
+def retnet_flops(cfg: Model, seq_len: int) -> float:
+    """Linear attention of every head."""
+    return _linear_attention(cfg.retnet.heads, cfg.retnet.key_dim, cfg.retnet.value_dim)
+
+
+def hgrn2_flops(cfg: Model, seq_len: int) -> float:
+    """Linear attention of every head; a decay for each channel costs no matmul more."""
+    return _linear_attention(cfg.hgrn2.heads, cfg.hgrn2.head_dim, cfg.hgrn2.head_dim)
+
+
+def mamba_flops(cfg: Model, seq_len: int) -> float:
+    """Three multiply-adds for each inner channel and state: into the exponent, the state, and the output."""
+    return 6.0 * cfg.mamba.inner * cfg.mamba.state
+
+
+def mamba2_flops(cfg: Model, seq_len: int) -> float:
+    """Linear attention of every head, whose Q K^T is made once for each group."""
+    mixer = cfg.mamba2
+    whole = _linear_attention(mixer.heads, mixer.state, mixer.head_dim)
+    return whole - (mixer.heads - mixer.groups) * 2.0 * CHUNK * mixer.state
+
+
 def attention_flops(cfg: Model, seq_len: int) -> float:
     """4 * heads * head_dim (q k^T and p v) for each visible token, on average (T + 1) / 2 of them."""
     return 4.0 * cfg.d_model * (seq_len + 1) / 2
@@ -60,6 +87,10 @@ def swa_flops(cfg: Model, seq_len: int) -> float:
 MIXER_FLOPS = {
     "gated_deltanet": gated_delta_rule_flops,
     "deltanet": delta_rule_flops,
+    "retnet": retnet_flops,
+    "hgrn2": hgrn2_flops,
+    "mamba": mamba_flops,
+    "mamba2": mamba2_flops,
     "attention": attention_flops,
     "swa": swa_flops,
 }

@@ -44,7 +44,7 @@ def dot_precision(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-# --- initialisation: two families, chosen by cfg.init ---
+# --- initialisation: families, chosen by cfg.init ---
 
 
 def normal(std: float) -> Initialiser:
@@ -61,17 +61,30 @@ def linear_init(cfg: Model, fan_in: int, *, residual: bool = False) -> Initialis
     """Start of a Linear kernel: lit U(+-fan_in^-1/2), fla N(0, 0.02^2).
 
     `residual` marks a projection that writes to the residual stream: lit divides it by the square root of the
-    number of such writes, two a layer, or one where there is no MLP. fla does not rescale.
+    number of such writes, two a layer, or one where there is no MLP. fla does not rescale. lit-normal, the released
+    code's start of models without a recurrence: N(0, 2 / (5 d)), residual N(0, 1 / (d layers^2)), d the model's width.
     """
     if cfg.init == "fla":
         return normal(0.02)
+    if cfg.init == "lit-normal":
+        return normal(cfg.d_model**-0.5 / cfg.layers if residual else math.sqrt(0.4 / cfg.d_model))
     writes = cfg.layers * (2 if cfg.d_ff else 1)
     return uniform(fan_in**-0.5 / (math.sqrt(writes) if residual else 1.0))
+
+
+def embedding_init(cfg: Model) -> Initialiser:
+    """Start of the embedding: N(0, 0.02^2); lit-normal N(0, 2 / (5 d))."""
+    return normal(math.sqrt(0.4 / cfg.d_model)) if cfg.init == "lit-normal" else normal(0.02)
 
 
 def conv_init(cfg: Model, width: int) -> Initialiser:
     """Start of a depthwise convolution, whose fan-in is its width: lit U(+-width^-1/2), fla N(0, 0.02^2)."""
     return normal(0.02) if cfg.init == "fla" else uniform(width**-0.5)
+
+
+def conv_bias_init(cfg: Model, width: int) -> Initialiser:
+    """Start of a convolution's bias: lit like its weight, fla 0."""
+    return conv_init(cfg, width) if cfg.init == "lit" else lambda key, shape: jnp.zeros(shape, jnp.float32)
 
 
 def log_decay_rate_init(key: jax.Array, heads: int, low: float = 0.0, high: float = 16.0) -> jax.Array:
@@ -80,7 +93,7 @@ def log_decay_rate_init(key: jax.Array, heads: int, low: float = 0.0, high: floa
 
 
 def dt_bias_init(key: jax.Array, heads: int) -> jax.Array:
-    """dt_bias [heads] with softplus(dt_bias) = dt, dt log-uniform in [1e-3, 0.1] and at least 1e-4."""
+    """dt_bias [heads; channels in Mamba]: softplus(dt_bias) = dt, dt log-uniform in [1e-3, 0.1] and at least 1e-4."""
     dt = jnp.exp(jax.random.uniform(key, (heads,), jnp.float32, math.log(1e-3), math.log(0.1)))
     dt = jnp.maximum(dt, 1e-4)
     return dt + jnp.log(-jnp.expm1(-dt))
@@ -112,31 +125,39 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight (* SiLU(gate)) over the last axis, in fp32; y has x's dtype.
 
-    On [B, T, H, V] one weight [V] is shared by all heads: the Gated DeltaNet output norm, which is gated
-    AFTER it.
+    On [B, T, H, V] one weight [V] is shared by all heads: the output norm of Gated DeltaNet and RetNet, which is gated
+    AFTER it. With gate_first the norm is of x * SiLU(gate), as in Mamba2, and over each of `groups` equal parts.
     """
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, *, gate_first: bool = False, groups: int = 1):
         self.weight = nnx.Param(jnp.ones(size, jnp.float32))
-        self.eps = eps
+        self.eps, self.gate_first, self.groups = eps, gate_first, groups
 
     def __call__(self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"] | None = None) -> Float[Array, "*B D"]:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps) * self.weight[...]
+        gate = None if gate is None else jax.nn.silu(gate.astype(jnp.float32))
+        if gate is not None and self.gate_first:
+            y, gate = y * gate, None
+        parts = y.reshape(*y.shape[:-1], self.groups, -1)
+        parts = parts * jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.eps)
+        y = parts.reshape(y.shape) * self.weight[...]
         if gate is not None:
-            y = y * jax.nn.silu(gate.astype(jnp.float32))
+            y = y * gate
         return y.astype(x.dtype)
 
 
 class ShortConv(nnx.Module):
-    """Depthwise causal convolution y_t = sum_j w[W-1-j] x_{t-j}, j < W, with weight [W, C] and no bias.
+    """Depthwise causal convolution y_t = sum_j w[W-1-j] x_{t-j} (+ bias), j < W, with weight [W, C].
 
     W shifted multiply-adds: XLA fuses them into one pass over x, where a general convolution would not be
     fused.
     """
 
-    def __init__(self, channels: int, width: int, init: Initialiser, *, rngs: nnx.Rngs):
+    def __init__(
+        self, channels: int, width: int, init: Initialiser, *, rngs: nnx.Rngs, bias_init: Initialiser | None = None
+    ):
         self.weight = nnx.Param(init(rngs.params(), (width, channels)))
+        self.bias = None if bias_init is None else nnx.Param(bias_init(rngs.params(), (channels,)))
 
     def __call__(
         self,
@@ -164,6 +185,8 @@ class ShortConv(nnx.Module):
                 same = segments[:, tap : tap + T] == segments[:, past:]
                 shifted = jnp.where(same[..., None], shifted, 0.0)
             y = y + self.weight[tap] * shifted
+        if self.bias is not None:
+            y = y + self.bias[...]
         return y.astype(x.dtype), padded[:, T:]
 
 

@@ -1,5 +1,7 @@
 """The language model: embedding, a scan over repeats of the mixer pattern, final norm, head."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from beartype import beartype
@@ -8,8 +10,9 @@ from jaxtyping import Array, Float, Int, PyTree, jaxtyped
 
 from gdn_jax.config import Model
 from gdn_jax.errors import UserError
-from gdn_jax.layers import Compute, Linear, RMSNorm, SwiGLU, dot_precision, linear_init, normal
-from gdn_jax.mixers import MIXERS
+from gdn_jax.layers import Compute, Linear, RMSNorm, SwiGLU, dot_precision, embedding_init, linear_init
+from gdn_jax.mixers import HGRN2, MIXERS
+from gdn_jax.mixers.hgrn2 import lower_bounds
 
 
 class Block(nnx.Module):
@@ -28,8 +31,10 @@ class Block(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: PyTree = None,
+        bound: Float[Array, "D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], PyTree]:
-        y, cache = self.mixer(self.mixer_norm(x), compute=compute, segment_ids=segment_ids, cache=cache)
+        mixer = partial(self.mixer, bound=bound) if isinstance(self.mixer, HGRN2) else self.mixer
+        y, cache = mixer(self.mixer_norm(x), compute=compute, segment_ids=segment_ids, cache=cache)
         x = x + y
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x), compute)
@@ -49,11 +54,13 @@ class Group(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: tuple | None = None,
+        bounds: Float[Array, "P D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple | None]:
+        """bounds: for each block of the pattern the lower bound that an HGRN2 mixer keeps its forget gate above."""
         new = []
         for i, block in enumerate(self.blocks):
-            past = None if cache is None else cache[i]
-            x, past = block(x, compute=compute, segment_ids=segment_ids, cache=past)
+            past, bound = None if cache is None else cache[i], None if bounds is None else bounds[i]
+            x, past = block(x, compute=compute, segment_ids=segment_ids, cache=past, bound=bound)
             new.append(past)
         return x, None if cache is None else tuple(new)
 
@@ -63,9 +70,11 @@ class LM(nnx.Module):
 
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
         self.config = cfg
-        self.embed = nnx.Param(normal(0.02)(rngs.params(), (cfg.vocab, cfg.d_model)))
+        self.embed = nnx.Param(embedding_init(cfg)(rngs.params(), (cfg.vocab, cfg.d_model)))
         keys = jax.random.split(rngs.params(), cfg.repeats)
         self.groups = jax.vmap(lambda key: Group(cfg, rngs=nnx.Rngs(key)))(keys)
+        with_bounds = "hgrn2" in cfg.pattern
+        self.lower_bounds = nnx.Param(jnp.zeros((cfg.layers, cfg.d_model), jnp.float32)) if with_bounds else None
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         init = linear_init(cfg, cfg.d_model)
         self.head = None if cfg.tied else Linear(cfg.d_model, cfg.vocab, init, rngs=rngs)
@@ -92,13 +101,19 @@ class LM(nnx.Module):
         x = self.embed[tokens].astype(compute.dtype)
 
         def body(x: Array, scanned: tuple) -> tuple[Array, PyTree]:
-            group, past = scanned
-            return group(x, compute=compute, segment_ids=segment_ids, cache=past)
+            group, past, bounds = scanned
+            return group(x, compute=compute, segment_ids=segment_ids, cache=past, bounds=bounds)
 
         if compute.remat:
             body = jax.checkpoint(body, prevent_cse=False)  # a scan already keeps XLA from merging the two passes
-        x, cache = jax.lax.scan(body, x, (self.groups, cache))
+        x, cache = jax.lax.scan(body, x, (self.groups, cache, self.bounds_by_layer()))
         return self.norm(x), cache
+
+    def bounds_by_layer(self) -> Float[Array, "R P D"] | None:
+        """HGRN2's lower bound of every layer, by repeat and place in the pattern; None without an HGRN2 mixer."""
+        if self.lower_bounds is None:
+            return None
+        return lower_bounds(self.lower_bounds[...]).reshape(self.config.repeats, -1, self.config.d_model)
 
     def head_kernel(self) -> Float[Array, "D vocab"]:
         """The output projection, fp32: the transposed embedding when tied."""

@@ -7,8 +7,8 @@ import optax
 from gdn_jax.config import Optim
 from gdn_jax.tree import named_leaves, with_leaves
 
-# What the usual AdamW recipe does not decay: norms, biases, and the gates' A_log and dt_bias.
-NOT_DECAYED = re.compile(r"(^|/)(A_log|dt_bias|bias)$|norm/weight$")
+# What the usual AdamW recipe does not decay: norms, biases, the gates' A_log and dt_bias, the skip D, HGRN2's bounds.
+NOT_DECAYED = re.compile(r"(^|/)(A_log|dt_bias|bias|D|lower_bounds)$|norm/weight$")
 
 
 def schedule(optim: Optim) -> optax.Schedule:

@@ -35,7 +35,7 @@ from gdn_jax.loss import next_token_loss
 from gdn_jax.metrics import Writer, check_sinks, environment, peak_flops
 from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
-from pallas_kernels import gated_delta_rule
+from pallas_kernels import gated_delta_rule, linear_attention, selective_scan
 
 
 def _delta_rule(experiment: Experiment, mixer: GatedDeltaNetConfig | DeltaNetConfig):
@@ -49,6 +49,10 @@ def _delta_rule(experiment: Experiment, mixer: GatedDeltaNetConfig | DeltaNetCon
 OPS = {
     "gated_deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.gated_deltanet)),
     "deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.deltanet)),
+    "mamba": ("selective_scan", lambda run: selective_scan.resolve(run.run.impl)),
+    **dict.fromkeys(
+        ("retnet", "hgrn2", "mamba2"), ("linear_attention", lambda run: linear_attention.resolve(run.run.impl))
+    ),
 }
 
 

@@ -143,13 +143,15 @@ def test_doctor_reports_and_passes(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "DTYPES", ("bfloat16",))
     found = as_json(capsys, "doctor")
     assert found["ok"] is True
-    assert {op["op"] for op in found["ops"]} == {"gated_delta_rule", "linear_cross_entropy"}
-    assert len(found["ops"]) == 2 and not any(op["failures"] for op in found["ops"])
+    recurrences = {"gated_delta_rule", "linear_attention", "selective_scan"}
+    assert {op["op"] for op in found["ops"]} == {*recurrences, "linear_cross_entropy"}
+    assert len(found["ops"]) == 5 and not any(op["failures"] for op in found["ops"])
     assert set(found["optional"]) == set(doctor.OPTIONAL)
 
 
 def test_doctor_exits_with_1_when_a_check_fails(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "DELTA_CASES", ())
+    monkeypatch.setattr(doctor, "OTHERS", {})
     monkeypatch.setattr(doctor, "HEAD_LIMIT", 1e-12)  # beyond fp32
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out

@@ -7,12 +7,15 @@ import pytest
 
 import experiments
 from experiments import EXPERIMENTS, collect, find, get
-from experiments.models import MODELS, model_config, scales_of
+from experiments.variants import MODELS, PAPER_MODELS, model_config, scales_of
 from gdn_jax.config import Experiment, from_dict, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.model import count_parameters
 
-PAPER_MODELS = ("deltanet", "gated-deltanet", "transformer", "gated-deltanet-h1")
+NAMES = [
+    "retnet", "hgrn2", "mamba", "mamba2", "deltanet", "gated-deltanet", "transformer", "samba", "gated-deltanet-h1",
+    "gated-deltanet-h2",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("id", EXPERIMENTS)
@@ -27,12 +30,38 @@ def test_which_ids_exist():
     expected = {f"smoke/{name}" for name in MODELS if "tiny" in scales_of(name)}
     expected |= {f"table3/{name}/{scale}" for name in MODELS for scale in scales_of(name)}
     assert expected <= set(EXPERIMENTS)
-    assert set(PAPER_MODELS) <= set(MODELS)
+    assert list(MODELS)[:10] == NAMES == list(PAPER_MODELS)
     assert "table3/gated-deltanet-fla/400m-matched" not in EXPERIMENTS
     assert [e.id for e in find("table3/transformer/*")] == [
         f"table3/transformer/{scale}" for scale in ("tiny", "desk", "400m", "400m-matched", "1.3b")
     ]
     assert find("nothing/*") == [] and len(find()) == len(EXPERIMENTS)
+
+
+def test_every_row_of_the_ablation_tables():
+    base, h2 = get("table3/gated-deltanet/400m").model, get("table3/gated-deltanet-h2/400m").model
+    assert len(find("ablations/*")) == 11 + 3
+    without = {
+        "naive-delta-rule": 1536 * 9 + 18,  # a_proj, A_log, dt_bias
+        "no-short-conv": 4 * (2 * 1152 + 2304),
+        "no-output-gate": 1536 * 2304,
+        "no-output-norm": 256,
+        "l1-relu": 0, "l1-elu1": 0, "l1-silu": 0, "l2-relu": 0, "l2-elu1": 0,
+    }  # fmt: skip
+    for name, count in without.items():
+        model = get(f"ablations/{name}/400m").model
+        assert count_parameters(base) - count_parameters(model) == 11 * count, name
+        assert replace(model, gated_deltanet=base.gated_deltanet) == base and model != base
+    for dim, heads in ((64, 18), (256, 4)):
+        mixer = get(f"ablations/head-dim-{dim}/400m").model.gated_deltanet
+        assert (mixer.heads, mixer.key_dim, mixer.value_dim) == (heads, dim, 2 * dim)
+    orders = {"gdn": "gated_deltanet", "swa": "swa", "mamba2": "mamba2"}
+    for name in ("gdn-swa-mamba2", "gdn-mamba2-swa", "mamba2-swa-gdn"):
+        model = get(f"ablations/{name}/400m").model
+        assert model.pattern == tuple(orders[part] for part in name.split("-"))
+        assert replace(model, pattern=h2.pattern) == h2
+    recipe = get("table3/gated-deltanet/400m")
+    assert all((e.optim, e.data) == (recipe.optim, recipe.data) for e in find("ablations/*"))
 
 
 def test_a_repeated_id_is_an_error():
@@ -65,9 +94,7 @@ def test_hashes_depend_on_what_decides_a_number():
 
 
 def test_a_scale_means_the_same_size_for_every_model():
-    counts = {
-        name: {scale: count_parameters(model_config(name, scale)) for scale in scales_of(name)} for name in PAPER_MODELS
-    }
+    counts = {name: {scale: count_parameters(model_config(name, scale)) for scale in scales_of(name)} for name in NAMES}
     for name, count in counts.items():
         assert tuple(count) == ("tiny", "desk", "400m", "400m-matched", "1.3b"), name
         assert count["tiny"] < 1e6, name
@@ -108,5 +135,5 @@ def test_small_scales_need_no_network():
 
 
 def test_modules_say_how_to_run_them():
-    for module in (experiments.smoke, experiments.table3):
+    for module in (experiments.smoke, experiments.table3, experiments.ablations):
         assert "gdn run " in module.__doc__ and "Expect" in module.__doc__

@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gdn_jax.config import AttentionConfig, DeltaNetConfig, GatedDeltaNetConfig, Model
+from gdn_jax.config import (
+    AttentionConfig,
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    HGRN2Config,
+    Mamba2Config,
+    MambaConfig,
+    Model,
+    RetNetConfig,
+)
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.mixers import MIXERS
@@ -21,9 +30,16 @@ ATTENTION = AttentionConfig(heads=3, head_dim=8, window=5)
 
 
 def config(delta=DELTA, attention=ATTENTION):
+    others = dict(
+        deltanet=DeltaNetConfig(heads=2, key_dim=6, value_dim=8),
+        retnet=RetNetConfig(heads=3, key_dim=8, value_dim=10),
+        hgrn2=HGRN2Config(heads=3, head_dim=8),
+        mamba=MambaConfig(inner=20, dt_rank=3, state=4),
+        mamba2=Mamba2Config(heads=4, head_dim=6, state=5, groups=2),
+    )
     return Model(
         pattern=("gated_deltanet", "swa"), repeats=1, d_model=D, d_ff=32, vocab=64, gated_deltanet=delta,
-        attention=attention, deltanet=DeltaNetConfig(heads=2, key_dim=6, value_dim=8),
+        attention=attention, **others,
     )  # fmt: skip
 
 

@@ -1,0 +1,91 @@
+"""HGRN2 (Qin et al. 2024b): linear attention whose key is what the forget gate lets go, with learned lower bounds."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gdn_jax.config import Model
+from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init
+from pallas_kernels.linear_attention import linear_attention, linear_attention_step
+
+
+class HGRN2Cache(NamedTuple):
+    """The whole past in constant memory."""
+
+    state: Float[Array, "B H K V"]  # fp32
+
+
+class HGRN2(nnx.Module):
+    """Token mixer S_t = S_{t-1} Diag(f_t) + i_t (1 - f_t)^T, o_t = S_t q_t / sqrt(K).
+
+    q = SiLU(W_q x), i = W_i x, f = b + (1 - b) sigmoid(W_f x) with the layer's lower bound b in [0, 1) of each key
+    channel, y = W_o RMSNorm(o) over all channels; no convolution, no output gate.
+    """
+
+    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+        self.config = cfg.hgrn2
+        D = cfg.d_model
+        self.q_proj = Linear(D, D, linear_init(cfg, D), rngs=rngs)
+        self.f_proj = Linear(D, D, linear_init(cfg, D), rngs=rngs)
+        self.i_proj = Linear(D, D, linear_init(cfg, D), rngs=rngs)
+        self.o_norm = RMSNorm(D, cfg.norm_eps)
+        self.o_proj = Linear(D, D, linear_init(cfg, D, residual=cfg.rescale_o_proj), rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        compute: Compute,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: HGRN2Cache | None = None,
+        bound: Float[Array, "D"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], HGRN2Cache | None]:
+        """bound: the layer's lower bound of f (`lower_bounds`); none is 0."""
+        heads = (*x.shape[:2], self.config.heads, self.config.head_dim)
+        q = jax.nn.silu(self.q_proj(x, compute)).reshape(heads)
+        i = self.i_proj(x, compute).reshape(heads)
+        g, k = forget_gate(self.f_proj(x, compute, out_dtype=jnp.float32), bound)
+        g, k = g.reshape(heads), k.astype(compute.dtype).reshape(heads)
+        if cache is not None and x.shape[1] == 1:
+            o, state = linear_attention_step(q[:, 0], k[:, 0], i[:, 0], g[:, 0], cache.state)
+        else:
+            o, state = linear_attention(
+                q, k, i, g,
+                initial_state=None if cache is None else cache.state,
+                segment_ids=segment_ids,
+                impl=compute.impl,
+                chunk=compute.chunk,
+                residuals=compute.residuals,
+            )  # fmt: skip
+        y = self.o_proj(self.o_norm(o.reshape(x.shape)), compute)
+        return y, None if cache is None else HGRN2Cache(state)
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any) -> HGRN2Cache:
+        """The cache of an empty sequence; max_len and dtype do not matter, its size is constant."""
+        heads, dim = self.config.heads, self.config.head_dim
+        return HGRN2Cache(jnp.zeros((batch, heads, dim, dim), jnp.float32))
+
+
+def lower_bounds(logits: Float[Array, "L D"]) -> Float[Array, "L D"]:
+    """The lower bound of f in every layer: softmax over layers, summed up to the layer, less the first layer's share.
+
+    It rises with depth from exactly 0 in the first layer and stays below 1.
+    """
+    share = jax.nn.softmax(logits, axis=0)
+    return jnp.cumsum(share, axis=0) - share[:1]
+
+
+def forget_gate(
+    logits: Float[Array, "B T D"], bound: Float[Array, "D"] | None
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """(log f, 1 - f) of f = b + (1 - b) sigmoid(logits), neither by way of f, which rounds near 0 and 1."""
+    log_sigmoid, complement = jax.nn.log_sigmoid(logits), jax.nn.sigmoid(-logits)
+    if bound is None:
+        return log_sigmoid, complement
+    positive = bound > 0
+    b = jnp.where(positive, bound, 0.5)  # log b has no gradient at 0, where the other branch is taken
+    log_f = jnp.where(positive, jnp.logaddexp(jnp.log(b), jnp.log1p(-b) + log_sigmoid), log_sigmoid)
+    return log_f, (1 - bound) * complement

@@ -1,0 +1,95 @@
+"""Mamba2 (Dao & Gu 2024b): linear attention with one decay a head between a short convolution and a gated norm."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gdn_jax.config import Model
+from gdn_jax.layers import (
+    Compute,
+    Linear,
+    RMSNorm,
+    ShortConv,
+    conv_bias_init,
+    conv_init,
+    dt_bias_init,
+    linear_init,
+    log_decay_rate_init,
+)
+from pallas_kernels.linear_attention import linear_attention, linear_attention_step
+
+
+class Mamba2Cache(NamedTuple):
+    """The whole past in constant memory: the state, and the convolution's last inputs."""
+
+    state: Float[Array, "B H N P"]  # fp32
+    conv: Float[Array, "B W1 C"]
+
+
+class Mamba2(nnx.Module):
+    """Token mixer S_t = exp(dt_t A) S_{t-1} + (dt_t x_t) B_t^T, y_t = S_t C_t + D x_t, for each head.
+
+    [z | x | B | C | dt] = W_in u; x, B, C through a convolution with bias and SiLU; dt = softplus(dt + dt_bias),
+    A = -exp(A_log); out = W_out RMSNorm(y * SiLU(z)): the gate comes before the norm. No scaling, no normalised keys.
+    """
+
+    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+        self.config = mixer = cfg.mamba2
+        D, inner, shared = cfg.d_model, mixer.heads * mixer.head_dim, mixer.groups * mixer.state
+        width, channels = mixer.conv_width, inner + 2 * shared
+        self.in_proj = Linear(D, inner + channels + mixer.heads, linear_init(cfg, D), rngs=rngs)
+        bias = conv_bias_init(cfg, width)
+        self.conv = ShortConv(channels, width, conv_init(cfg, width), rngs=rngs, bias_init=bias)
+        self.A_log = nnx.Param(log_decay_rate_init(rngs.params(), mixer.heads, low=1.0))
+        self.dt_bias = nnx.Param(dt_bias_init(rngs.params(), mixer.heads))
+        self.D = nnx.Param(jnp.ones(mixer.heads, jnp.float32))
+        self.norm = RMSNorm(inner, cfg.norm_eps, gate_first=True, groups=mixer.groups)
+        self.out_proj = Linear(inner, D, linear_init(cfg, inner, residual=True), rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        compute: Compute,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: Mamba2Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Mamba2Cache | None]:
+        mixer, (batch, T, _) = self.config, x.shape
+        inner, shared = mixer.heads * mixer.head_dim, mixer.groups * mixer.state
+        projected = self.in_proj(x, compute, out_dtype=jnp.float32)
+        z, xBC, dt = jnp.split(projected, [inner, 2 * inner + 2 * shared], axis=-1)
+        xBC, past = self.conv(
+            xBC.astype(compute.dtype), segment_ids=segment_ids, history=None if cache is None else cache.conv
+        )
+        u, B, C = jnp.split(jax.nn.silu(xBC), [inner, inner + shared], axis=-1)
+        u = u.reshape(batch, T, mixer.heads, mixer.head_dim)
+        B, C = (y.reshape(batch, T, mixer.groups, mixer.state) for y in (B, C))
+        dt = jax.nn.softplus(dt + self.dt_bias[...])
+        g = -jnp.exp(self.A_log[...]) * dt
+        v = (dt[..., None] * u).astype(compute.dtype)
+        if cache is not None and T == 1:
+            y, state = linear_attention_step(C[:, 0], B[:, 0], v[:, 0], g[:, 0], cache.state, scale=1.0)
+            y = y[:, None]
+        else:
+            y, state = linear_attention(
+                C, B, v, g,
+                scale=1.0,
+                initial_state=None if cache is None else cache.state,
+                segment_ids=segment_ids,
+                impl=compute.impl,
+                chunk=compute.chunk,
+                residuals=compute.residuals,
+            )  # fmt: skip
+        y = (y + self.D[..., None] * u).astype(compute.dtype).reshape(batch, T, inner)
+        y = self.out_proj(self.norm(y, z), compute)
+        return y, None if cache is None else Mamba2Cache(state, past)
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any) -> Mamba2Cache:
+        """The cache of an empty sequence; max_len does not matter, its size is constant."""
+        mixer = self.config
+        state = jnp.zeros((batch, mixer.heads, mixer.state, mixer.head_dim), jnp.float32)
+        channels = mixer.heads * mixer.head_dim + 2 * mixer.groups * mixer.state
+        return Mamba2Cache(state, jnp.zeros((batch, mixer.conv_width - 1, channels), dtype))

@@ -1,0 +1,78 @@
+"""RetNet (Sun et al. 2023a): linear attention, a fixed decay for each head, rotated queries and keys, a gated norm."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from gdn_jax.config import Model
+from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init, rope
+from pallas_kernels.linear_attention import linear_attention, linear_attention_step
+
+
+class RetNetCache(NamedTuple):
+    """The whole past in constant memory: the state, and the next token's position, which its rotation needs."""
+
+    state: Float[Array, "B H K V"]  # fp32
+    index: Int[Array, ""]
+
+
+class RetNet(nnx.Module):
+    """Token mixer S_t = (1 - 2^(-5-h)) S_{t-1} + v_t k_t^T, o_t = S_t q_t / sqrt(K), of head h = 0, 1, ...
+
+    q, k = RoPE(W_q x), RoPE(W_k x), v = W_v x, y = W_o [RMSNorm(o) * SiLU(W_g x)]; no convolution, no feature map.
+    """
+
+    def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
+        self.config = mixer = cfg.retnet
+        D, key_size, value_size = cfg.d_model, mixer.heads * mixer.key_dim, mixer.heads * mixer.value_dim
+        self.q_proj = Linear(D, key_size, linear_init(cfg, D), rngs=rngs)
+        self.k_proj = Linear(D, key_size, linear_init(cfg, D), rngs=rngs)
+        self.v_proj = Linear(D, value_size, linear_init(cfg, D), rngs=rngs)
+        self.g_proj = Linear(D, value_size, linear_init(cfg, D), rngs=rngs)
+        self.o_norm = RMSNorm(mixer.value_dim, cfg.norm_eps)
+        init = linear_init(cfg, value_size, residual=cfg.rescale_o_proj)
+        self.o_proj = Linear(value_size, D, init, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        compute: Compute,
+        segment_ids: Int[Array, "B T"] | None = None,
+        cache: RetNetCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], RetNetCache | None]:
+        mixer, (B, T, _) = self.config, x.shape
+        offset = 0 if cache is None else cache.index
+        by_head = lambda y, dim: y.reshape(B, T, mixer.heads, dim)  # noqa: E731
+        q = rope(by_head(self.q_proj(x, compute), mixer.key_dim), offset, mixer.rope_base)
+        k = rope(by_head(self.k_proj(x, compute), mixer.key_dim), offset, mixer.rope_base)
+        v = by_head(self.v_proj(x, compute), mixer.value_dim)
+        g = jnp.broadcast_to(log_decays(mixer.heads), (B, T, mixer.heads))
+        if cache is not None and T == 1:
+            o, state = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], cache.state)
+            o = o[:, None]
+        else:
+            o, state = linear_attention(
+                q, k, v, g,
+                initial_state=None if cache is None else cache.state,
+                segment_ids=segment_ids,
+                impl=compute.impl,
+                chunk=compute.chunk,
+                residuals=compute.residuals,
+            )  # fmt: skip
+        o = self.o_norm(o, by_head(self.g_proj(x, compute), mixer.value_dim))
+        y = self.o_proj(o.reshape(B, T, -1), compute)
+        return y, None if cache is None else RetNetCache(state, cache.index + T)
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any) -> RetNetCache:
+        """The cache of an empty sequence; max_len and dtype do not matter, its size is constant."""
+        mixer = self.config
+        state = jnp.zeros((batch, mixer.heads, mixer.key_dim, mixer.value_dim), jnp.float32)
+        return RetNetCache(state, jnp.zeros((), jnp.int32))
+
+
+def log_decays(heads: int) -> Float[Array, "H"]:
+    """log(1 - 2^(-5 - h)) of every head."""
+    return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=jnp.float32))))

@@ -1,0 +1,107 @@
+"""Mamba's selective scan: signature, equation, argument rules, and the choice of an implementation."""
+
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+from beartype import beartype
+from jaxtyping import Array, Float, Int, jaxtyped
+
+from pallas_kernels import dispatch
+from pallas_kernels.selective_scan import chunked, reference
+
+NAME = "selective_scan"
+CHUNKS = (16, 32, 64, 128)
+DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
+
+
+def why_not(impl: str) -> str | None:
+    """The reason `impl` cannot run here, or None when it can."""
+    if impl in ("triton", "triton_interpret"):
+        return "this version has no Triton kernel for it; use 'chunked' or 'auto'"
+    return None
+
+
+def resolve(impl: str = "auto") -> dispatch.Choice:
+    """Which implementation `impl` means, and why a faster one was refused."""
+    return dispatch.choose(NAME, impl, why_not)
+
+
+@jaxtyped(typechecker=beartype)
+def selective_scan(
+    x: Float[Array, "B T D"],
+    dt: Float[Array, "B T D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B T N"],
+    C: Float[Array, "B T N"],
+    D: Float[Array, "D"],
+    *,
+    initial_state: Float[Array, "B D N"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    impl: dispatch.Impl = "auto",
+    chunk: int = 64,
+    residuals: Literal["saved", "inputs"] = "saved",
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
+    """Selective state space scan of every channel, and the state after the last token.
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,    y_t = h_t C_t + D x_t          (each channel has its own h [N])
+
+    x              [B, T, D]
+    dt             [B, T, D] step sizes, >= 0 (after softplus)
+    A              [D, N] rates, <= 0
+    B, C           [B, T, N], shared by all channels
+    D              [D] weight of the direct path
+    initial_state  [B, D, N], zero when absent
+    segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
+    impl           "auto" takes the fastest for this device; a named one never falls back
+    chunk          16, 32, 64 or 128 tokens whose [D, N] states exist at once
+    residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk;
+                   "inputs" runs the forward again instead
+
+    Returns y [B, T, D] in x's dtype and the final state [B, D, N] in fp32 (float64 for float64 inputs). x, B and C are
+    bfloat16, float32 or float64; all arithmetic is at least fp32.
+    Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
+    Source: Mamba, arXiv 2312.00752, section 3.2 with the simplified discretisation of B.
+    """
+    if x.shape[1] == 0:
+        raise ValueError("T is 0; the selective scan needs at least one token.")
+    if chunk not in CHUNKS:
+        raise ValueError(f"chunk is {chunk}; it must be one of {', '.join(map(str, CHUNKS))}.")
+    for name, y in (("x", x), ("B", B), ("C", C)):
+        if y.dtype not in DTYPES:
+            raise ValueError(f"{name} is {y.dtype}; x, B and C must be bfloat16, float32 or float64.")
+    exact = jnp.promote_types(jnp.float32, x.dtype)
+    dt, A, D = (y.astype(exact) for y in (dt, A, D))
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], *A.shape))
+    initial_state = initial_state.astype(exact)
+    if resolve(impl).impl == "reference":
+        segments = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        return reference.selective_scan(x, dt, A, B, C, D, initial_state, segments)
+    run = partial(chunked.selective_scan, chunk=chunk, residuals=residuals)
+    token, shared, state = ("batch", None, "heads"), ("batch", None, None), ("batch", "heads", None)
+    return dispatch.shard(
+        run,
+        (x, dt, A, B, C, D, initial_state, segment_ids),
+        (token, token, ("heads", None), shared, shared, ("heads",), state, shared[:2]),
+        (token, state),
+    )
+
+
+@jaxtyped(typechecker=beartype)
+def selective_scan_step(
+    x: Float[Array, "B D"],
+    dt: Float[Array, "B D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B N"],
+    C: Float[Array, "B N"],
+    D: Float[Array, "D"],
+    state: Float[Array, "B D N"],
+) -> tuple[Float[Array, "B D"], Float[Array, "B D N"]]:
+    """One token of `selective_scan`: (y in x's dtype, state in fp32 or float64). Ranges as there."""
+    exact = jnp.promote_types(jnp.float32, x.dtype)
+    y, state = reference.step(*(array.astype(exact) for array in (x, dt, A, B, C, D, state)))
+    return y.astype(x.dtype), state
+
+
+__all__ = ["resolve", "selective_scan", "selective_scan_step", "why_not"]

@@ -1,0 +1,115 @@
+"""What makes an implementation of the selective scan correct: cases, float64 oracle, errors and their limits."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.accuracy import outside, relative_errors
+from pallas_kernels.selective_scan.api import selective_scan
+
+OUTPUTS = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One set of random inputs and how to run it."""
+
+    name: str
+    T: int
+    B: int = 2
+    D: int = 24
+    N: int = 16
+    dtype: str = "float32"
+    chunk: int = 64
+    residuals: str = "saved"
+    dt: tuple[float, float] = (1e-3, 1e-1)  # log-uniform
+    strong: float = 0.0  # fraction of step sizes that are 30 instead: decays down to exp(-480)
+    documents: float = 0.0  # chance that a token starts a document
+    carried: bool = True  # random initial state and gradient of the final one
+
+
+# Cases that differ in content alone share T, and so one compilation.
+CASES = (
+    *(Case(name=f"T={T}", T=T) for T in (1, 63, 65)),
+    *(Case(name=f"chunk={C}", T=150, chunk=C) for C in (16, 128)),
+    Case(name="inputs kept", T=200, residuals="inputs", documents=0.03),
+    Case(name="odd sizes", T=70, D=7, N=5),
+    Case(name="plain", T=200),
+    Case(name="no state", T=200, carried=False),
+    Case(name="short memory", T=200, dt=(1.0, 5.0)),
+    Case(name="long memory", T=200, dt=(1e-5, 1e-4)),
+    Case(name="resets strewn in", T=200, strong=0.2),
+    Case(name="dt=0 and resets", T=200, dt=(1e-30, 1e-29), strong=0.1),
+    Case(name="documents", T=200, documents=0.05),
+    Case(name="every token a document", T=200, documents=1.0),
+)
+
+
+def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None, list[np.ndarray]]:
+    """(x, dt, A, B, C, D, initial state), segment ids and (dy, d final state); float64 values that `dtype` holds."""
+    random = np.random.default_rng(seed)
+    normal = random.standard_normal
+    token, shared = (case.B, case.T, case.D), (case.B, case.T, case.N)
+    dt = np.exp(random.uniform(*np.log(case.dt), size=token))
+    dt = np.where(random.uniform(size=token) < case.strong, 30.0, dt)
+    A = -np.arange(1.0, case.N + 1) * np.exp(0.1 * normal((case.D, case.N)))
+    state = normal((case.B, case.D, case.N)) * case.carried
+    segments = None
+    if case.documents:
+        segments = np.cumsum(random.uniform(size=token[:2]) < case.documents, axis=1).astype(np.int32) % 3
+    dy, d_state = normal(token), normal(state.shape) * case.carried
+    hold = lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(np.float64)  # noqa: E731
+    x, B, C, dy = (hold(y, case.dtype) for y in (normal(token), normal(shared), normal(shared), dy))
+    dt, A, D, state, d_state = (hold(y, jnp.float32) for y in (dt, A, normal(case.D), state, d_state))
+    return [x, dt, A, B, C, D, state], segments, [dy, d_state]
+
+
+@partial(jax.jit, static_argnames=("impl", "chunk", "residuals"))
+def _run(arrays, segments, cotangents, *, impl, chunk, residuals):
+    def op(x, dt, A, B, C, D, state):
+        return selective_scan(
+            x, dt, A, B, C, D,
+            initial_state=state, segment_ids=segments, impl=impl, chunk=chunk, residuals=residuals,
+        )  # fmt: skip
+
+    outputs, vjp = jax.vjp(op, *arrays)
+    return *outputs, *vjp(tuple(cotangents))
+
+
+def outputs_and_gradients(case: Case, arrays, segments, cotangents, *, impl: str, dtype) -> dict[str, np.ndarray]:
+    """Every output and gradient of one call at `dtype` (dt, A, D and states at least fp32), as float64 arrays."""
+    exact = jnp.promote_types(jnp.float32, dtype)
+    dtypes = (dtype, exact, exact, dtype, dtype, exact, exact)
+    arrays = [jnp.asarray(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
+    cotangents = [jnp.asarray(x, dtype) for x, dtype in zip(cotangents, (dtype, exact), strict=True)]
+    segments = None if segments is None else jnp.asarray(segments, jnp.int32)
+    results = _run(arrays, segments, cotangents, impl=impl, chunk=case.chunk, residuals=case.residuals)
+    return {name: np.asarray(x).astype(np.float64) for name, x in zip(OUTPUTS, results, strict=True)}
+
+
+def oracle(case: Case, arrays, segments, cotangents) -> dict[str, np.ndarray]:
+    """The token recurrence and its gradients in float64."""
+    with jax.enable_x64(True):
+        return outputs_and_gradients(case, arrays, segments, cotangents, impl="reference", dtype=jnp.float64)
+
+
+def errors(case: Case, impl: str, seed: int = 0) -> dict[str, float]:
+    """Relative L2 error of every output and gradient of `impl` against float64."""
+    arrays, segments, cotangents = inputs(case, seed)
+    got = outputs_and_gradients(case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype))
+    return relative_errors(got, oracle(case, arrays, segments, cotangents))
+
+
+def limits(case: Case, impl: str) -> dict[str, float]:
+    """The accuracy that is asked of each output (relative L2): bf16 rounds inputs and outputs, never the state."""
+    if case.dtype == "bfloat16":
+        return dict.fromkeys(OUTPUTS, 1e-5) | dict.fromkeys(("y", "dx", "dB", "dC"), 4e-3)
+    return dict.fromkeys(OUTPUTS, 1e-12 if case.dtype == "float64" else 1e-5)
+
+
+def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
+    """`name error > limit` for everything outside its limit or not finite."""
+    return outside(errors(case, impl, seed), limits(case, impl))

@@ -34,11 +34,16 @@ def small(id: str, **changes) -> Model:
     model = get(id).model
     if model.attention is not None:
         changes["attention"] = replace(model.attention, heads=3, head_dim=16)
-    if model.deltanet is not None:
-        changes["deltanet"] = replace(model.deltanet, heads=2, key_dim=8, value_dim=12)
-    if model.gated_deltanet is not None:
-        changes["gated_deltanet"] = replace(model.gated_deltanet, heads=2, key_dim=8, value_dim=12)
-    return replace(model, d_model=48, d_ff=40, vocab=320, repeats=2, **changes)
+    for name in ("gated_deltanet", "deltanet", "retnet"):
+        if getattr(model, name) is not None:
+            changes[name] = replace(getattr(model, name), heads=2, key_dim=8, value_dim=12)
+    if model.hgrn2 is not None:
+        changes["hgrn2"] = replace(model.hgrn2, heads=3, head_dim=16)
+    if model.mamba is not None:
+        changes["mamba"] = replace(model.mamba, inner=72, dt_rank=5, state=6)
+    if model.mamba2 is not None:
+        changes["mamba2"] = replace(model.mamba2, heads=9, head_dim=8, state=6, groups=3)
+    return replace(model, **({"d_model": 48, "d_ff": 40, "vocab": 320, "repeats": 2} | changes))
 
 
 def random_run(directory: Path, model: Model) -> dict[str, np.ndarray]:
@@ -63,19 +68,30 @@ def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
 
 # --- the manifest ---
 
-OURS = {name: entry for name, entry in MANIFEST.items() if entry["config"]["model_type"] in fla.ARCHITECTURES}
+
+def full_config(config: dict) -> dict:
+    """A config.json of the manifest, which names the sizes of samba in words of its own."""
+    if config["model_type"] == "samba":
+        attn = {"layers": list(range(1, 18, 2)), "num_heads": 18, "window_size": config["window_size"]}
+        config = {key: config[key] for key in ("model_type", "hidden_size", "num_hidden_layers")} | {"attn": attn}
+    return config | {"vocab_size": 32000}
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", MANIFEST)
 def test_keys_and_shapes_are_those_of_the_manifest(name):
-    entry = OURS[name]
-    config = entry["config"] | {"vocab_size": 32000}
+    entry = MANIFEST[name]
+    config = full_config(entry["config"])
     architecture, model = fla.read_config(config, "config.json")
     found = {key: list(place.shape) for key, place in places(architecture.layout, model).items()}
+    every = list(range(config["num_hidden_layers"]))
+    kinds = list(entry.get("layers", {"": {"idx": every, "keys": entry["layer"]}}).values())
     prefix = re.sub(r"\{.*", "", architecture.layout.layer)
-    expected = dict(entry["global_"])
-    for layer in range(config["num_hidden_layers"]):
-        expected |= {f"{prefix}{layer}.{key}": shape for key, shape in entry["layer"].items()}
+    expected = entry["global_"] | {
+        f"{prefix}{layer}.{key}": shape
+        for kind in kinds
+        for layer in kind["idx"]
+        for key, shape in kind["keys"].items()
+    }
     assert len(expected) == entry["n_tensors"]
     assert sum(int(np.prod(shape)) for shape in expected.values()) == entry["total_elements"]
     unused = unused_keys(architecture.layout, model)
@@ -85,7 +101,7 @@ def test_keys_and_shapes_are_those_of_the_manifest(name):
 
 
 def test_the_manifest_has_every_architecture_that_has_a_table():
-    assert {entry["config"]["model_type"] for entry in OURS.values()} == set(fla.ARCHITECTURES)
+    assert {entry["config"]["model_type"] for entry in MANIFEST.values()} == set(fla.ARCHITECTURES)
 
 
 # --- round trips ---
@@ -94,6 +110,11 @@ FLA_MODELS = {
     "gated_deltanet": small("table3/gated-deltanet-fla/tiny"),
     "gated_deltanet switches": small("table3/gated-deltanet-fla/tiny"),
     "delta_net": small("table3/deltanet/tiny", tied=False, init="fla"),
+    "retnet": small("table3/retnet/tiny", tied=False, init="fla"),
+    "hgrn2": small("table3/hgrn2/tiny", tied=False, init="fla"),
+    "mamba": small("table3/mamba/tiny", d_ff=0, init="fla"),
+    "mamba2": small("table3/mamba2/tiny", d_ff=0, init="fla"),
+    "samba": small("table3/samba/tiny", d_ff=256, tied=False, init="fla"),
     "transformer": small("table3/transformer/tiny", tied=False, init="fla"),
     "transformer tied": small("table3/transformer/tiny", init="fla", norm_eps=1e-6),
 }
@@ -272,7 +293,7 @@ REFUSED = [
     ("no tensors", lambda: Path("fla/model.safetensors").unlink(), ("fla holds no .safetensors file", "give the")),
     ("no JSON", lambda: Path("fla/config.json").write_text("{"), ("config.json is no JSON", "download it again")),
     ("no config", lambda: Path("fla/config.json").unlink(), ("has no config.json", "--like table3/")),
-    ("unknown model", config(model_type="rwkv7"), ("model_type 'rwkv7'", "gated_deltanet, delta_net, transformer")),
+    ("unknown model", config(model_type="rwkv7"), ("model_type 'rwkv7'", "gated_deltanet, delta_net, retnet, hgrn2")),
     ("lacks a size", config(hidden_size=None), ("lacks 'hidden_size'", "restore the file")),
     ("wrong type", config(num_heads="6"), ("num_heads = '6'", "of type int")),
     ("unknown switch", config(use_magic=True), ("use_magic = True", "does not know", "delete such a key only if")),
@@ -349,6 +370,9 @@ def test_models_that_fla_has_no_words_for(tmp_path):
     assert "model.d_ff is 0" in says(replace(base, d_ff=0))
     both = replace(FLA_MODELS["transformer"], pattern=("attention", "swa"))
     assert "one kind of layer" in says(both)
+    assert "the FLA format has no such model" in says(get("table3/gated-deltanet-h2/tiny").model)
+    assert "mamba2 has no MLPs" in says(replace(FLA_MODELS["mamba2"], d_ff=40))
+    assert "two thirds of a whole multiple of model.d_model 48" in says(replace(FLA_MODELS["mamba"], d_ff=40))
     assert (
         "does not give value_dim back"
         in says(replace(base, gated_deltanet=replace(mixer, key_dim=49, value_dim=1, heads=1)))

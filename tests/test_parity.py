@@ -6,6 +6,7 @@ tests/parity/make_fla.py says how; only numpy is needed here.
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,24 +31,25 @@ def checkpoint_directory(path, directory):
 
 
 def test_every_kept_file_says_what_made_it():
-    assert len(KEPT) >= 4
+    assert len(KEPT) == 10
     for path in KEPT:
         made = json.loads(str(np.load(path)["made"]))
         assert made["fla"] and made["torch"] and made["date"] > "2026"
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
-@pytest.mark.parametrize("impl", ["reference", "chunked"])
-def test_logits_are_those_of_fla(path, impl, tmp_path):
+def test_logits_are_those_of_fla(path, tmp_path, monkeypatch):
+    """As measured: at most 1e-5, of logits of order 1 (the transformer's: 6)."""
     arrays = checkpoint_directory(path, tmp_path / "fla")
-    data = Data(tokenizer="byte", seq_len=32)
-    with pytest.MonkeyPatch.context() as patch:  # 64 tokens are no tokenizer's vocabulary; logits need none
-        patch.setattr("gdn_jax.convert.exchange._tokenizer", lambda *_: "byte")
-        import_checkpoint(tmp_path / "fla", tmp_path / "run", data=data)
+    # 64 tokens are no tokenizer's vocabulary; logits need none
+    monkeypatch.setattr("gdn_jax.convert.exchange._tokenizer", lambda *_: "byte")
+    import_checkpoint(tmp_path / "fla", tmp_path / "run", data=Data(tokenizer="byte", seq_len=32))
     experiment, model, step = checkpoint.load(tmp_path / "run")
     assert experiment.optim.precision == "fp32" and step == 0
-    hidden, _ = model(jnp.asarray(arrays["tokens"]), compute=Compute(dtype=jnp.float32, impl=impl))
-    logits = model.logits(hidden)
     assert 0.5 < arrays["logits"].std() < 10
-    np.testing.assert_allclose(logits, arrays["logits"], atol=1e-4, rtol=0)
-    print(f"{path.stem} {impl}: largest difference {np.abs(logits - arrays['logits']).max():.1e}")
+    run = jax.jit(lambda model, tokens, compute: model(tokens, compute=compute)[0], static_argnums=2)
+    for impl in ("reference", "chunked"):
+        hidden = run(model, jnp.asarray(arrays["tokens"]), Compute(dtype=jnp.float32, impl=impl))
+        difference = np.abs(model.logits(hidden) - arrays["logits"]).max()
+        print(f"{path.stem}, {impl}: largest difference {difference:.1e}")
+        assert difference < 2e-5

@@ -146,13 +146,18 @@ def _described(source: Path, like: Model | None) -> tuple[Layout, Model]:
             "are: --like table3/gated-deltanet/1.3b."
         )
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(), object_hook=_special_float)
     except ValueError:
         raise UserError(f"{path} is no JSON or is damaged; download it again.") from None
     if isinstance(tree, dict) and {"model", "optim"} <= tree.keys():
         raise UserError(f"{source} is a run of ours already; `gdn eval` and `gdn generate` take it as it is.")
     architecture, cfg = fla.read_config(tree, str(path))
     return architecture.layout, cfg
+
+
+def _special_float(tree: dict) -> Any:
+    """Transformers writes infinity, which JSON has no word for, as {"__float__": "Infinity"}."""
+    return float(tree["__float__"]) if tree.keys() == {"__float__"} else tree
 
 
 def _check(source: Path, layout: Layout, cfg: Model, tensors: Tensors, wanted: dict[str, Place]) -> list[str]:

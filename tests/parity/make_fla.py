@@ -7,6 +7,8 @@
 writes tests/parity/fla_<name>.npz. Triton's interpreter runs FLA's kernels on a CPU. Two things stand in for what needs
 a GPU: the timing of configurations (all are said to take no time, so the first is taken), and flash-attn's function, in
 whose place torch's attention runs in float32. The transformer's logits are compared with transformers' Llama as well.
+Mamba2 has one group: with more, FLA's torch path for whole sequences deals them to the heads in another order than its
+own path for one token and than the CUDA kernels.
 """
 
 import datetime
@@ -39,6 +41,7 @@ def attention(q, k, v, causal, window_size):
 fla.layers.attn.flash_attn_func = attention
 
 COMMON = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "fuse_cross_entropy": False}
+FREE = {key: value for key, value in COMMON.items() if key != "intermediate_size"}
 DELTA = {"num_heads": 2, "head_dim": 16, "expand_v": 2.0}
 SOFTMAX = {"layers": [1], "num_heads": 2, "window_size": 20}
 MODELS = {
@@ -48,6 +51,11 @@ MODELS = {
     ),
     "gated_deltanet_hybrid": models.GatedDeltaNetConfig(**COMMON, **DELTA, num_hidden_layers=2, attn=SOFTMAX),
     "delta_net": models.DeltaNetConfig(**COMMON, num_heads=2, expand_v=2.0, num_hidden_layers=2),
+    "retnet": models.RetNetConfig(**COMMON, num_heads=2, num_hidden_layers=2),
+    "hgrn2": models.HGRN2Config(**COMMON, expand_ratio=16, num_hidden_layers=3),
+    "mamba": models.MambaConfig(**FREE, state_size=8, num_hidden_layers=2),
+    "mamba2": models.Mamba2Config(**FREE, state_size=16, head_dim=16, num_hidden_layers=2),
+    "samba": models.SambaConfig(**FREE, state_size=8, num_hidden_layers=2, attn=SOFTMAX),
     "transformer": models.TransformerConfig(**COMMON, num_heads=2, num_hidden_layers=2, tie_word_embeddings=True),
 }
 

@@ -6,7 +6,7 @@ To add one: a module with an ARCHITECTURE, and its line below.
 from typing import Any
 
 from gdn_jax.config import Model
-from gdn_jax.convert.fla import delta_net, gated_deltanet, transformer
+from gdn_jax.convert.fla import delta_net, gated_deltanet, hgrn2, mamba, mamba2, retnet, transformer
 from gdn_jax.convert.fla.common import HYBRID, Architecture, Config, Reader
 from gdn_jax.errors import UserError
 
@@ -14,6 +14,11 @@ from gdn_jax.errors import UserError
 ARCHITECTURES = {
     "gated_deltanet": gated_deltanet.ARCHITECTURE,
     "delta_net": delta_net.ARCHITECTURE,
+    "retnet": retnet.ARCHITECTURE,
+    "hgrn2": hgrn2.ARCHITECTURE,
+    "mamba": mamba.MAMBA,
+    "mamba2": mamba2.ARCHITECTURE,
+    "samba": mamba.SAMBA,
     "transformer": transformer.ARCHITECTURE,
 }
 # what a model's mixers other than softmax attention are called there; attention alone is a transformer
@@ -21,6 +26,10 @@ MODEL_TYPES = {
     (): "transformer",
     ("gated_deltanet",): "gated_deltanet",
     ("deltanet",): "delta_net",
+    ("retnet",): "retnet",
+    ("hgrn2",): "hgrn2",
+    ("mamba",): "mamba",  # or samba, which has MLPs
+    ("mamba2",): "mamba2",
 }
 
 
@@ -44,7 +53,7 @@ def write_config(cfg: Model, *, dtype: str, eos: int) -> tuple[Architecture, Con
             f"model.pattern is {' '.join(cfg.pattern)}; the FLA format has no such model, it has "
             f"{', '.join(ARCHITECTURES)}."
         )
-    model_type = MODEL_TYPES[mixers]
+    model_type = "samba" if mixers == ("mamba",) and cfg.d_ff else MODEL_TYPES[mixers]
     architecture = ARCHITECTURES[model_type]
     return architecture, {
         "model_type": model_type,

@@ -16,21 +16,35 @@ FRAME = (
     Entry("model.norm.weight", ("norm/weight",), SAME),
     Entry("lm_head.weight", ("head/kernel",), LINEAR),
 )
+MLP = tuple(
+    Entry(f"mlp.{name}.weight", (f"mlp/{name}/kernel",), LINEAR) for name in ("gate_proj", "up_proj", "down_proj")
+)
 BLOCK = (
     Entry("attn_norm.weight", ("mixer_norm/weight",), SAME),
     Entry("mlp_norm.weight", ("mlp_norm/weight",), SAME),
-    Entry("mlp.gate_proj.weight", ("mlp/gate_proj/kernel",), LINEAR),
-    Entry("mlp.up_proj.weight", ("mlp/up_proj/kernel",), LINEAR),
-    Entry("mlp.down_proj.weight", ("mlp/down_proj/kernel",), LINEAR),
+    *MLP,
 )
-ATTENTION = tuple(
+ATTENTION = tuple(  # below "attn.", as every mixer there
     Entry(f"attn.{name}.weight", (f"mixer/{name}/kernel",), LINEAR) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
 )
 HYBRID = {"attention": ATTENTION, "swa": ATTENTION}  # softmax layers among those of any architecture
 
 
-def layout(name: str, mixers: dict[str, tuple[Entry, ...]], unused: tuple[str, ...] = ()) -> Layout:
-    return Layout(f"FLA {name}", "model.layers.{layer}.", FRAME, BLOCK, mixers, unused)
+def layout(
+    name: str, mixers: dict[str, tuple[Entry, ...]], frame: tuple[Entry, ...] = (), unused: tuple[str, ...] = ()
+) -> Layout:
+    """The table of an architecture with keys below `model.`; `frame` adds to those outside the layers."""
+    return Layout(f"FLA {name}", "model.layers.{layer}.", FRAME + frame, BLOCK, mixers, unused)
+
+
+def backbone_layout(name: str, block: tuple[Entry, ...], mixers: dict[str, tuple[Entry, ...]]) -> Layout:
+    """The table of an architecture with keys below `backbone.`, as Mamba's first program named them."""
+    frame = (
+        Entry("backbone.embeddings.weight", ("embed",), SAME),
+        Entry("backbone.norm_f.weight", ("norm/weight",), SAME),
+        Entry("lm_head.weight", ("head/kernel",), LINEAR),
+    )
+    return Layout(f"FLA {name}", "backbone.layers.{layer}.", frame, block, mixers)
 
 
 # --- configuration ---
@@ -64,10 +78,15 @@ class Reader:
             raise UserError(f"{self.where} has {key} = {value!r}; it must be of type {kind.__name__}.")
         return value
 
-    def optional(self, key: str, kind: type) -> Any:
-        """The key's value, or None."""
+    def optional(self, key: str, kind: type, *words: str) -> Any:
+        """The key's value, of the kind or one of the words, or None."""
         self._read.add(key)
-        return None if self._tree.get(key) is None else self.get(key, kind)
+        value = self._tree.get(key)
+        return value if value is None or value in words else self.get(key, kind)
+
+    def ignore(self, *keys: str) -> None:
+        """Keys of which no output of the model depends."""
+        self._read |= set(keys)
 
     def require(self, key: str, *values: Any) -> None:
         """The key is missing, null or one of `values`: the only ones whose mathematics is built here."""
@@ -93,21 +112,24 @@ class Reader:
         return Reader(self.get(key, dict), f"{self.where}, {key}")
 
 
-def read_common(config: Reader) -> dict[str, Any]:
+def read_common(config: Reader, ratio: int = 4) -> dict[str, Any]:
     """The fields that every architecture shares."""
     config.require("hidden_act", "swish", "silu")
     config.require("attnres_block_size")
     d_model = config.get("hidden_size", int)
-    ratio = config.optional("hidden_ratio", int) or 4
-    rounded = 256 * -(-int(d_model * ratio * 2 / 3) // 256)  # fla's width where none is given
     return {
         "d_model": d_model,
-        "d_ff": config.get("intermediate_size", int, rounded),
+        "d_ff": config.get("intermediate_size", int, mlp_width(d_model, config.get("hidden_ratio", int, ratio))),
         "vocab": config.get("vocab_size", int),
         "tied": config.get("tie_word_embeddings", bool, False),
         "norm_eps": config.get("norm_eps", float, 1e-6),
         "init": "fla",
     }
+
+
+def mlp_width(d_model: int, ratio: int) -> int:
+    """The inner width of an MLP where config.json names none: two thirds of ratio d_model, up to a multiple of 256."""
+    return 256 * -(-int(d_model * ratio * 2 / 3) // 256)
 
 
 def read_attention(config: Reader, d_model: int) -> tuple[str, AttentionConfig]:
@@ -126,12 +148,14 @@ def read_attention(config: Reader, d_model: int) -> tuple[str, AttentionConfig]:
     return "swa", AttentionConfig(heads=heads, head_dim=d_model // heads, rope_base=base, window=window)
 
 
-def read_pattern(config: Reader, own: str, d_model: int) -> tuple[tuple[str, ...], int, AttentionConfig | None]:
+def read_pattern(
+    config: Reader, own: str, d_model: int, *, softmax: bool = True
+) -> tuple[tuple[str, ...], int, AttentionConfig | None]:
     """(pattern, repeats, attention) of an architecture whose `attn` may put softmax layers among its own."""
     layers = config.get("num_hidden_layers", int)
     if layers < 1:
         raise UserError(f"{config.where} has num_hidden_layers = {layers}; it must be positive.")
-    if config.optional("attn", dict) is None:
+    if not softmax or config.optional("attn", dict) is None:
         return (own,), layers, None
     below = config.below("attn")
     chosen = below.get("layers", list)

@@ -1,6 +1,6 @@
 """Imported models against flash-linear-attention's own code: logits it computed, kept with the script that made them.
 
-tests/parity/make_fla.py says how; only numpy is needed here.
+tests/checkpoints/make.py says how; only numpy is needed here.
 """
 
 import json
@@ -17,7 +17,7 @@ from gdn_jax.config import Data
 from gdn_jax.convert.exchange import import_checkpoint
 from gdn_jax.layers import Compute
 
-KEPT = sorted((Path(__file__).parent / "parity").glob("fla_*.npz"))
+KEPT = sorted((Path(__file__).parent / "checkpoints").glob("fla_*.npz"))
 
 
 def checkpoint_directory(path, directory):

@@ -1,12 +1,13 @@
-"""Small models of flash-linear-attention, run by its own code: parameters, tokens and logits for test_parity.py.
+"""Small models of flash-linear-attention, run by its own code: what test_checkpoint_parity.py compares with.
 
-    python -m venv /tmp/parity && /tmp/parity/bin/pip install torch==2.13.0
-    /tmp/parity/bin/pip install flash-linear-attention==0.6.0 transformers==5.24.0 triton==3.9.0
-    TRITON_INTERPRET=1 /tmp/parity/bin/python tests/parity/make_fla.py [NAME ...]
+    python -m venv /tmp/fla && /tmp/fla/bin/pip install torch==2.13.0
+    /tmp/fla/bin/pip install flash-linear-attention==0.6.0 transformers==5.24.0 triton==3.9.0
+    TRITON_INTERPRET=1 /tmp/fla/bin/python tests/checkpoints/make.py [NAME ...]
 
-writes tests/parity/fla_<name>.npz. Triton's interpreter runs FLA's kernels on a CPU. Two things stand in for what needs
-a GPU: the timing of configurations (all are said to take no time, so the first is taken), and flash-attn's function, in
-whose place torch's attention runs in float32. The transformer's logits are compared with transformers' Llama as well.
+writes tests/checkpoints/fla_<name>.npz. Triton's interpreter runs FLA's kernels on a CPU. Two things stand in for what
+needs a GPU: the timing of configurations (all are said to take no time, so the first is taken), and flash-attn's
+function, in whose place torch's attention runs in float32. The transformer's logits are compared with transformers'
+Llama as well.
 Mamba2 has one group: with more, FLA's torch path for whole sequences deals them to the heads in another order than its
 own path for one token and than the CUDA kernels.
 """

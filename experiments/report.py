@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESULTS = Path(__file__).parent / "results"
-PAPER = Path(__file__).parent / "paper.json"  # id -> {"numbers": {metric: value}, "source": where in the paper}
+# id -> {"numbers": {metric: value}, "source": where in the paper, "summary": the same of another reading of it}
+PAPER = Path(__file__).parent / "paper.json"
+HEADLINE = ("wiki_ppl", "average_ppl", "average")  # what README's table shows of the paper's row
 BEGIN, END = "<!-- ids:begin -->", "<!-- ids:end -->"
 COMMAND = "python -m experiments.report README.md"
 EVALUATION = "evaluation.json"
@@ -193,7 +195,9 @@ def ids_table() -> str:
 def _paper_cell(entry: Row | None) -> str:
     if entry is None:
         return "-"
-    return ", ".join(f"{metric} {value}" for metric, value in entry["numbers"].items())
+    numbers = entry["numbers"]
+    shown = {metric: numbers[metric] for metric in HEADLINE if metric in numbers} or numbers
+    return ", ".join(f"{metric} {value}" for metric, value in shown.items())
 
 
 def _our_cells(experiment: Experiment, row: Row | None) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import experiments
+from experiments import tables
 from experiments.commands import Stopped, convert, generate, machine, of_run
 from experiments.commands import data as on_data
 from experiments.commands import experiment as on_ids
@@ -31,6 +32,7 @@ COMMANDS = {
     "train": Command(on_ids.train, on_ids.TrainOptions, "ID"),
     "eval": Command(on_ids.evaluate, on_ids.EvalOptions, "RUN"),
     "run": Command(on_ids.run, on_ids.RunOptions, "ID"),
+    "table": Command(tables.table, tables.TableOptions, "TABLE"),
     "data prepare": Command(on_data.prepare_data, on_data.PrepareOptions, "SOURCE"),
     "data verify": Command(on_data.verify_data, on_data.VerifyOptions, "DIR"),
     "generate": Command(generate.generate_text, generate.GenerateOptions, "RUN"),

@@ -11,8 +11,6 @@ from gdn_jax.config import Model
 from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init
 from pallas_kernels.linear_attention import linear_attention, linear_attention_step
 
-OUTPUT_NORM_EPS = 1e-5  # of both families: fla's fused norm and projection does not read the model's norm_eps
-
 
 class HGRN2Cache(NamedTuple):
     """The whole past in constant memory."""
@@ -33,7 +31,7 @@ class HGRN2(nnx.Module):
         self.q_proj = Linear(D, D, linear_init(cfg, D), rngs=rngs)
         self.f_proj = Linear(D, D, linear_init(cfg, D), rngs=rngs)
         self.i_proj = Linear(D, D, linear_init(cfg, D), rngs=rngs)
-        self.o_norm = RMSNorm(D, OUTPUT_NORM_EPS)
+        self.o_norm = RMSNorm(D, 1e-5)  # fla's layer leaves this norm at 1e-5 whatever the model's eps is
         self.o_proj = Linear(D, D, linear_init(cfg, D, residual=cfg.rescale_o_proj), rngs=rngs)
 
     def __call__(

@@ -5,12 +5,13 @@ One chunk of C tokens, state h_0 [D, N] entering it, all products elementwise on
     h_t = a_t h_{t-1} + u_t B_t       a_t = exp(dt_t A), 0 where a document starts      u_t = dt_t x_t
     y_t = sum_n C_t h_t + D x_t
 
-The C states of a chunk are found by doubling: after the pass of distance s a token holds what the 2s tokens up to it
-have written, so log2 C passes suffice, and decays only ever multiply, never divide. Outside the current chunk no
+The C states of a chunk are found in three passes: all runs of RUN tokens side by side, token after token, as if each
+began with an empty state; the runs one after another, which gives the state entering each; and that state, times the
+product of decays since, added to every token. Decays only ever multiply, never divide. Outside the current chunk no
 [T, D, N] array exists: the forward keeps the state entering each chunk, and the backward makes a chunk's states again.
 
 Backward, with dh'_C the gradient of the state that leaves the chunk:
-    dh_t = C_t dy_t + a_{t+1} dh_{t+1}      the same doubling from the right
+    dh_t = C_t dy_t + a_{t+1} dh_{t+1}      the same three passes from the right
     dl_t = dh_t a_t h_{t-1}, the gradient of the exponent dt_t A;  du_t = sum_n dh_t B_t
     dx = dt du + D dy    ddt = x du + sum_n A dl    dA = sum_t dt dl    dB = sum_d u dh    dC = sum_d h dy
     dD = sum_t x dy
@@ -23,32 +24,73 @@ import jax.numpy as jnp
 
 from pallas_kernels.tiles import document_numbers, pad_tokens
 
-
-def _states(decay, write, state):
-    """h [B, C, D, N] of every token from decay, write [B, C, D, N] and the state [B, D, N] before the first."""
-    write = write.at[:, 0].add(decay[:, 0] * state)
-    distance = 1
-    while distance < decay.shape[1]:
-        before = lambda x: jnp.pad(x[:, :-distance], ((0, 0), (distance, 0), (0, 0), (0, 0)))  # noqa: B023, E731
-        write = write + decay * before(write)
-        decay = decay * before(decay)
-        distance *= 2
-    return write
+RUN = 8  # tokens of a chunk that follow one another; C / RUN such runs go side by side
 
 
-def _chunk(arrays, runs, start, size, A):
-    """A chunk of x, dt, B, C, ... in the compute dtype, and its decays [B, C, D, N]; runs start one token earlier."""
-    slices = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(A.dtype) for x in arrays)
-    x, dt, *rest = slices
-    decay = jnp.exp(dt[..., None] * A)
+def _runs(x):
+    """[B, C, ...] -> [RUN, B, C / RUN, ...]: the tokens of a run first."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, RUN, *x.shape[2:]), 2, 0)
+
+
+def _tokens(x):
+    """The inverse of _runs."""
+    x = jnp.moveaxis(x, 0, 2)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _across(state, written, product, reverse=False):
+    """What enters every run [B, R, D, N], and what leaves the last; run r turns s into product s + written."""
+
+    def step(state, run):
+        written, product = run
+        return product * state + written, state
+
+    by_run = [jnp.moveaxis(x, 1, 0) for x in (written, product)]
+    state, entering = jax.lax.scan(step, state, by_run, reverse=reverse)
+    return jnp.moveaxis(entering, 0, 1), state
+
+
+def _chunk(arrays, runs, start, size, dtype):
+    """A chunk of x, dt, B, C, ... by runs, and by runs whether a token goes on from the one before it."""
+    slices = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(dtype) for x in arrays]
+    goes_on = jnp.ones(slices[0].shape[:2], bool)
     if runs is not None:
         run = jax.lax.dynamic_slice_in_dim(runs, start, size + 1, axis=1)
-        decay = jnp.where((run[:, 1:] == run[:, :-1])[..., None, None], decay, 0)
-    return x, dt, *rest, decay
+        goes_on = run[:, 1:] == run[:, :-1]
+    return *(_runs(x) for x in slices), _runs(goes_on)
+
+
+def _states(u, dt, B, goes_on, A, state, keep_decay=False):
+    """h of every token [RUN, B, R, D, N], what entered each run, the state after the last token; decays if asked."""
+
+    def step(carry, token):
+        (written, product), (u, dt, B, goes_on) = carry, token
+        decay = jnp.where(goes_on[..., None, None], jnp.exp(dt[..., None] * A), 0)
+        carry = (decay * written + u[..., None] * B[:, :, None], decay * product)
+        return carry, (*carry, decay if keep_decay else None)
+
+    empty = jnp.zeros((*u.shape[1:], A.shape[-1]), A.dtype)
+    _, (written, product, decay) = jax.lax.scan(step, (empty, empty + 1), (u, dt, B, goes_on))
+    entering, state = _across(state, written[-1], product[-1])
+    return written + product * entering, entering, state, decay
+
+
+def _gradients_of_states(dy, C, decay, d_left):
+    """dh of every token [RUN, B, R, D, N] and the gradient of the state before the first."""
+
+    def step(carry, token):
+        (passed, product), (dy, C, decay) = carry, token  # passed: gradient that the next token hands back
+        dh = dy[..., None] * C[:, :, None] + passed
+        return (decay * dh, decay * product), (dh, product)
+
+    empty = jnp.zeros_like(decay[0])
+    last, (dh, product) = jax.lax.scan(step, (empty, empty + 1), (dy, C, decay), reverse=True)
+    entering, d_state = _across(d_left, *last, reverse=True)
+    return dh + product * entering, d_state
 
 
 def _put(buffer, tile, start):
-    return jax.lax.dynamic_update_slice_in_dim(buffer, tile.astype(buffer.dtype), start, axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, _tokens(tile).astype(buffer.dtype), start, axis=1)
 
 
 def _forward(x, dt, A, B, C, D, initial_state, runs, chunk, *, read=True, keep=False):
@@ -56,11 +98,11 @@ def _forward(x, dt, A, B, C, D, initial_state, runs, chunk, *, read=True, keep=F
 
     def step(carry, start):
         state, y = carry
-        xc, dtc, Bc, Cc, decay = _chunk((x, dt, B, C), runs, start, chunk, A)
-        h = _states(decay, (dtc * xc)[..., None] * Bc[:, :, None], state)
+        xc, dtc, Bc, Cc, goes_on = _chunk((x, dt, B, C), runs, start, chunk, A.dtype)
+        h, _, left, _ = _states(dtc * xc, dtc, Bc, goes_on, A, state)
         if read:
-            y = _put(y, (h * Cc[:, :, None]).sum(-1) + D * xc, start)
-        return (h[:, -1], y), state if keep else None
+            y = _put(y, (h * Cc[..., None, :]).sum(-1) + D * xc, start)
+        return (left, y), state if keep else None
 
     starts = jnp.arange(0, x.shape[1], chunk)
     (state, y), kept = jax.lax.scan(step, (initial_state, jnp.zeros_like(x) if read else None), starts)
@@ -71,24 +113,22 @@ def _backward(x, dt, A, B, C, D, runs, kept, dy, d_final, chunk):
     def step(carry, scanned):
         d_left, dx, ddt, dB, dC, dA, dD = carry
         start, state = scanned
-        xc, dtc, Bc, Cc, dyc, decay = _chunk((x, dt, B, C, dy), runs, start, chunk, A)
+        xc, dtc, Bc, Cc, dyc, goes_on = _chunk((x, dt, B, C, dy), runs, start, chunk, A.dtype)
         u = dtc * xc
-        h = _states(decay, u[..., None] * Bc[:, :, None], state)
-        before = jnp.concatenate([state[:, None], h[:, :-1]], axis=1)
-        following = jnp.concatenate([decay[:, 1:], jnp.ones_like(decay[:, :1])], axis=1)
-        reverse = lambda y: jnp.flip(y, axis=1)  # noqa: E731
-        dh = reverse(_states(reverse(following), reverse(dyc[..., None] * Cc[:, :, None]), d_left))
+        h, entering, _, decay = _states(u, dtc, Bc, goes_on, A, state, keep_decay=True)
+        dh, d_state = _gradients_of_states(dyc, Cc, decay, d_left)
+        before = jnp.concatenate([entering[None], h[:-1]], axis=0)
         d_exponent = dh * decay * before
-        du = (dh * Bc[:, :, None]).sum(-1)
+        du = (dh * Bc[..., None, :]).sum(-1)
         new = (
             _put(dx, dtc * du + D * dyc, start),
             _put(ddt, xc * du + (d_exponent * A).sum(-1), start),
-            _put(dB, (u[..., None] * dh).sum(2), start),
-            _put(dC, (dyc[..., None] * h).sum(2), start),
-            dA + (d_exponent * dtc[..., None]).sum((0, 1)),
-            dD + (xc * dyc).sum((0, 1)),
+            _put(dB, (u[..., None] * dh).sum(-2), start),
+            _put(dC, (dyc[..., None] * h).sum(-2), start),
+            dA + (d_exponent * dtc[..., None]).sum((0, 1, 2)),
+            dD + (xc * dyc).sum((0, 1, 2)),
         )
-        return (decay[:, 0] * dh[:, 0], *new), None
+        return (d_state, *new), None
 
     carry = (d_final, *(jnp.zeros_like(y) for y in (x, dt, B, C, A, D)))
     scanned = (jnp.arange(0, x.shape[1], chunk), kept)

@@ -35,6 +35,7 @@ OPTIONAL = {
     "datasets": "hf: sources",
     "sentencepiece": ".model tokenizers",
     "tokenizers": ".json tokenizers",
+    "safetensors": "gdn convert",
     "tensorboardX": "--run.tensorboard",
     "wandb": "--run.wandb",
 }

@@ -19,11 +19,13 @@ from orbax.checkpoint import v1 as ocp
 
 from gdn_jax.config import Experiment, canonical, flat, from_dict, to_dict
 from gdn_jax.errors import UserError
+from gdn_jax.files import write_json
 from gdn_jax.model import LM, abstract_model
 from gdn_jax.tree import named_leaves, with_leaves
 
 MODEL = "model"
 OPTIMIZER = "optimizer"
+WRITE_BYTES = 1 << 27  # in flight to the disk, at least
 QUIET_SECONDS = 0.3  # without a word from threads whose reads failed: they have ended
 
 
@@ -47,12 +49,16 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, model: Any, optimizer: Any) -> None:
-        """Begins to write a checkpoint and returns; a write still going on is waited for first."""
+    def save(self, step: int, model: Any, optimizer: Any = None) -> None:
+        """Begins to write a checkpoint and returns; a write still going on is waited for first.
+
+        Without an optimizer state it can be evaluated, not trained on.
+        """
+        state = {MODEL: named_leaves(model)} | ({} if optimizer is None else {OPTIMIZER: named_leaves(optimizer)})
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
-                {MODEL: named_leaves(model), OPTIMIZER: named_leaves(optimizer)},
+                state,
                 force=True,
                 overwrite=True,
                 custom_metadata={"step": step, "batch": step, "experiment": to_dict(self._experiment)},
@@ -183,3 +189,15 @@ def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int]:
             raise none
         model = checkpoints.load_model(step, abstract)
     return experiment, model, step
+
+
+def write(run_dir: Path, experiment: Experiment, model: LM, step: int) -> None:
+    """Makes a run of a model that was not trained here: config.json and one checkpoint, without optimizer state."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "config.json", to_dict(experiment))
+    # Without a limit the writer holds every array compressed, which is nearly the model once more.
+    context = ocp.Context()
+    largest = max(leaf.nbytes for leaf in named_leaves(model).values())
+    context.memory.write_concurrent_bytes = max(largest + 1, WRITE_BYTES)  # less than one array is an error
+    with context, contextlib.closing(Checkpoints(run_dir / "checkpoints", experiment, writes=True)) as checkpoints:
+        checkpoints.save(step, model)

@@ -31,6 +31,8 @@ MIXER_FIELDS = {
     "swa": "attention",
 }
 
+IMPORTED = "imported/"  # begins the ID of a run whose parameters came from another program's files
+
 
 def _require(condition: bool, sentence: str) -> None:
     if not condition:

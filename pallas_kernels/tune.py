@@ -250,3 +250,14 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
         path.write_text(json.dumps(table, indent=1) + "\n")
         say("admitted: " + "; ".join(f"{stage} {ms[stage]:.3f} ms" for stage in chosen))
     return table
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table's configurations, one row a stage, with their milliseconds where they were measured."""
+    lines = ["| device | K x V | stage | ms | configuration |", "| --- | --- | --- | --- | --- |"]
+    for kind, sizes in table["devices"].items():
+        for size, chosen in sizes.items():
+            for stage, configuration in chosen.items():
+                ms = table["measured"].get(kind, {}).get(size, {}).get(stage, {}).get("ms", "not run")
+                lines.append(f"| {kind} | {size} | {stage} | {ms} | {_short(configuration)} |")
+    return "\n".join(lines)

@@ -3,9 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+
 from gdn_jax import prepare
 from gdn_jax.config import Data, Experiment, GatedDeltaNetConfig, Model, Optim, Run
 from gdn_jax.metrics import read_rows
+from gdn_jax.model import LM, init_model
 
 TEXT = Path(__file__).resolve().parent.parent
 
@@ -59,3 +63,17 @@ def losses(directory: Path) -> dict[int, float]:
 def with_steps(small: Experiment, steps: int) -> Experiment:
     """The same run with another number of steps."""
     return dataclasses.replace(small, optim=dataclasses.replace(small.optim, steps=steps))
+
+
+def scripted_model(following: dict[int, int]) -> LM:
+    """A model whose likeliest token after `a` is following[a], at most 32 of them: its mixers write nothing."""
+    mixer = GatedDeltaNetConfig(heads=1, key_dim=8, value_dim=8)
+    cfg = Model(
+        pattern=("gated_deltanet",), repeats=1, d_model=32, d_ff=0, vocab=320, tied=False, gated_deltanet=mixer
+    )  # fmt: skip
+    model = jax.tree.map(jnp.zeros_like, jax.jit(init_model, static_argnums=0)(cfg, jax.random.key(0)))
+    model.norm.weight[...] = jnp.ones(32)
+    for row, (before, after) in enumerate(following.items()):
+        model.embed[...] = model.embed[...].at[before, row].set(1.0)
+        model.head.kernel[...] = model.head.kernel[...].at[row, after].set(1.0)
+    return model

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from experiments import EXPERIMENTS, doctor, report
+from experiments.options import Overrides
 from experiments.run import COMMANDS, main
 
 ID = "smoke/gated-deltanet"
@@ -112,7 +113,7 @@ def test_every_command_has_help(capsys, name):
     out, err = capsys.readouterr()
     assert stop.value.code == 0 and err == ""
     assert out.startswith(f"usage: gdn {name}") and COMMANDS[name].options.__doc__[:40] in out
-    assert ("--optim.lr" in out) == (COMMANDS[name].operand == "ID")
+    assert ("--optim.lr" in out) == issubclass(COMMANDS[name].options, Overrides)
 
 
 def test_the_overview_names_every_command(capsys):

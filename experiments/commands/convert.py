@@ -1,0 +1,101 @@
+"""`gdn convert import` and `gdn convert export`: checkpoints of other programs."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Self
+
+import experiments
+from experiments.commands import of_run, print_facts
+from experiments.options import Switch
+from gdn_jax.config import Data
+from gdn_jax.errors import UserError
+
+LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Make a run of a checkpoint: a Hugging Face directory of flash-linear-attention's, or lit-gpt safetensors."""
+
+    out: str = ""  # the run's directory; it must not exist
+    like: str = ""  # for lit-gpt tensors: the ID of an experiment with that model, table3/gated-deltanet/1.3b
+    tokenizer: str = ""  # "byte", or a SentencePiece .model or tokenizers .json file; empty: the directory's own
+    source: str = "python-stdlib"  # data that `gdn eval` measures by default, as of data.source
+    seq_len: int = 4096  # its windows
+    validation: float = 0.01  # its held-out fraction, as the data was prepared
+    precision: Literal["files", "bf16", "fp32"] = "files"  # of activations; files: that of the tensors
+    json: Switch = False  # print one flat object
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a run's last checkpoint as safetensors that flash-linear-attention, or the authors' release, loads."""
+
+    out: str = ""  # directory to write; it must not exist
+    format: Literal["fla", "lit"] = "fla"  # a Hugging Face directory, or the release's keys
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the tensors; bf16 rounds
+    step: int | None = None  # which checkpoint; None: the newest
+    json: Switch = False  # print one flat object
+
+
+def import_run(source: str, options: ImportOptions) -> None:
+    out = _out(options.out)
+    like = experiments.get(options.like).model if options.like else None
+    # The tokenizer may still be unknown here: empty means the directory's own.
+    data = Data(
+        source=options.source, tokenizer=options.tokenizer, seq_len=options.seq_len, validation=options.validation
+    )
+    from gdn_jax.convert.exchange import import_checkpoint
+
+    precision = None if options.precision == "files" else options.precision
+    with _Line() as line:
+        facts = import_checkpoint(Path(source), out, data=data, like=like, precision=precision, say=line.say)
+    print_facts(facts, options.json)
+
+
+def export_run(name: str, options: ExportOptions) -> None:
+    out = _out(options.out)
+    experiment = of_run(name)
+    from gdn_jax.convert.exchange import export_checkpoint
+    from gdn_jax.train import run_directory
+
+    with _Line() as line:
+        facts = export_checkpoint(
+            run_directory(experiment), out, form=options.format, dtype=options.dtype, step=options.step, say=line.say
+        )
+    print_facts(facts, options.json)
+
+
+def _out(name: str) -> Path:
+    if not name:
+        raise UserError("--out is missing; give the directory to write.")
+    return Path(name)
+
+
+class _Line:
+    """Progress on stderr: one live line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self):
+        from rich.console import Console
+        from rich.live import Live
+
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._live = Live(console=self._console, transient=True) if self._console.is_terminal else None
+        self._said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._live:
+            self._live.stop()
+
+    def say(self, line: str) -> None:
+        if self._live:
+            self._live.update(line)
+        elif time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            self._console.print(line, markup=False)

@@ -1,0 +1,179 @@
+"""`gdn list`, `show`, `train`, `eval` and `run`: what one does with an experiment ID."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import experiments
+from experiments import report
+from experiments.commands import Stopped, print_facts
+from experiments.options import Overrides, Switch
+from gdn_jax.config import IMPORTED, Experiment, flat, to_dict
+from gdn_jax.errors import UserError
+
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 parameters and AdamW's two moments
+CHECKPOINT_REST = 1 << 16  # step, configuration, array metadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListOptions:
+    """List the experiments whose IDs match a shell pattern such as 'table3/*/tiny'."""
+
+    json: Switch = False  # print an array of objects
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(Overrides):
+    """Show what an ID resolves to: size, cost, run directory and every field."""
+
+    json: Switch = False  # print one flat object
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(Overrides):
+    """Train an experiment, or go on from its last checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(Overrides):
+    """Measure held-out perplexity of a run's last checkpoint."""
+
+    stride: int | None = None  # score the last N targets of each window; None: windows side by side
+    windows: int | None = None  # how many windows of data.seq_len tokens; None: all
+    json: Switch = False  # print one flat object
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Overrides):
+    """Train, evaluate, write result.json and loss.png."""
+
+    stride: int | None = None  # as of `gdn eval`
+    windows: int | None = None
+    json: Switch = False  # print the result row
+
+
+def list_ids(glob: str, options: ListOptions) -> None:
+    found = experiments.find(glob or "*")
+    if not found:
+        groups = dict.fromkeys(id.partition("/")[0] for id in experiments.EXPERIMENTS)
+        raise UserError(f"No experiment matches {glob!r}; the IDs begin with {', '.join(groups)}.")
+    rows = [_list_row(experiment) for experiment in found]
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    header = ("ID", "parameters", "tokens", "data")
+    cells = [(row["id"], f"{row['parameters']:,}", report.short(row["tokens"]), row["source"]) for row in rows]
+    print(report.aligned([header, *cells]))
+
+
+def _list_row(experiment: Experiment) -> dict[str, Any]:
+    group, name, scale = (*experiment.id.split("/"), "tiny")[:3]
+    return {
+        "id": experiment.id,
+        "group": group,
+        "model": name,
+        "scale": scale,
+        "parameters": report.parameters(experiment.model),
+        "tokens": _tokens(experiment),
+        "source": experiment.data.source,
+        "tokenizer": experiment.data.tokenizer,
+        "hash8": experiment.hash8,
+    }
+
+
+def show(experiment: Experiment, options: ShowOptions) -> None:
+    from gdn_jax.flops import forward_flops_per_token, train_flops_per_token
+    from gdn_jax.train import run_directory
+
+    parameters, seq_len = report.parameters(experiment.model), experiment.data.seq_len
+    facts = {
+        "id": experiment.id,
+        "hash8": experiment.hash8,
+        "model_hash8": experiment.model_hash8,
+        "parameters": parameters,
+        "layers": experiment.model.layers,
+        "forward_flops_per_token": forward_flops_per_token(experiment.model, seq_len),
+        "train_flops_per_token": train_flops_per_token(experiment.model, seq_len),
+        "tokens": _tokens(experiment),
+        "checkpoint_bytes": CHECKPOINT_BYTES_PER_PARAMETER * parameters + CHECKPOINT_REST,
+        "run_directory": str(run_directory(experiment)),
+    }
+    facts |= {name: value for name, value in flat(to_dict(experiment)).items() if name != "id"}
+    print_facts(facts, options.json)
+
+
+def train(experiment: Experiment, options: TrainOptions) -> None:
+    print(_train(experiment))
+
+
+def evaluate(experiment: Experiment, options: EvalOptions) -> None:
+    numbers = _evaluate(experiment, options.stride, options.windows)
+    if options.json:
+        print(json.dumps(numbers, indent=1))
+    else:
+        print(report.validation_table(numbers))
+
+
+def run(experiment: Experiment, options: RunOptions) -> None:
+    from gdn_jax.evaluate.perplexity import check_scoring
+
+    check_scoring(experiment.data.seq_len, options.stride, options.windows)  # before hours of training
+    run_dir = _train(experiment)
+    _evaluate(experiment, options.stride, options.windows)
+    row = report.result_row(run_dir)
+    plot = report.draw_loss(run_dir)
+    if options.json:
+        print(json.dumps(row, indent=1))
+    else:
+        print(report.summary(row))
+        print(f"Wrote {run_dir / 'result.json'} and {plot}.")
+
+
+def _train(experiment: Experiment) -> Path:
+    from gdn_jax import train as training
+
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # progress is for the reader, stdout for the result
+            return training.train(experiment)
+    except training.Interrupted as stop:
+        sentence = f"Stopped and saved at step {stop.step}; the same command goes on from there."
+        raise Stopped(sentence, 128 + stop.signal) from None
+
+
+def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -> dict[str, Any]:
+    """Measure the run's last checkpoint and keep the numbers in its directory.
+
+    The model of an imported run may be measured on any data, for it was trained on none of ours; only the numbers on
+    the data that the run names are kept.
+    """
+    from gdn_jax import checkpoint, tokenizer
+    from gdn_jax.evaluate.perplexity import check_scoring, perplexity
+    from gdn_jax.layers import compute_for
+    from gdn_jax.train import chosen_impls, prepared_data, run_directory
+
+    check_scoring(experiment.data.seq_len, stride, windows)
+    chosen_impls(experiment)
+    run_dir = run_directory(experiment)
+    trained, model, step = checkpoint.load(run_dir)
+    imported = trained.id.startswith(IMPORTED)
+    checkpoint.check_same(
+        dataclasses.replace(trained, data=experiment.data) if imported else trained, experiment, run_dir
+    )
+    data, optim = experiment.data, experiment.optim
+    numbers = perplexity(
+        model, prepared_data(experiment, None), tokenizer.load(data.tokenizer),
+        seq_len=data.seq_len, stride=stride, windows=windows,
+        batch_size=optim.batch_size // experiment.run.micro_batches,
+        compute=compute_for(experiment), with_segments=data.reset_at_documents,
+    )  # fmt: skip
+    if data == trained.data:
+        report.save_evaluation(run_dir, numbers, step)
+    return {"id": experiment.id, "hash8": experiment.hash8, "step": step} | numbers
+
+
+def _tokens(experiment: Experiment) -> int:
+    return experiment.optim.steps * experiment.optim.batch_size * experiment.data.seq_len

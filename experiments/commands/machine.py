@@ -1,0 +1,57 @@
+"""`gdn doctor`, `gdn bench` and `gdn tune`: this machine checked, timed, and what runs fastest on it."""
+
+import json
+from dataclasses import dataclass
+
+from experiments.options import Switch
+from gdn_jax.errors import UserError
+from pallas_kernels import bench, tune
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """Check this machine: versions, devices, each op against its oracle, what auto picks and why."""
+
+    json: Switch = False  # print one object
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(bench.Options):
+    """Time an op here, ours and every installed peer's: device milliseconds, peak memory, fraction of the roofline."""
+
+    json: Switch = False  # print one object
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneOptions(tune.Options):
+    """Find the fastest tiles, warps and stages of an op's kernels here; only what float64 confirms is kept."""
+
+    json: Switch = False  # print the whole table as one object
+
+
+def doctor(_: str, options: DoctorOptions) -> int:
+    from experiments.doctor import described, examine
+
+    found = examine()
+    print(json.dumps(found, indent=1) if options.json else described(found))
+    return 0 if found["ok"] else 1
+
+
+def bench_op(op: str, options: BenchOptions) -> int:
+    from gdn_jax.metrics import environment
+
+    try:
+        jobs = bench.jobs(op, options)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return bench.report(jobs, environment, options.out, options.json)
+
+
+def tune_op(op: str, options: TuneOptions) -> None:
+    from gdn_jax.metrics import environment
+
+    try:
+        table = tune.tune(op, options, environment)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(str(error)) from None
+    print(json.dumps(table, indent=1) if options.json else tune.markdown(table))

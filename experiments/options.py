@@ -1,0 +1,94 @@
+"""From words to typed options: tyro behind one-sentence mistakes."""
+
+import contextlib
+import dataclasses
+import io
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import tyro
+
+from gdn_jax.config import Data, Model, Optim, Run
+from gdn_jax.errors import UserError, nearest
+
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """The experiment's fields; the defaults are those of the ID."""
+
+    model: tyro.conf.FlagConversionOff[Model]
+    optim: tyro.conf.FlagConversionOff[Optim]
+    data: tyro.conf.FlagConversionOff[Data]
+    run: tyro.conf.FlagConversionOff[Run]
+
+
+def parse(default: Any, words: list[str], prog: str) -> Any:
+    """`default` with the options in `words`; a mistake is a UserError that names the option."""
+    try:
+        return _tyro(default, words, prog)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    # tyro explains itself in boxes of many lines only: find the option that is wrong on its own.
+    hints = _hints(default)
+    for option in _split(words):
+        name, _, value = option[0].removeprefix("--").partition("=")
+        name, values = name.replace("-", "_"), ([value] if value else option[1:])
+        if not option[0].startswith("--"):
+            raise UserError(f"{' '.join(option)!r} is not expected here; options are written --name value.")
+        if name not in hints:
+            known = f"`{prog} --help` lists all"
+            raise UserError(f"There is no option --{name}{nearest(f'--{name}', [f'--{h}' for h in hints])}; {known}.")
+        try:
+            _tyro(default, option, prog)
+        except SystemExit:
+            given = repr(" ".join(values)) if values else "given without a value"
+            raise UserError(f"--{name} is {given}; it must be {_rule(hints[name])}.") from None
+    raise UserError(f"The options {' '.join(words)!r} do not go together; `{prog} --help` explains each.")
+
+
+def _tyro(default: Any, words: list[str], prog: str) -> Any:
+    with contextlib.redirect_stderr(io.StringIO()):  # the sentences are ours
+        return tyro.cli(
+            type(default),
+            default=default,
+            args=words,
+            prog=prog,
+            use_underscores=True,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
+
+
+def _split(words: list[str]) -> list[list[str]]:
+    """["--a", "1", "--b"] -> [["--a", "1"], ["--b"]]."""
+    out: list[list[str]] = []
+    for word in words:
+        if word.startswith("--") or not out:
+            out.append([word])
+        else:
+            out[-1].append(word)
+    return out
+
+
+def _hints(options: Any, prefix: str = "") -> dict[str, Any]:
+    """Name of every option -> its type."""
+    out = {}
+    for name, hint in typing.get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        out |= _hints(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: hint}
+    return out
+
+
+def _rule(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin in (typing.Union, types.UnionType):
+        return f"{_rule(args[0])} or None"
+    if origin is tuple:
+        return "one word or more"
+    return {int: "a whole number", float: "a number", bool: "True or False", str: "one word"}[hint]

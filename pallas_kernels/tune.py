@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -136,6 +136,7 @@ def measure(
                 for configuration in (triton_op.DEFAULTS[stage], *tried)
             ]
             kinds = shapes_after(stage, kinds)
+        wait([job for row in jobs.values() for _, job in row])  # a busy host would be timed too
         arrays = inputs(shape)
         for stage, ((_, default), *tried) in jobs.items():
             given, times = list(of(stage, arrays).values()), []
@@ -176,9 +177,11 @@ def _short(configuration: dict[str, Any]) -> str:
 
 
 def admitted(
-    shape: DeltaShape, times: dict[str, list], kind: str, threads: int, say: Callable[[str], None]
-) -> dict[str, dict]:
-    """Stage -> the fastest configuration with which the op passes CHECKS at these sizes."""
+    shape: DeltaShape, before: dict[str, dict], times: dict[str, list], kind: str, threads: int,
+    say: Callable[[str], None],
+) -> dict[str, dict]:  # fmt: skip
+    """Stage -> configuration with which the op passes CHECKS at these sizes: the fastest, and for a stage not timed the
+    one it had `before`. Empty when nothing passes."""
     from pallas_kernels.gated_delta_rule import conformance, triton_op
 
     def failures(chosen):
@@ -188,31 +191,30 @@ def admitted(
         try:
             with ThreadPoolExecutor(threads) as pool:  # most of the time is compilation
                 found = pool.map(lambda case: conformance.failures(case, "triton"), sized)
-                return [
-                    f"{case.name}: {failure}" for case, wrong in zip(sized, found, strict=True) for failure in wrong
-                ]
+                return [f"{case.name}: {error}" for case, wrong in zip(sized, found, strict=True) for error in wrong]
         finally:
             triton_op.use(None)
 
-    best = {stage: rows[0][1] for stage, rows in times.items()}
+    best = before | {stage: rows[0][1] for stage, rows in times.items()}
     if not failures(best):
         return best
-    alone: dict[str, dict] = {}
+    passed: dict[str, dict] = {}
     for stage, rows in times.items():
         for _, configuration in rows:
-            wrong = failures(alone | {stage: configuration})
+            wrong = failures(passed | {stage: configuration})
             if not wrong:
-                alone[stage] = configuration
+                passed[stage] = configuration
                 break
             say(f"{stage} {_short(configuration)} is not admitted: {wrong[0]}")
-    return alone
+    return passed
 
 
 def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Tune, write the table, return it: {"devices": kind -> "KxV" -> stage -> configuration, "measured": likewise,
-    milliseconds with date, commit, versions and the shape they were measured at}.
+    """Tune, write the table, return it: {"devices": kind -> "KxV" -> stage -> configuration, "admitted": kind -> the
+    "KxV" that passed, "measured": like "devices", milliseconds with date, commit, versions and the shape of them}.
 
-    ValueError with a sentence for options that cannot be read; NotImplementedError off a Hopper device.
+    Sizes that several shapes share are tuned at the first of them. ValueError with a sentence for options that cannot
+    be read; NotImplementedError off a Hopper device.
     """
     shapes = bench.shapes_of(op, options.shapes)
     from pallas_kernels import triton_dialect
@@ -235,20 +237,31 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
     import jax
 
     kind, path = jax.devices()[0].device_kind, Path(options.out or triton_op.TUNED)
-    table = json.loads(path.read_text()) if path.exists() else {"devices": {}, "measured": {}}
+    table = json.loads(path.read_text()) if path.exists() else {}
+    empty = {"devices": {}, "admitted": [], "measured": {}}
+    devices, admissions, measured = (table.setdefault(key, {}).setdefault(kind, none) for key, none in empty.items())
+    tuned = set()
     for name, shape in shapes.items():
+        size = f"{shape.key_dim}x{shape.value_dim}"
+        if size in tuned:
+            continue
+        tuned.add(size)
         say = lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True)  # noqa: E731
         times = _faster_blocks(shape, stages, options, kind, say)
-        size = f"{shape.key_dim}x{shape.value_dim}"
-        chosen = admitted(shape, times, kind, options.threads, say)
-        table["devices"].setdefault(kind, {}).setdefault(size, {}).update(chosen)
+        before = {} if len(stages) == len(triton_op.STAGES) else devices.get(size, {})
+        chosen = admitted(shape, before, times, kind, options.threads, say)
+        if not chosen:
+            say("nothing is admitted; the table keeps what it had")
+            continue
         here = environment()
         facts = {"shape": name} | {key: here[key] for key in ("date", "commit", "dirty", "versions")}
-        ms = {stage: next(t for t, c in times[stage] if c == configuration) for stage, configuration in chosen.items()}
-        measured = table["measured"].setdefault(kind, {}).setdefault(size, {})
-        measured.update({stage: facts | {"ms": round(time_, 4)} for stage, time_ in ms.items()})
+        new = {stage: next(ms for ms, c in times[stage] if c == chosen[stage]) for stage in times if stage in chosen}
+        kept = measured.get(size, {}) if before else {}
+        devices[size] = chosen
+        measured[size] = kept | {stage: facts | {"ms": round(ms, 4)} for stage, ms in new.items()}
+        admissions[:] = sorted({*admissions, size})
         path.write_text(json.dumps(table, indent=1) + "\n")
-        say("admitted: " + "; ".join(f"{stage} {ms[stage]:.3f} ms" for stage in chosen))
+        say("admitted: " + "; ".join(f"{stage} {ms:.3f} ms" for stage, ms in new.items()))
     return table
 
 

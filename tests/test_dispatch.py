@@ -33,17 +33,17 @@ def test_a_named_implementation_never_falls_back():
         dispatch.choose("an_op", "auto", {"triton": "a", "chunked": "b"}.get)
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2}])
-def test_sharded_op_equals_the_plain_one_and_gathers_nothing(axes):
+def sharded_and_plain(axes, case, impl):
+    """(gradients under a mesh of `axes`, without one, the compiled program under the mesh)."""
     mesh = jax.make_mesh(tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-    case = Case(name="sharded", T=70, B=4, documents=0.05)
     arrays, segments, (do, d_state) = conformance.inputs(case)
-    arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
+    dtypes = (case.dtype,) * 3 + ("float32",) * 3
+    arrays = [jnp.asarray(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
 
     def run(arrays, segments):
         def loss(arrays):
             *tokens, state = arrays
-            o, state = gated_delta_rule(*tokens, initial_state=state, segment_ids=segments, impl="chunked")
+            o, state = gated_delta_rule(*tokens, initial_state=state, segment_ids=segments, impl=impl)
             return (o * do).sum() + (state * d_state).sum()
 
         return jax.grad(loss)(arrays)
@@ -54,10 +54,24 @@ def test_sharded_op_equals_the_plain_one_and_gathers_nothing(axes):
     with jax.set_mesh(mesh):
         placed = jax.device_put((arrays, segments), sharding)
         compiled = jax.jit(run, out_shardings=sharding).lower(*placed).compile()
+    return compiled(*placed), plain, compiled.as_text()
+
+
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"data": 2, "fsdp": 2}])
+def test_sharded_op_equals_the_plain_one_and_gathers_nothing(axes):
+    sharded, plain, program = sharded_and_plain(axes, Case(name="sharded", T=70, B=4, documents=0.05), "chunked")
     if "tensor" not in axes:
-        assert "all-gather" not in compiled.as_text()
-    for x, y in zip(plain, compiled(*placed), strict=True):
+        assert "all-gather" not in program
+    for x, y in zip(plain, sharded, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
+
+
+def test_sharded_kernels_equal_the_plain_ones_and_gather_nothing():
+    case = Case(name="sharded", T=70, K=64, V=64, documents=0.05, dtype="bfloat16")
+    sharded, plain, program = sharded_and_plain({"data": 2}, case, "triton_interpret")
+    assert "all-gather" not in program
+    for x, y in zip(plain, sharded, strict=True):
+        assert jnp.array_equal(x, y)
 
 
 SUITES = {

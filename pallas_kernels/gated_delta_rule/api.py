@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
@@ -27,11 +28,22 @@ def resolve(
 ) -> dispatch.Choice:
     """Which implementation `impl` means on this machine at these sizes, and why a faster one was refused.
 
-    "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for.
+    "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for. And
+    only where their configuration passed the float64 check on this kind of device.
     """
-    if impl == "auto" and dtype != jnp.bfloat16:
+    named = partial(why_not, key_dim=key_dim, value_dim=value_dim, chunk=chunk)
+    if impl != "auto":
+        return dispatch.choose(NAME, impl, named)
+    if dtype != jnp.bfloat16:
         return dispatch.Choice("chunked", f"triton: it would round {jnp.dtype(dtype)} to bfloat16")
-    return dispatch.choose(NAME, impl, partial(why_not, key_dim=key_dim, value_dim=value_dim, chunk=chunk))
+
+    def by_itself(impl):
+        reason = named(impl)
+        if reason is None and impl == "triton":
+            return triton_op.not_admitted(key_dim, value_dim, jax.devices()[0].device_kind)
+        return reason
+
+    return dispatch.choose(NAME, impl, by_itself)
 
 
 @jaxtyped(typechecker=beartype)

@@ -33,7 +33,7 @@ from pallas_kernels.gated_delta_rule.triton_gradients import BLOCK
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
 
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (192, 384), (200, 400), (256, 256), (256, 512))
-TUNED = Path(__file__).with_name("tuned.json")  # device kind -> "KxV" -> stage -> configuration
+TUNED = Path(__file__).with_name("tuned.json")  # written by `gdn tune`
 
 # what runs where nothing was tuned
 DEFAULTS = {
@@ -99,26 +99,37 @@ def why_not(key_dim: int, value_dim: int, chunk: int, *, interpret: bool) -> str
     return None if interpret else triton.why_not_here()
 
 
+def not_admitted(key_dim: int, value_dim: int, device_kind: str) -> str | None:
+    """The reason "auto" must leave the kernels alone at these sizes, or None where they passed their checks."""
+    size = f"{key_dim}x{value_dim}"
+    if size in _tuned().get("admitted", {}).get(device_kind, ()):
+        return None
+    return (
+        f"its configuration at {size} has not passed the float64 check on {device_kind}; "
+        f"`gdn tune gated_delta_rule --shapes 8x4096,8,{key_dim},{value_dim}` checks and admits it"
+    )
+
+
 @functools.cache
-def _tuned() -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
-    return json.loads(TUNED.read_text())["devices"] if TUNED.exists() else {}
+def _tuned() -> dict[str, Any]:
+    return json.loads(TUNED.read_text()) if TUNED.exists() else {}
 
 
 _trial: list[dict] = []
 
 
-def use(table: dict[str, dict[str, dict[str, dict[str, Any]]]] | None) -> None:
-    """Take configurations from `table` instead of TUNED, until `use(None)`: tuning tries them out. Forgets what jax
+def use(devices: dict[str, dict[str, dict[str, dict[str, Any]]]] | None) -> None:
+    """Take configurations from `devices` instead of TUNED, until `use(None)`: tuning tries them out. Forgets what jax
     has compiled."""
-    _trial[:] = [] if table is None else [table]
+    _trial[:] = [] if devices is None else [devices]
     jax.clear_caches()
 
 
 def config(key_dim: int, value_dim: int, device_kind: str = "") -> dict[str, dict[str, Any]]:
     """Stage -> configuration at these sizes: the table's for this kind of device, else for the first kind it has
     (all are Hopper), else the defaults."""
-    table = _trial[0] if _trial else _tuned()
-    of_device = table.get(device_kind) or next(iter(table.values()), {})
+    devices = _trial[0] if _trial else _tuned().get("devices", {})
+    of_device = devices.get(device_kind) or next(iter(devices.values()), {})
     return DEFAULTS | of_device.get(f"{key_dim}x{value_dim}", {})
 
 

@@ -1,0 +1,117 @@
+"""`gdn tune`: what it times, what it admits, what "auto" then takes. Kernels run in interpret mode here."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from experiments.run import main
+from gdn_jax.metrics import environment
+from pallas_kernels import triton_dialect, tune
+from pallas_kernels.gated_delta_rule import conformance, resolve, triton_op
+from pallas_kernels.shapes import DeltaShape
+
+SHAPE = DeltaShape(1, 256, 1, 64, 64)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """A CPU that passes for a Hopper device: kernels are interpreted, and the check is one short case."""
+    run, failures = triton_op.run, conformance.failures
+    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    monkeypatch.setattr(
+        triton_op, "run", lambda stage, arrays, c, **options: run(stage, arrays, c, **options | {"interpret": True})
+    )
+    monkeypatch.setattr(conformance, "failures", lambda case, impl: failures(case, "triton_interpret"))
+    monkeypatch.setattr(tune, "CHECKS", ("T=65",))
+
+
+def test_the_table_holds_what_was_timed_and_passed(interpreted, tmp_path, capsys):
+    path = tmp_path / "table.json"
+    options = tune.Options(shapes="1x256,1,64,64", stages="prepare", repetitions=1, threads=2, out=str(path))
+    table = tune.tune("gated_delta_rule", options, environment)
+    assert json.loads(path.read_text()) == table
+    assert table["admitted"] == {"cpu": ["64x64"]}
+    (chosen,) = table["devices"]["cpu"].values()
+    assert chosen["prepare"] in tune.candidates("prepare", 64)
+    facts = table["measured"]["cpu"]["64x64"]["prepare"]
+    assert facts["ms"] > 0 and facts["shape"] == "1x256,1,64,64" and facts["commit"] and facts["versions"]["jax"]
+    assert "1x256,1,64,64: admitted: prepare " in capsys.readouterr().err
+    assert f"| cpu | 64x64 | prepare | {facts['ms']} | key_tile=" in tune.markdown(table)
+
+
+def test_a_configuration_that_fails_is_not_admitted(monkeypatch):
+    def failures(case, impl):
+        return ["dk 1.0e+00 > 1.0e-02"] if triton_op.config(64, 64, "cpu")["pairs"]["warps"] == 8 else []
+
+    monkeypatch.setattr(conformance, "failures", failures)
+    prepare, slow, fast = {"key_tile": 64}, {"warps": 4}, {"warps": 8}
+    said = []
+    times = {"prepare": [(1.0, prepare)], "pairs": [(1.0, fast), (2.0, slow)]}
+    assert tune.admitted(SHAPE, {}, times, "cpu", 1, said.append) == {"prepare": prepare, "pairs": slow}
+    assert len(said) == 1 and said[0].startswith("pairs warps=8 is not admitted: ")
+    monkeypatch.setattr(conformance, "failures", lambda case, impl: ["o nan"])
+    assert tune.admitted(SHAPE, {}, times, "cpu", 1, said.append) == {}
+    assert triton_op._trial == []
+
+
+def test_states_every_64_or_128_tokens_whichever_is_faster(monkeypatch):
+    def measure(shape, block, stages, options, say):
+        return {"prepare": [(1.0 if block == 64 else 2.0, {"block was": block})]}
+
+    monkeypatch.setattr(tune, "measure", measure)
+    every = list(triton_op.STAGES)
+    found = tune._faster_blocks(SHAPE, every, tune.Options(), "cpu", lambda line: None)
+    assert found == {"all": [(1.0, {"block": 64})], "prepare": [(1.0, {"block was": 64})]}
+    wide = tune._faster_blocks(DeltaShape(1, 256, 1, 200, 400), every, tune.Options(), "cpu", lambda line: None)
+    assert wide["all"] == [(2.0, {"block": 128})]  # the kernel for 64 holds no wide heads
+
+
+def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
+    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setattr(triton_op, "_tuned", lambda: {"admitted": {kind: ["128x128"]}})
+    assert resolve("auto", key_dim=128, value_dim=128) == ("triton", "")
+    refused = resolve("auto", key_dim=256, value_dim=512)
+    assert refused.impl == "chunked"
+    assert refused.refused == (
+        f"triton: its configuration at 256x512 has not passed the float64 check on {kind}; "
+        "`gdn tune gated_delta_rule --shapes 8x4096,8,256,512` checks and admits it"
+    )
+    assert resolve("triton", key_dim=256, value_dim=512).impl == "triton"  # named, it runs
+    assert resolve("auto", key_dim=128, value_dim=128, dtype=jnp.float32).impl == "chunked"
+
+
+def test_the_table_in_the_package_is_complete():
+    table = json.loads(triton_op.TUNED.read_text())
+    for kind, sizes in table["admitted"].items():
+        for size in sizes:
+            configuration = table["devices"][kind][size]
+            assert set(configuration) == {"all", *triton_op.stages(configuration["all"]["block"])}, size
+            for stage, facts in table["measured"][kind][size].items():
+                assert (
+                    stage in configuration and facts["ms"] > 0 and not facts["dirty"] and facts["commit"] != "unknown"
+                )
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("tune softmax", "There are no shapes of an op 'softmax'; it must be one of gated_delta_rule."),
+        (
+            "tune gated_delta_rule --stages warp",
+            "stages names 'warp'; it must be all or some of prepare, state, output,",
+        ),
+        ("tune gated_delta_rule --threads 0", "threads is 0; it must be positive."),
+        ("tune gated_delta_rule --shapes 1x64,1,16,16", "Shape '1x64,1,16,16' cannot be tuned: there is no kernel for"),
+        (
+            "tune gated_delta_rule",
+            "gated_delta_rule cannot be tuned here: the default device is cpu, not a CUDA device.",
+        ),
+    ],
+)
+def test_a_mistake_gets_one_sentence_and_exit_code_2(capsys, words, sentence):
+    assert main(words.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and sentence in err

@@ -16,22 +16,29 @@ CHUNKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
-def why_not(impl: str, key_dim: int, value_dim: int, chunk: int = 64) -> str | None:
+def why_not(impl: str, key_dim: int, value_dim: int, chunk: int = 64, elements: int = 0) -> str | None:
     """The reason `impl` cannot run here at these sizes, or None when it can."""
     if impl not in ("triton", "triton_interpret"):
         return None
-    return triton_op.why_not(key_dim, value_dim, chunk, interpret=impl == "triton_interpret")
+    return triton_op.why_not(key_dim, value_dim, chunk, elements=elements, interpret=impl == "triton_interpret")
 
 
 def resolve(
-    impl: str = "auto", *, key_dim: int, value_dim: int, chunk: int = 64, dtype: Any = jnp.bfloat16
+    impl: str = "auto",
+    *,
+    key_dim: int,
+    value_dim: int,
+    chunk: int = 64,
+    elements: int = 0,
+    dtype: Any = jnp.bfloat16,
 ) -> dispatch.Choice:
-    """Which implementation `impl` means on this machine at these sizes, and why a faster one was refused.
+    """Which implementation `impl` means on this machine at these sizes, and why a faster one was refused; `elements`
+    are those of the largest array that the kernels would make, 0 for few.
 
     "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for. And
     only where their configuration passed the float64 check on this kind of device.
     """
-    named = partial(why_not, key_dim=key_dim, value_dim=value_dim, chunk=chunk)
+    named = partial(why_not, key_dim=key_dim, value_dim=value_dim, chunk=chunk, elements=elements)
     if impl != "auto":
         return dispatch.choose(NAME, impl, named)
     if dtype != jnp.bfloat16:
@@ -76,7 +83,8 @@ def gated_delta_rule(
     impl           "auto" takes the fastest tested for this device, these sizes and bf16; a named one never falls back
     chunk          16, 32, 64 or 128 tokens solved at once
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the prediction errors
-                   [B, T, Hv, V] and the state every 128 tokens; "inputs" runs the forward again instead
+                   [B, T, Hv, V] and the state every 128 tokens (the kernels: bf16, every 64 or 128, and for each token
+                   and head 2 K + 264 bytes of what its chunk prepared); "inputs" runs that part of the forward again
 
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
     q, k, v are bfloat16 (bf16 operands at the large dots, fp32 elsewhere), float32 or float64 (exact throughout).
@@ -97,7 +105,9 @@ def gated_delta_rule(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     g, beta = g.astype(exact), beta.astype(exact)
     wide = jnp.result_type(q, k, v)
-    taken = resolve(impl, key_dim=q.shape[-1], value_dim=v.shape[-1], chunk=chunk, dtype=wide).impl
+    elements = triton_op.largest_array(*q.shape[:2], value_heads, q.shape[-1], v.shape[-1])
+    sizes = {"key_dim": q.shape[-1], "value_dim": v.shape[-1], "elements": elements}
+    taken = resolve(impl, **sizes, chunk=chunk, dtype=wide).impl
     if taken.startswith("triton"):
         run = partial(triton_op.gated_delta_rule, scale=scale, residuals=residuals, interpret=taken != "triton")
     else:

@@ -47,6 +47,7 @@ DEFAULTS = {
     "tokens": {"block_v": 64, "key_tile": 128, "pair_tile": 32, "warps": 8, "stages": 2},
 }
 
+MOST_ELEMENTS = 1 << 31  # 32-bit indices
 FORWARD = 3  # stages before the backward's
 FEW_PROGRAMS = 32  # of a serial pass: cut rows into pieces up to here
 MOST_PIECES, SHORTEST_PIECE = 8, 1024
@@ -89,8 +90,17 @@ def stages(block: int) -> tuple[str, ...]:
     return ("prepare", "state", "output", "reverse", *gradients)
 
 
-def why_not(key_dim: int, value_dim: int, chunk: int, *, interpret: bool) -> str | None:
-    """The reason the kernels cannot run, or None."""
+def largest_array(batch: int, tokens: int, value_heads: int, key_dim: int, value_dim: int) -> int:
+    """Elements of the largest array that the kernels read or write: values, or states every 64 tokens."""
+    return batch * value_heads * tokens * max(key_dim, value_dim, key_dim * value_dim // CHUNK)
+
+
+def why_not(key_dim: int, value_dim: int, chunk: int, *, elements: int = 0, interpret: bool) -> str | None:
+    """The reason the kernels cannot run, or None; `elements` is that of `largest_array`."""
+    if elements >= MOST_ELEMENTS:
+        return (
+            f"an array of {elements:,} elements is past the {MOST_ELEMENTS:,} that they are made for; split the batch"
+        )
     if (key_dim, value_dim) not in SIZES:
         known = ", ".join(f"{k}x{v}" for k, v in SIZES)
         return f"there is no kernel for key x value dimensions {key_dim}x{value_dim} (there is for {known})"

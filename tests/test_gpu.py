@@ -58,7 +58,7 @@ def test_triton_matches_float64_at_every_size(K, V, name):
     assert conformance.failures(case, "triton", seed=2) == []
 
 
-@pytest.mark.parametrize("name", ["T=500", "documents", "inputs kept"])
+@pytest.mark.parametrize("name", ["decay 0.999", "documents", "inputs kept"])
 def test_triton_matches_float64_in_pieces(name, monkeypatch):
     """Rows cut into pieces, as where a row is long and heads are few."""
     monkeypatch.setattr(triton_op, "SHORTEST_PIECE", 128)

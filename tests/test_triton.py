@@ -29,7 +29,7 @@ def test_interpreted_kernels_match_float64_at_every_size(K, V, name):
     assert conformance.failures(case, "triton_interpret", seed=6) == []
 
 
-@pytest.mark.parametrize("name", ["T=500", "documents", "group value", "inputs kept", "no state"])
+@pytest.mark.parametrize("name", ["decay 0.999", "documents", "group value", "inputs kept", "no state"])
 def test_rows_in_pieces_match_float64(name, monkeypatch):
     monkeypatch.setattr(triton_op, "SHORTEST_PIECE", 128)
     case = dataclasses.replace(next(c for c in CASES if c.name == name), K=64, V=64, B=1, T=500)

@@ -10,12 +10,14 @@ import numpy as np
 
 from experiments.report import aligned
 from gdn_jax.metrics import environment
-from pallas_kernels import linear_attention, selective_scan
+from pallas_kernels import gated_norm, linear_attention, selective_scan, short_conv
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import api, conformance
+from pallas_kernels.gated_norm import conformance as gated_norm_conformance
 from pallas_kernels.linear_attention import conformance as linear_attention_conformance
 from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.selective_scan import conformance as selective_scan_conformance
+from pallas_kernels.short_conv import conformance as short_conv_conformance
 
 DELTA_CASES = ("resets strewn in", "beta=1", "group value")  # two shapes, so seconds to compile
 DELTA_SIZE = {"K": 128, "V": 128}  # the size that most devices have kernels for
@@ -25,6 +27,8 @@ OTHERS = {
         linear_attention_conformance, linear_attention.resolve, ("group value", "channels, group value"),
     ),
     "selective_scan": (selective_scan_conformance, selective_scan.resolve, ("documents",)),
+    "short_conv": (short_conv_conformance, short_conv.resolve, ("documents",)),
+    "gated_norm": (gated_norm_conformance, gated_norm.resolve, ("gate after", "gate first")),
 }  # fmt: skip
 DTYPES = ("float32", "bfloat16")
 HEAD_LIMIT = 1e-5  # relative error of the fp32 head loss and its gradients
@@ -44,7 +48,7 @@ OPTIONAL = {
 
 def examine() -> dict[str, Any]:
     """Run every check: {"environment", "ops": [{"op", "impl", "refused", "case", "failures"}], "optional", "ok"}."""
-    ops = [*_gated_delta_rule(), *_other_recurrences(), *_linear_cross_entropy()]
+    ops = [*_gated_delta_rule(), *_other_ops(), *_linear_cross_entropy()]
     optional = {name: importlib.util.find_spec(name) is not None for name in OPTIONAL}
     ok = not any(op["failures"] for op in ops)
     return {"environment": environment(), "ops": ops, "optional": optional, "ok": ok}
@@ -60,7 +64,7 @@ def _gated_delta_rule() -> list[dict[str, Any]]:
     return found
 
 
-def _other_recurrences() -> list[dict[str, Any]]:
+def _other_ops() -> list[dict[str, Any]]:
     found = []
     for op, (suite, resolve, names) in OTHERS.items():
         choice = resolve("auto")

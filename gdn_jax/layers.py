@@ -8,15 +8,18 @@ policy.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from beartype import beartype
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, jaxtyped
+from jaxtyping import Array, Float, Int, jaxtyped
 
 from gdn_jax.config import Experiment, Model
+from pallas_kernels.gated_norm import gated_norm
+from pallas_kernels.short_conv import short_conv
+from pallas_kernels.tiles import document_starts
 
 Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -128,6 +131,7 @@ class RMSNorm(nnx.Module):
 
     On [B, T, H, V] one weight [V] is shared by all heads: the output norm of Gated DeltaNet and RetNet, which is gated
     AFTER it. With gate_first the norm is of x * SiLU(gate), as in Mamba2, and over each of `groups` equal parts.
+    Compute.impl does not reach it or ShortConv: it names an implementation of the recurrence.
     """
 
     def __init__(self, size: int, eps: float, *, gate_first: bool = False, groups: int = 1):
@@ -135,24 +139,11 @@ class RMSNorm(nnx.Module):
         self.eps, self.gate_first, self.groups = eps, gate_first, groups
 
     def __call__(self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"] | None = None) -> Float[Array, "*B D"]:
-        y = x.astype(jnp.float32)
-        gate = None if gate is None else jax.nn.silu(gate.astype(jnp.float32))
-        if gate is not None and self.gate_first:
-            y, gate = y * gate, None
-        parts = y.reshape(*y.shape[:-1], self.groups, -1)
-        parts = parts * jax.lax.rsqrt(jnp.mean(jnp.square(parts), axis=-1, keepdims=True) + self.eps)
-        y = parts.reshape(y.shape) * self.weight[...]
-        if gate is not None:
-            y = y * gate
-        return y.astype(x.dtype)
+        return gated_norm(x, self.weight[...], gate, eps=self.eps, gate_first=self.gate_first, groups=self.groups)
 
 
 class ShortConv(nnx.Module):
-    """Depthwise causal convolution y_t = sum_j w[W-1-j] x_{t-j} (+ bias), j < W, with weight [W, C].
-
-    W shifted multiply-adds: XLA fuses them into one pass over x, where a general convolution would not be
-    fused.
-    """
+    """Depthwise causal convolution y_t = sum_j w[W-1-j] x_{t-j} (+ bias), j < W, with weight [W, C], and SiLU on it."""
 
     def __init__(
         self, channels: int, width: int, init: Initialiser, *, rngs: nnx.Rngs, bias_init: Initialiser | None = None
@@ -164,6 +155,7 @@ class ShortConv(nnx.Module):
         self,
         x: Float[Array, "B T C"],
         *,
+        activation: Literal["silu"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         history: Float[Array, "B W1 C"] | None = None,
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B W1 C"]]:
@@ -171,24 +163,10 @@ class ShortConv(nnx.Module):
 
         Taps stay within a segment; the first segment continues the history.
         """
-        past, T = self.weight.shape[0] - 1, x.shape[1]
-        if history is None:
-            padded = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
-        else:
-            padded = jnp.concatenate([history.astype(x.dtype), x], axis=1)
-        segments = None
-        if segment_ids is not None:
-            segments = jnp.pad(segment_index(segment_ids), ((0, 0), (past, 0)))  # history belongs to segment 0
-        y = jnp.zeros(x.shape, jnp.float32)
-        for tap in range(past + 1):
-            shifted = padded[:, tap : tap + T].astype(jnp.float32)
-            if segments is not None:
-                same = segments[:, tap : tap + T] == segments[:, past:]
-                shifted = jnp.where(same[..., None], shifted, 0.0)
-            y = y + self.weight[tap] * shifted
-        if self.bias is not None:
-            y = y + self.bias[...]
-        return y.astype(x.dtype), padded[:, T:]
+        bias = None if self.bias is None else self.bias[...]
+        return short_conv(
+            x, self.weight[...], bias, activation=activation, initial_state=history, segment_ids=segment_ids
+        )
 
 
 class SwiGLU(nnx.Module):
@@ -224,5 +202,4 @@ def rope(
 @jaxtyped(typechecker=beartype)
 def segment_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Number the segments of each row 0, 1, 2, ...: any integers, a change of id starts a new segment."""
-    starts: Bool[Array, "B T-1"] = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    return jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)

@@ -27,6 +27,13 @@ def _say_once(line: str) -> None:
     log.info(line)
 
 
+def without_kernels(impl: str) -> str | None:
+    """The `why_not` of an op that has only reference and chunked implementations."""
+    if impl in ("triton", "triton_interpret"):
+        return "this version has no Triton kernel for it; use 'chunked' or 'auto'"
+    return None
+
+
 def choose(op: str, impl: str, why_not: Callable[[str], str | None]) -> Choice:
     """A named `impl` or an error with the reason; for "auto" the first of AUTO_ORDER that can run."""
     if impl != "auto":

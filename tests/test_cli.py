@@ -143,9 +143,9 @@ def test_doctor_reports_and_passes(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "DTYPES", ("bfloat16",))
     found = as_json(capsys, "doctor")
     assert found["ok"] is True
-    recurrences = {"gated_delta_rule", "linear_attention", "selective_scan"}
-    assert {op["op"] for op in found["ops"]} == {*recurrences, "linear_cross_entropy"}
-    assert len(found["ops"]) == 5 and not any(op["failures"] for op in found["ops"])
+    around = {"short_conv", "gated_norm", "linear_cross_entropy"}
+    assert {op["op"] for op in found["ops"]} == {"gated_delta_rule", "linear_attention", "selective_scan"} | around
+    assert len(found["ops"]) == 8 and not any(op["failures"] for op in found["ops"])
     assert set(found["optional"]) == set(doctor.OPTIONAL)
 
 

@@ -94,20 +94,6 @@ def test_short_conv_against_loops(width):
     np.testing.assert_allclose(packed, direct_conv(np.asarray(x), weight, ids), atol=2e-6)
 
 
-def test_short_conv_continues_from_its_history():
-    conv = ShortConv(5, 4, normal(1.0), rngs=nnx.Rngs(0))
-    x = draw(2, 9, 5)
-    whole, history = conv(x)
-    np.testing.assert_array_equal(history, x[:, -3:])
-    first, past = conv(x[:, :2])  # shorter than the history
-    second, past = conv(x[:, 2:], history=past)
-    np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, atol=1e-6)
-    # with segments the history belongs to the first of them only
-    resumed, _ = conv(x[:, 2:], history=conv(x[:, :2])[1], segment_ids=jnp.array([[4, 9, 9, 9, 9, 9, 9]] * 2))
-    np.testing.assert_allclose(resumed[:, 0], whole[:, 2], atol=1e-6)
-    np.testing.assert_allclose(resumed[:, 1:], conv(x[:, 3:])[0], atol=1e-6)
-
-
 def test_segment_index_counts_changes():
     ids = jnp.array([[5, 5, -1, -1, 5, 0]])
     np.testing.assert_array_equal(segment_index(ids), [[0, 0, 1, 1, 2, 3]])

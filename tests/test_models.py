@@ -138,6 +138,31 @@ def test_parallel_pieces_and_single_tokens_agree(name):
         assert jax.tree.map(jnp.shape, cache) == shapes, "memory must not grow"
 
 
+@pytest.mark.parametrize("name", ["gated-deltanet-h1", "gated-deltanet-h2", "samba"])
+def test_a_hybrid_decodes_past_its_window_in_memory_of_the_window(name):
+    """40 tokens, window 12: a prompt within it, a piece longer than it, then 20 single tokens."""
+    cfg, window, ids = model_config(name, "tiny"), 12, tokens(40)
+    lm = init_model(
+        dataclasses.replace(cfg, attention=dataclasses.replace(cfg.attention, window=window)), jax.random.key(0)
+    )
+    compute = Compute(dtype=jnp.float32, impl="reference")  # the smallest program
+    expected, _ = run(lm, ids, compute)
+    attention, cache = cfg.pattern.index("swa"), lm.init_cache(2, 1_000_000, compute)
+    shapes = jax.tree.map(jnp.shape, cache)
+    assert cache[attention].keys.shape[2] == cache[attention].values.shape[2] == window
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) < 1_000_000
+    end = 0
+    for length in (7, 13, *[1] * 20):
+        start, end = end, end + length
+        hidden, cache = run(lm, ids[:, start:end], compute, cache=cache)
+        np.testing.assert_allclose(hidden, expected[:, start:end], atol=1e-4)
+        likeliest = [np.argmax(lm.logits(x[:, -1]), -1) for x in (hidden, expected[:, :end])]
+        np.testing.assert_array_equal(*likeliest)
+        kept = np.sort(cache[attention].positions[0])
+        np.testing.assert_array_equal(kept, [-1] * (window - end) + list(range(max(end - window, 0), end)))
+        assert jax.tree.map(jnp.shape, cache) == shapes, "memory must not grow"
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_packed_documents_equal_separate_ones(name):
     lm, ids = tiny(name), tokens()

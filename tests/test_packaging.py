@@ -32,7 +32,8 @@ def test_the_wheel_runs_gdn_list_outside_the_checkout(tmp_path):
     assert listed.returncode == 0, listed.stderr
     assert listed.stdout.startswith(str(site)) and "smoke/gated-deltanet " in listed.stdout
     readmes = sorted(str(path.relative_to(site)) for path in site.rglob("README.md"))
-    ops = ("gated_delta_rule", "linear_attention", "linear_cross_entropy", "selective_scan")
+    others = ("linear_attention", "linear_cross_entropy", "selective_scan", "short_conv")
+    ops = ("gated_delta_rule", "gated_norm", *others)
     assert readmes == [f"pallas_kernels/{op}/README.md" for op in ops]
 
 

@@ -111,20 +111,26 @@ class GatedDeltaNet(nnx.Module):
         """The op's inputs for x, and the new histories of the three convolutions."""
         mixer = self.config
 
-        def convolve(proj: Linear, conv: ShortConv | None, history: Array | None) -> tuple[Array, Array | None]:
+        def features(
+            proj: Linear, conv: ShortConv | None, history: Array | None, feature_map: str
+        ) -> tuple[Array, Array | None]:
             y = proj(x, compute)
-            return (y, history) if conv is None else conv(y, segment_ids=segment_ids, history=history)
+            if conv is None:
+                return FEATURE_MAPS[feature_map](y), history
+            fused = "silu" if feature_map == "silu" else None  # the one map that the convolution can apply itself
+            y, history = conv(y, activation=fused, segment_ids=segment_ids, history=history)
+            return y if fused else FEATURE_MAPS[feature_map](y), history
 
         past = (None, None, None) if cache is None else cache[1:]
-        q, q_past = convolve(self.q_proj, self.q_conv, past[0])
-        k, k_past = convolve(self.k_proj, self.k_conv, past[1])
-        v, v_past = convolve(self.v_proj, self.v_conv, past[2])
+        q, q_past = features(self.q_proj, self.q_conv, past[0], mixer.feature_map)
+        k, k_past = features(self.k_proj, self.k_conv, past[1], mixer.feature_map)
+        v, v_past = features(self.v_proj, self.v_conv, past[2], "silu")
 
-        def features(y: Array) -> Array:
+        def normalised(y: Array) -> Array:
             heads = y.reshape(*y.shape[:2], mixer.heads, mixer.key_dim)
-            return _normalise(FEATURE_MAPS[mixer.feature_map](heads), mixer.qk_norm).astype(compute.dtype)
+            return _normalise(heads, mixer.qk_norm).astype(compute.dtype)
 
-        v = jax.nn.silu(v).reshape(*v.shape[:2], mixer.num_value_heads, mixer.value_dim)
+        v = v.reshape(*v.shape[:2], mixer.num_value_heads, mixer.value_dim)
         beta = jax.nn.sigmoid(self.b_proj(x, compute, out_dtype=jnp.float32))
         if mixer.negative_eigenvalues:
             beta = 2.0 * beta  # I - beta k k^T then has an eigenvalue in (-1, 1)
@@ -133,7 +139,7 @@ class GatedDeltaNet(nnx.Module):
             g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
         else:
             g = jnp.zeros_like(beta)
-        return OpInputs(features(q), features(k), v, g, beta), (q_past, k_past, v_past)
+        return OpInputs(normalised(q), normalised(k), v, g, beta), (q_past, k_past, v_past)
 
     def _output(self, o: Float[Array, "B T Hv V"], x: Float[Array, "B T D"], compute: Compute) -> Array:
         gate = self.g_proj(x, compute).reshape(o.shape) if self.g_proj is not None else None

@@ -50,8 +50,8 @@ class Mamba(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], MambaCache | None]:
         mixer = self.config
         u, z = jnp.split(self.in_proj(x, compute), 2, axis=-1)
-        u, past = self.conv(u, segment_ids=segment_ids, history=None if cache is None else cache.conv)
-        u = jax.nn.silu(u)
+        history = None if cache is None else cache.conv
+        u, past = self.conv(u, activation="silu", segment_ids=segment_ids, history=history)
         low, B, C = jnp.split(self.x_proj(u, compute), [mixer.dt_rank, mixer.dt_rank + mixer.state], axis=-1)
         dt = jax.nn.softplus(self.dt_proj(low, compute, out_dtype=jnp.float32))
         A, D = -jnp.exp(self.A_log[...]), self.D[...]

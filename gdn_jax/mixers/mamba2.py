@@ -65,10 +65,9 @@ class Mamba2(nnx.Module):
         inner, shared = mixer.heads * mixer.head_dim, mixer.groups * mixer.state
         projected = self.in_proj(x, compute, out_dtype=jnp.float32)
         z, xBC, dt = jnp.split(projected, [inner, 2 * inner + 2 * shared], axis=-1)
-        xBC, past = self.conv(
-            xBC.astype(compute.dtype), segment_ids=segment_ids, history=None if cache is None else cache.conv
-        )
-        u, B, C = jnp.split(jax.nn.silu(xBC), [inner, inner + shared], axis=-1)
+        history = None if cache is None else cache.conv
+        xBC, past = self.conv(xBC.astype(compute.dtype), activation="silu", segment_ids=segment_ids, history=history)
+        u, B, C = jnp.split(xBC, [inner, inner + shared], axis=-1)
         u = u.reshape(batch, T, mixer.heads, mixer.head_dim)
         B, C = (y.reshape(batch, T, mixer.groups, mixer.state) for y in (B, C))
         dt = jax.nn.softplus(dt + self.dt_bias[...])

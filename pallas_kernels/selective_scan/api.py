@@ -15,16 +15,9 @@ CHUNKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
-def why_not(impl: str) -> str | None:
-    """The reason `impl` cannot run here, or None when it can."""
-    if impl in ("triton", "triton_interpret"):
-        return "this version has no Triton kernel for it; use 'chunked' or 'auto'"
-    return None
-
-
 def resolve(impl: str = "auto") -> dispatch.Choice:
     """Which implementation `impl` means, and why a faster one was refused."""
-    return dispatch.choose(NAME, impl, why_not)
+    return dispatch.choose(NAME, impl, dispatch.without_kernels)
 
 
 @jaxtyped(typechecker=beartype)
@@ -104,4 +97,4 @@ def selective_scan_step(
     return y.astype(x.dtype), state
 
 
-__all__ = ["resolve", "selective_scan", "selective_scan_step", "why_not"]
+__all__ = ["resolve", "selective_scan", "selective_scan_step"]

@@ -1,0 +1,103 @@
+"""What makes an implementation of the short convolution correct: cases, float64 oracle, errors and their limits."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.accuracy import outside, relative_errors
+from pallas_kernels.short_conv.api import short_conv
+
+INPUTS = ("x", "weight", "bias", "state")
+OUTPUTS = ("y", "state", *(f"d{name}" for name in INPUTS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One set of random inputs and how to run it."""
+
+    name: str
+    T: int = 90
+    B: int = 2
+    C: int = 12
+    W: int = 4
+    bias: bool = True
+    activation: str | None = "silu"
+    dtype: str = "float32"
+    documents: float = 0.0  # chance that a token starts a document
+    carried: bool = True  # random initial state and gradient of the final one
+    size: float = 1.0  # of x: far out SiLU is linear or nothing
+
+
+CASES = (
+    *(Case(name=f"W={W}", W=W, documents=0.1) for W in (1, 2, 3, 7)),
+    *(Case(name=f"T={T}", T=T) for T in (1, 2, 3)),
+    Case(name="T=2, documents", T=2, documents=0.5),
+    Case(name="plain", carried=False),
+    Case(name="large inputs", size=30.0),
+    Case(name="no bias", bias=False),
+    Case(name="no activation", activation=None, documents=0.1),
+    Case(name="neither", bias=False, activation=None),
+    Case(name="documents", documents=0.2),
+    Case(name="every token a document", documents=1.0),
+)
+
+
+def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray | None], np.ndarray | None, list[np.ndarray]]:
+    """(x, weight, bias or None, initial state), segment ids, (dy, d final state); float64 values that `dtype` holds."""
+    random = np.random.default_rng(seed)
+    normal = random.standard_normal
+    token, past = (case.B, case.T, case.C), (case.B, case.W - 1, case.C)
+    hold = lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(np.float64)  # noqa: E731
+    x, state = case.size * normal(token), case.size * case.carried * normal(past)
+    dy, d_state = normal(token), case.carried * normal(past)
+    x, state, dy, d_state = (hold(y, case.dtype) for y in (x, state, dy, d_state))
+    weight, bias = (hold(y, jnp.float32) for y in (normal((case.W, case.C)) / case.W**0.5, normal(case.C)))
+    segments = None
+    if case.documents:
+        segments = np.cumsum(random.uniform(size=token[:2]) < case.documents, axis=1).astype(np.int32) % 3
+    return [x, weight, bias if case.bias else None, state], segments, [dy, d_state]
+
+
+@partial(jax.jit, static_argnames=("impl", "activation"))
+def _run(arrays, segments, cotangents, *, impl, activation):
+    def op(x, weight, bias, state):
+        return short_conv(x, weight, bias, initial_state=state, segment_ids=segments, activation=activation, impl=impl)
+
+    outputs, vjp = jax.vjp(op, *arrays)
+    return *outputs, *vjp(tuple(cotangents))
+
+
+def outputs_and_gradients(case: Case, arrays, segments, cotangents, *, impl: str, dtype) -> dict[str, np.ndarray]:
+    """Every output and gradient of one call at `dtype` (weight and bias at least fp32), as float64 arrays."""
+    exact = jnp.promote_types(jnp.float32, dtype)
+    arrays = [
+        None if x is None else jnp.asarray(x, exact if name in ("weight", "bias") else dtype)
+        for name, x in zip(INPUTS, arrays, strict=True)
+    ]
+    cotangents = [jnp.asarray(x, dtype) for x in cotangents]
+    segments = None if segments is None else jnp.asarray(segments)
+    results = _run(arrays, segments, cotangents, impl=impl, activation=case.activation)
+    return {n: np.asarray(x).astype(np.float64) for n, x in zip(OUTPUTS, results, strict=True) if x is not None}
+
+
+def oracle(case: Case, arrays, segments, cotangents) -> dict[str, np.ndarray]:
+    """The token recurrence and its gradients in float64."""
+    with jax.enable_x64(True):
+        return outputs_and_gradients(case, arrays, segments, cotangents, impl="reference", dtype=jnp.float64)
+
+
+def limits(case: Case) -> dict[str, float]:
+    """The accuracy that is asked of each output (relative L2): bf16 rounds y, dx, dstate once, nothing inside."""
+    if case.dtype == "bfloat16":
+        return dict.fromkeys(OUTPUTS, 4e-3) | {"state": 0.0, "dweight": 1e-5, "dbias": 1e-5}
+    return dict.fromkeys(OUTPUTS, 1e-12 if case.dtype == "float64" else 1e-5) | {"state": 0.0}
+
+
+def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
+    """`name error > limit` for everything of `impl` that is outside its limit or not finite."""
+    arrays, segments, cotangents = inputs(case, seed)
+    got = outputs_and_gradients(case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype))
+    return outside(relative_errors(got, oracle(case, arrays, segments, cotangents)), limits(case))

@@ -25,7 +25,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.model import abstract_model
 from gdn_jax.tree import named_leaves, with_leaves
 
-MANIFEST = json.loads((Path(__file__).parent / "checkpoints" / "fla_manifest.json").read_text())
+MANIFEST = json.loads((Path(__file__).parent / "parity" / "fla_manifest.json").read_text())
 BYTES = Data(tokenizer="byte", seq_len=32)
 
 

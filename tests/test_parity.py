@@ -1,9 +1,12 @@
-"""Ours against implementations in torch that are not ours: ops, layers and logits of whole models, in fp32.
+"""Ours against implementations in torch that are not ours, in fp32: ops, layers, and logits of whole models.
 
-The arrays were made by parity/make_arrays.py and parity/make_fla_models.py (torch 2.13.0, transformers 5.24.0,
-flash-linear-attention 0.6.0). `pytest -m parity`, with the extra `parity` installed, makes those of the first again.
+The arrays they computed are kept in parity/, beside the scripts that made them (torch 2.13.0, transformers 5.24.0,
+flash-linear-attention 0.6.0): make_arrays.py for the naive ops and for transformers' models, make_fla_models.py for
+flash-linear-attention's, which come in through `gdn convert import`. Only numpy is needed here; `pytest -m parity`,
+with the extra `parity` installed, makes the arrays of the first script again.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,17 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import save_file
 
-from gdn_jax.config import (
-    AttentionConfig,
-    DeltaNetConfig,
-    GatedDeltaNetConfig,
-    HGRN2Config,
-    Mamba2Config,
-    MambaConfig,
-    Model,
-    RetNetConfig,
-)
+from gdn_jax import checkpoint
+from gdn_jax.config import Data, GatedDeltaNetConfig, Mamba2Config, MambaConfig, Model
+from gdn_jax.convert.exchange import import_checkpoint
 from gdn_jax.layers import Compute
 from gdn_jax.mixers import GatedDeltaNet
 from gdn_jax.mixers.retnet import log_decays
@@ -32,8 +29,12 @@ from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.linear_attention import linear_attention
 
 FOLDER = Path(__file__).parent / "parity"
-FP32 = Compute(dtype=jnp.float32, impl="chunked", chunk=16)
 IMPLS = ("reference", "chunked")
+FP32 = {impl: Compute(dtype=jnp.float32, impl=impl, chunk=16) for impl in IMPLS}  # 60 or 70 tokens: several chunks
+FLA_MODELS = (
+    "delta_net", "gated_deltanet", "gated_deltanet_hybrid", "gated_deltanet_values", "hgrn2", "mamba", "mamba2",
+    "retnet", "samba", "transformer",
+)  # fmt: skip
 
 
 def arrays(name):
@@ -43,7 +44,7 @@ def arrays(name):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_ops(impl):
-    a = arrays("ops")
+    a = arrays("naive_ops")
     q, k, v, g, gk, beta, state = (jnp.asarray(a[name]) for name in ("q", "k", "v", "g", "gk", "beta", "state"))
     retention = jnp.broadcast_to(log_decays(3), g.shape)
     found = {
@@ -60,50 +61,83 @@ def test_ops(impl):
             np.testing.assert_allclose(final, a[f"{name}_state"], atol=1e-5, err_msg=name)
 
 
-def model(pattern, d_ff, norm_eps, **mixer):
+# --- transformers: parameters under our names ---
+
+
+def model(pattern, norm_eps, **mixer):
     return Model(
-        pattern=(pattern,), repeats=2, d_model=32, d_ff=d_ff, vocab=64, tied=False, norm_eps=norm_eps, init="fla",
-        **mixer,
+        pattern=(pattern,), repeats=2, d_model=32, d_ff=0, vocab=64, tied=False, norm_eps=norm_eps, init="fla", **mixer
     )  # fmt: skip
 
 
-MODELS = {
-    "mamba": model("mamba", 0, 1e-5, mamba=MambaConfig(inner=64, dt_rank=2, state=16)),
-    "mamba2": model("mamba2", 0, 1e-5, mamba2=Mamba2Config(heads=4, head_dim=16, state=16, groups=2)),
-    "transformer": model("attention", 48, 1e-5, attention=AttentionConfig(heads=2, head_dim=16)),
-    "fla_retnet": model("retnet", 48, 1e-6, retnet=RetNetConfig(heads=2, key_dim=16, value_dim=32)),
-    "fla_hgrn2": model("hgrn2", 48, 1e-6, hgrn2=HGRN2Config(heads=2, head_dim=16)),
-    "fla_deltanet": model("deltanet", 48, 1e-6, deltanet=DeltaNetConfig(heads=2, key_dim=16, value_dim=16)),
-    "fla_gated_deltanet": model(
-        "gated_deltanet", 48, 1e-6,
-        gated_deltanet=GatedDeltaNetConfig(heads=2, key_dim=16, value_dim=32, beta_bias=False),
-    ),
-}  # fmt: skip
+TRANSFORMERS = {
+    "mamba": model("mamba", 1e-5, mamba=MambaConfig(inner=64, dt_rank=2, state=16)),
+    "mamba2": model("mamba2", 1e-5, mamba2=Mamba2Config(heads=4, head_dim=16, state=16, groups=2)),
+}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_logits_of_a_whole_model(name):
-    a = arrays(name)
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_logits_are_those_of_transformers(name):
+    a, cfg = arrays(f"transformers_{name}"), TRANSFORMERS[name]
     tokens, logits = jnp.asarray(a.pop("tokens")), a.pop("logits")
-    lm = with_leaves(abstract_model(MODELS[name]), {key: jnp.asarray(x) for key, x in a.items()})
-    shapes = {key: leaf.shape for key, leaf in named_leaves(abstract_model(MODELS[name])).items()}
+    lm = with_leaves(abstract_model(cfg), {key: jnp.asarray(x) for key, x in a.items()})
+    shapes = {key: leaf.shape for key, leaf in named_leaves(abstract_model(cfg)).items()}
     assert {key: x.shape for key, x in a.items()} == shapes
     assert logits.std() > 0.5
-    ours = jax.jit(lambda lm, tokens: lm.logits(lm(tokens, compute=FP32)[0]))(lm, tokens)
+    ours = jax.jit(lambda lm, tokens: lm.logits(lm(tokens, compute=FP32["chunked"])[0]))(lm, tokens)
     np.testing.assert_allclose(ours, logits, atol=1e-4)
 
 
 def test_a_layer_with_two_value_heads_for_each_key_head():
     """Qwen3-Next's Gated DeltaNet."""
-    a = arrays("gated_deltanet")
+    a = arrays("transformers_qwen3_next_layer")
     x, y = jnp.asarray(a.pop("x")), a.pop("y")
     settings = GatedDeltaNetConfig(heads=2, key_dim=8, value_dim=12, value_heads=4, beta_bias=False)
-    cfg = model("gated_deltanet", 0, 1e-6, gated_deltanet=settings)
+    cfg = model("gated_deltanet", 1e-6, gated_deltanet=settings)
     mixer = with_leaves(
         jax.eval_shape(lambda: GatedDeltaNet(cfg, rngs=nnx.Rngs(0))), {key: jnp.asarray(w) for key, w in a.items()}
     )
     assert y.std() > 0.3
-    np.testing.assert_allclose(mixer(x, compute=FP32)[0], y, atol=2e-5)
+    np.testing.assert_allclose(mixer(x, compute=FP32["chunked"])[0], y, atol=2e-5)
+
+
+# --- flash-linear-attention: its checkpoints, imported ---
+
+
+def checkpoint_directory(kept, directory):
+    """The kept arrays as the Hugging Face directory they came from."""
+    directory.mkdir()
+    (directory / "config.json").write_text(str(kept["config"]))
+    state = {key.removeprefix("state/"): value for key, value in kept.items() if key.startswith("state/")}
+    save_file(state, directory / "model.safetensors")
+
+
+def test_every_kept_file_is_compared_and_those_of_fla_say_what_made_them():
+    kept = {path.stem for path in FOLDER.glob("*.npz")}
+    transformers = {f"transformers_{name}" for name in (*TRANSFORMERS, "qwen3_next_layer")}
+    assert kept == {"naive_ops", *transformers, *(f"fla_{name}" for name in FLA_MODELS)}
+    for name in FLA_MODELS:
+        made = json.loads(str(arrays(f"fla_{name}")["made"]))
+        assert made["fla"] and made["torch"] and made["date"] > "2026"
+
+
+@pytest.mark.parametrize("name", FLA_MODELS)
+def test_logits_are_those_of_fla(name, tmp_path, monkeypatch):
+    """As measured: at most 1e-5, of logits of order 1 (the transformer's: 6)."""
+    kept = arrays(f"fla_{name}")
+    checkpoint_directory(kept, tmp_path / "fla")
+    # 64 tokens are no tokenizer's vocabulary; logits need none
+    monkeypatch.setattr("gdn_jax.convert.exchange._tokenizer", lambda *_: "byte")
+    import_checkpoint(tmp_path / "fla", tmp_path / "run", data=Data(tokenizer="byte", seq_len=32))
+    experiment, imported, step = checkpoint.load(tmp_path / "run")
+    assert experiment.optim.precision == "fp32" and step == 0
+    assert 0.5 < kept["logits"].std() < 10
+    run = jax.jit(lambda model, tokens, compute: model(tokens, compute=compute)[0], static_argnums=2)
+    for impl in IMPLS:
+        hidden = run(imported, jnp.asarray(kept["tokens"]), FP32[impl])
+        difference = np.abs(imported.logits(hidden) - kept["logits"]).max()
+        print(f"{name}, {impl}: largest difference {difference:.1e}")
+        assert difference < 2e-5
 
 
 @pytest.mark.parity

@@ -2,10 +2,14 @@
 
     pip install -e '.[parity]' && python tests/parity/make_arrays.py tests/parity
 
-ops.npz    flash-linear-attention's naive references: gated delta rule, delta rule, retention, simple GLA, GLA
-<model>.npz  transformers' Mamba, Mamba2 and Llama language models, two layers of width 32 with random parameters, and
-             its Qwen3-Next Gated DeltaNet layer: the parameters under our names (kernels [in, out], convolutions
-             [W, C], layers stacked), the input, the output
+naive_ops.npz                      flash-linear-attention's naive references: gated delta rule, delta rule, retention,
+                                   simple GLA, GLA
+transformers_<model>.npz           transformers' Mamba and Mamba2 (two groups) language models, two layers of width 32
+transformers_qwen3_next_layer.npz  its Gated DeltaNet layer, two value heads for each key head
+
+The last two hold random parameters under our names (kernels [in, out], convolutions [W, C], layers stacked), the input,
+and the output. make_fla_models.py has flash-linear-attention's whole models, which need Triton; transformers takes
+other code where Triton is, so it must be absent here.
 
 test_parity.py compares ours with these files, without torch; with it (`pytest -m parity`) the files with a new run.
 """
@@ -82,11 +86,13 @@ def randomise(module):
             parameter.copy_(0.4 * noise)
 
 
-def language_model(model, layer, embedding, norm, whole=None):
-    """A model's parameters under our names, `layer` mapping theirs of one layer, `whole` others; tokens; logits."""
+def language_model(model, layer):
+    """A model's parameters under our names, `layer` mapping theirs of one layer; tokens; logits."""
     randomise(model)
     weights = dict(model.named_parameters())
-    arrays = {"embed": weights[embedding], "norm/weight": weights[norm], "head/kernel": weights["lm_head.weight"].T}
+    around = {"embed": "backbone.embeddings.weight", "norm/weight": "backbone.norm_f.weight"}
+    arrays = {ours: weights[theirs] for ours, theirs in around.items()}
+    arrays["head/kernel"] = weights["lm_head.weight"].T
     for ours, theirs in layer.items():
         stacked = [weights[theirs.format(i)] for i in range(LAYERS)]
         if theirs.endswith("conv1d.weight"):
@@ -94,10 +100,7 @@ def language_model(model, layer, embedding, norm, whole=None):
         elif ours.endswith("/kernel"):
             stacked = [x.T for x in stacked]
         arrays[f"groups/blocks/0/{ours}"] = torch.stack(stacked)
-    arrays |= {ours: weights[theirs] for ours, theirs in (whole or {}).items()}
-    used = {embedding, norm, "lm_head.weight", *(whole or {}).values()} | {
-        t.format(i) for t in layer.values() for i in range(LAYERS)
-    }
+    used = {*around.values(), "lm_head.weight"} | {t.format(i) for t in layer.values() for i in range(LAYERS)}
     assert used == set(weights), used ^ set(weights)
     tokens = torch.randint(VOCAB, (2, 70), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -118,8 +121,7 @@ def mamba():
         "A_log": "A_log", "D": "D", "out_proj/kernel": "out_proj.weight",
     }.items():  # fmt: skip
         layer[f"mixer/{ours}"] = f"backbone.layers.{{}}.mixer.{theirs}"
-    model = transformers.MambaForCausalLM(config)
-    return language_model(model, layer, "backbone.embeddings.weight", "backbone.norm_f.weight")
+    return language_model(transformers.MambaForCausalLM(config), layer)
 
 
 def mamba2():
@@ -134,29 +136,10 @@ def mamba2():
         "out_proj/kernel": "out_proj.weight",
     }.items():  # fmt: skip
         layer[f"mixer/{ours}"] = f"backbone.layers.{{}}.mixer.{theirs}"
-    model = transformers.Mamba2ForCausalLM(config)
-    return language_model(model, layer, "backbone.embeddings.weight", "backbone.norm_f.weight")
+    return language_model(transformers.Mamba2ForCausalLM(config), layer)
 
 
-def transformer():
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=D, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=2,
-        num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
-    layer = {
-        "mixer_norm/weight": "model.layers.{}.input_layernorm.weight",
-        "mlp_norm/weight": "model.layers.{}.post_attention_layernorm.weight",
-    }
-    for part in "qkvo":
-        layer[f"mixer/{part}_proj/kernel"] = f"model.layers.{{}}.self_attn.{part}_proj.weight"
-    for part in ("gate", "up", "down"):
-        layer[f"mlp/{part}_proj/kernel"] = f"model.layers.{{}}.mlp.{part}_proj.weight"
-    return language_model(
-        transformers.LlamaForCausalLM(config), layer, "model.embed_tokens.weight", "model.norm.weight"
-    )
-
-
-def gated_deltanet():
+def qwen3_next_layer():
     """Qwen3-Next's layer: two key heads, four value heads; its fused projections hold q, k, v, gate by key head."""
     from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
@@ -185,17 +168,17 @@ def gated_deltanet():
 
 
 FILES = {
-    "ops": ops,
-    "mamba": mamba,
-    "mamba2": mamba2,
-    "transformer": transformer,
-    "gated_deltanet": gated_deltanet,
+    "naive_ops": ops,
+    "transformers_mamba": mamba,
+    "transformers_mamba2": mamba2,
+    "transformers_qwen3_next_layer": qwen3_next_layer,
 }
 
 
 def make(directory):
     """Write every file into `directory`."""
     for name, arrays in FILES.items():
+        torch.manual_seed(0)  # gates keep the library's own random start as their middle
         np.savez_compressed(Path(directory) / f"{name}.npz", **arrays())
 
 

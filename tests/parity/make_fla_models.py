@@ -1,122 +1,119 @@
-"""Runs flash-linear-attention's own small models in torch on a CPU, and keeps what they computed in .npz files.
+"""Small models of flash-linear-attention, run by its own code: what test_parity.py imports and compares with.
 
-    pip install -e '.[parity]' triton && python tests/parity/make_fla_models.py tests/parity
+    python -m venv /tmp/fla && /tmp/fla/bin/pip install torch==2.13.0
+    /tmp/fla/bin/pip install flash-linear-attention==0.6.0 transformers==5.24.0 triton==3.9.0
+    TRITON_INTERPRET=1 /tmp/fla/bin/python tests/parity/make_fla_models.py [NAME ...]
 
-fla_<model>.npz   RetNet, HGRN2, DeltaNet and Gated DeltaNet language models, two layers of width 32 with random
-                  parameters, as make_arrays.py has them
-
-Its norms, convolutions and gates run in Triton's interpreter; its chunk kernels do not (they need a GPU), so each layer
-gets the library's naive reference of the same recurrence instead. Triton must be absent for make_arrays.py and present
-here: use two environments.
+writes tests/parity/fla_<name>.npz. Triton's interpreter runs FLA's kernels on a CPU. Two things stand in for what
+needs a GPU: the timing of configurations (all are said to take no time, so the first is taken), and flash-attn's
+function, in whose place torch's attention runs in float32. The transformer's logits are compared with transformers'
+Llama as well.
+Mamba2 has one group: with more, FLA's torch path for whole sequences deals them to the heads in another order than its
+own path for one token and than the CUDA kernels.
 """
 
-import os
+import datetime
+import json
 import sys
 from pathlib import Path
 
-os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-
 import numpy as np
 import torch
-import torch.nn.functional as F
-import triton.runtime.autotuner as autotuner
-from make_arrays import VOCAB, language_model, naive
+import triton.runtime.autotuner
 
+triton.runtime.autotuner.Autotuner._bench = lambda self, *args, config, **meta: [0.0, 0.0, 0.0]
 
-def first_configuration(self, key, configs, bench):
-    """The autotuner asks a driver for a clock, and there is none: take the configurations as they come."""
-    bench()
-    return False
-
-
-autotuner.Autotuner._bench = lambda self, *args, config=None, **options: [1.0, 1.0, 1.0]
-autotuner.Autotuner.check_disk_cache = first_configuration
-
-import fla.layers.delta_net  # noqa: E402
-import fla.layers.gated_deltanet  # noqa: E402
-import fla.layers.hgrn2  # noqa: E402
-import fla.layers.multiscale_retention  # noqa: E402
+import fla.layers.attn  # noqa: E402  the kernels take the autotuner as it is when they are imported
+import transformers  # noqa: E402
 from fla import models  # noqa: E402
 
-
-def unit(x):
-    return x / torch.sqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+TOKENS = (2, 60)  # up to 64 in a row FLA takes its recurrent kernels; the chunkwise ones do not run in the interpreter
 
 
-def heads_first(*arrays):
-    return (x.transpose(1, 2) for x in arrays)
+def attention(q, k, v, causal, window_size):
+    """flash-attn's function: [B, T, H, K], query t sees keys t - window_size[0] to t."""
+    assert causal
+    distance = torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
+    seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
-def retention(q, k, v, **options):
-    return naive("retention", "naive_retention")(*heads_first(q, k, v)).transpose(1, 2), None
+fla.layers.attn.flash_attn_func = attention
 
-
-def gla(q, k, v, g, **options):
-    return naive("gla", "naive_recurrent_gla")(q, k, v, g)
-
-
-def delta_rule(q, k, v, beta, **options):
-    o, _ = naive("delta_rule", "delta_rule_recurrence")(*heads_first(unit(q), unit(k), v, beta))
-    return o.transpose(1, 2), None
-
-
-def gated_delta_rule(q, k, v, g, beta, A_log, dt_bias, **options):
-    g = -A_log.float().exp() * F.softplus(g.float() + dt_bias)
-    rule = naive("gated_delta_rule", "naive_recurrent_gated_delta_rule")
-    return rule(unit(q), unit(k), v, beta.float().sigmoid(), g)
-
-
-fla.layers.multiscale_retention.chunk_retention = retention
-fla.layers.hgrn2.chunk_gla = gla
-fla.layers.delta_net.chunk_delta_rule = delta_rule
-fla.layers.gated_deltanet.chunk_gated_delta_rule = gated_delta_rule
-
-COMMON = dict(hidden_size=32, num_hidden_layers=2, vocab_size=VOCAB, intermediate_size=48, use_cache=False)
-KEYS = {"mixer_norm/weight": "attn_norm.weight", "mlp_norm/weight": "mlp_norm.weight"}
-KEYS |= {f"mlp/{part}_proj/kernel": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
-
-
-def arrays(model, kernels, rest, lower_bounds=False):
-    """One model's parameters under our names, its tokens and logits; `rest` maps our names to theirs."""
-    keys = KEYS | {f"mixer/{part}_proj/kernel": f"attn.{part}_proj.weight" for part in kernels}
-    keys |= {f"mixer/{ours}": f"attn.{theirs}" for ours, theirs in rest.items()}
-    layer = {ours: f"model.layers.{{}}.{theirs}" for ours, theirs in keys.items()}
-    whole = {"lower_bounds": "model.lower_bounds"} if lower_bounds else {}
-    return language_model(model.float().eval(), layer, "model.embeddings.weight", "model.norm.weight", whole)
-
-
-def retnet():
-    model = models.RetNetForCausalLM(models.RetNetConfig(num_heads=2, **COMMON))
-    return arrays(model, "qkvgo", {"o_norm/weight": "g_norm_swish_gate.weight"})
-
-
-def hgrn2():
-    model = models.HGRN2ForCausalLM(models.HGRN2Config(num_heads=2, expand_ratio=16, use_lower_bound=True, **COMMON))
-    return arrays(model, "qfio", {"o_norm/weight": "g_norm.weight"}, lower_bounds=True)
-
-
-CONVOLUTIONS = {f"{part}_conv/weight": f"{part}_conv1d.weight" for part in "qkv"}
-
-
-def deltanet():
-    model = models.DeltaNetForCausalLM(models.DeltaNetConfig(num_heads=2, **COMMON))
-    return arrays(model, "qkvbo", CONVOLUTIONS | {"o_norm/weight": "o_norm.weight"})
-
-
-def gated_deltanet():
-    model = models.GatedDeltaNetForCausalLM(models.GatedDeltaNetConfig(num_heads=2, head_dim=16, **COMMON))
-    rest = {"o_norm/weight": "o_norm.weight", "A_log": "A_log", "dt_bias": "dt_bias"}
-    return arrays(model, "qkvgabo", CONVOLUTIONS | rest)
-
-
-FILES = {
-    "fla_retnet": retnet,
-    "fla_hgrn2": hgrn2,
-    "fla_deltanet": deltanet,
-    "fla_gated_deltanet": gated_deltanet,
+COMMON = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "fuse_cross_entropy": False}
+FREE = {key: value for key, value in COMMON.items() if key != "intermediate_size"}
+DELTA = {"num_heads": 2, "head_dim": 16, "expand_v": 2.0}
+SOFTMAX = {"layers": [1], "num_heads": 2, "window_size": 20}
+MODELS = {
+    "gated_deltanet": models.GatedDeltaNetConfig(**COMMON, **DELTA, num_hidden_layers=2),
+    "gated_deltanet_values": models.GatedDeltaNetConfig(
+        **COMMON, **DELTA, num_v_heads=4, allow_neg_eigval=True, use_gate=False, num_hidden_layers=1
+    ),
+    "gated_deltanet_hybrid": models.GatedDeltaNetConfig(**COMMON, **DELTA, num_hidden_layers=2, attn=SOFTMAX),
+    "delta_net": models.DeltaNetConfig(**COMMON, num_heads=2, expand_v=2.0, num_hidden_layers=2),
+    "retnet": models.RetNetConfig(**COMMON, num_heads=2, num_hidden_layers=2),
+    "hgrn2": models.HGRN2Config(**COMMON, expand_ratio=16, num_hidden_layers=3),
+    "mamba": models.MambaConfig(**FREE, state_size=8, num_hidden_layers=2),
+    "mamba2": models.Mamba2Config(**FREE, state_size=16, head_dim=16, num_hidden_layers=2),
+    "samba": models.SambaConfig(**FREE, state_size=8, num_hidden_layers=2, attn=SOFTMAX),
+    "transformer": models.TransformerConfig(**COMMON, num_heads=2, num_hidden_layers=2, tie_word_embeddings=True),
 }
 
-if __name__ == "__main__":
-    for name, make in FILES.items():
-        np.savez_compressed(Path(sys.argv[1]) / f"{name}.npz", **make())
-        print(name, flush=True)
+
+def draw(model):
+    """Parameters at which every part of the model matters: logits of order 1, norms that are not 1."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            fan_in = 1 if "embeddings" in name else parameter[0].numel()
+            parameter.data = noise * fan_in**-0.5
+        elif "norm" in name or name.endswith(".D"):
+            parameter.data = 1 + 0.2 * noise
+        else:  # gates: as FLA starts them, but not all alike
+            parameter.data = parameter.data.float() + 0.2 * noise
+
+
+def llama_logits(config, state, tokens):
+    """The same parameters in transformers' Llama."""
+    other = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=config.hidden_size, intermediate_size=config.intermediate_size, vocab_size=config.vocab_size,
+            num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_heads,
+            rms_norm_eps=config.norm_eps, tie_word_embeddings=True, attn_implementation="eager",
+        )
+    )  # fmt: skip
+    names = {"embeddings": "embed_tokens", "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    names |= {"attn": "self_attn"}
+    renamed = {".".join(names.get(part, part) for part in key.split(".")): value for key, value in state.items()}
+    other.load_state_dict(renamed, strict=True)
+    return other.eval()(tokens).logits
+
+
+@torch.no_grad()
+def main(names):
+    for name in names or MODELS:
+        config = MODELS[name]
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+        draw(model)
+        tokens = torch.randint(0, config.vocab_size, TOKENS, generator=torch.Generator().manual_seed(1))
+        logits = model(tokens).logits
+        state = model.state_dict()
+        if name == "transformer":
+            gap = (logits - llama_logits(config, state, tokens)).abs().max().item()
+            assert gap < 1e-4, gap
+            print(f"{name}: largest difference to transformers' Llama {gap:.1e}")
+        made = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
+        made |= {"fla": "0.6.0", "transformers": transformers.__version__, "triton": triton.__version__}
+        arrays = {f"state/{key}": value.numpy() for key, value in state.items()}
+        path = Path(__file__).parent / f"fla_{name}.npz"
+        np.savez_compressed(
+            path, config=config.to_json_string(use_diff=True), made=json.dumps(made),
+            tokens=tokens.numpy().astype(np.int32), logits=logits.numpy(), **arrays,
+        )  # fmt: skip
+        print(f"{path.name}: {path.stat().st_size:,} bytes, logits of size {logits.std():.2f}")
+
+
+main(sys.argv[1:])

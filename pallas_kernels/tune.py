@@ -165,7 +165,10 @@ def _faster_blocks(shape, stages, options, kind, say):
         return measure(shape, block, stages, options, say)
     blocks = (64, 128) if shape.key_dim in (64, 128) else (128,)
     tried = {block: measure(shape, block, stages, options, say) for block in blocks}
-    whole = {block: sum(rows[0][0] for rows in times.values()) for block, times in tried.items()}
+    complete = {block: times for block, times in tried.items() if set(times) == set(triton_op.stages(block))}
+    if not complete:
+        return next(iter(tried.values()))
+    whole = {block: sum(rows[0][0] for rows in times.values()) for block, times in complete.items()}
     for block, ms in whole.items():
         say(f"states every {block} tokens: {ms:.3f} ms in all")
     block = min(whole, key=whole.get)
@@ -198,15 +201,15 @@ def admitted(
     best = before | {stage: rows[0][1] for stage, rows in times.items()}
     if not failures(best):
         return best
-    passed: dict[str, dict] = {}
+    passed, any_passed = dict(before), False
     for stage, rows in times.items():
         for _, configuration in rows:
             wrong = failures(passed | {stage: configuration})
             if not wrong:
-                passed[stage] = configuration
+                passed[stage], any_passed = configuration, True
                 break
             say(f"{stage} {_short(configuration)} is not admitted: {wrong[0]}")
-    return passed
+    return passed if any_passed else {}
 
 
 def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -238,6 +241,9 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
 
     kind, path = jax.devices()[0].device_kind, Path(options.out or triton_op.TUNED)
     table = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = path.with_name(path.name + ".new")
+    whole.touch()  # before minutes of measuring
     empty = {"devices": {}, "admitted": [], "measured": {}}
     devices, admissions, measured = (table.setdefault(key, {}).setdefault(kind, none) for key, none in empty.items())
     tuned = set()
@@ -260,8 +266,10 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
         devices[size] = chosen
         measured[size] = kept | {stage: facts | {"ms": round(ms, 4)} for stage, ms in new.items()}
         admissions[:] = sorted({*admissions, size})
-        path.write_text(json.dumps(table, indent=1) + "\n")
+        whole.write_text(json.dumps(table, indent=1) + "\n")
+        whole.replace(path)
         say("admitted: " + "; ".join(f"{stage} {ms:.3f} ms" for stage, ms in new.items()))
+    whole.unlink(missing_ok=True)
     return table
 
 

@@ -31,7 +31,7 @@ def test_the_table_holds_what_was_timed_and_passed(interpreted, tmp_path, capsys
     path = tmp_path / "table.json"
     options = tune.Options(shapes="1x256,1,64,64", stages="prepare", repetitions=1, threads=2, out=str(path))
     table = tune.tune("gated_delta_rule", options, environment)
-    assert json.loads(path.read_text()) == table
+    assert json.loads(path.read_text()) == table and list(tmp_path.iterdir()) == [path]
     assert table["admitted"] == {"cpu": ["64x64"]}
     (chosen,) = table["devices"]["cpu"].values()
     assert chosen["prepare"] in tune.candidates("prepare", 64)
@@ -51,7 +51,10 @@ def test_a_configuration_that_fails_is_not_admitted(monkeypatch):
     times = {"prepare": [(1.0, prepare)], "pairs": [(1.0, fast), (2.0, slow)]}
     assert tune.admitted(SHAPE, {}, times, "cpu", 1, said.append) == {"prepare": prepare, "pairs": slow}
     assert len(said) == 1 and said[0].startswith("pairs warps=8 is not admitted: ")
+    old = {"state": {"block_v": 64}}  # of a stage that was not timed this time
+    assert tune.admitted(SHAPE, old, times, "cpu", 1, said.append) == old | {"prepare": prepare, "pairs": slow}
     monkeypatch.setattr(conformance, "failures", lambda case, impl: ["o nan"])
+    assert tune.admitted(SHAPE, old, times, "cpu", 1, said.append) == {}
     assert tune.admitted(SHAPE, {}, times, "cpu", 1, said.append) == {}
     assert triton_op._trial == []
 
@@ -61,10 +64,14 @@ def test_states_every_64_or_128_tokens_whichever_is_faster(monkeypatch):
         return {"prepare": [(1.0 if block == 64 else 2.0, {"block was": block})]}
 
     monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(triton_op, "stages", lambda block: ("prepare",))
     every = list(triton_op.STAGES)
     found = tune._faster_blocks(SHAPE, every, tune.Options(), "cpu", lambda line: None)
     assert found == {"all": [(1.0, {"block": 64})], "prepare": [(1.0, {"block was": 64})]}
     wide = tune._faster_blocks(DeltaShape(1, 256, 1, 200, 400), every, tune.Options(), "cpu", lambda line: None)
+    monkeypatch.setattr(triton_op, "stages", lambda block: ("prepare", "chunks") if block == 64 else ("prepare",))
+    found = tune._faster_blocks(SHAPE, every, tune.Options(), "cpu", lambda line: None)
+    assert found["all"] == [(2.0, {"block": 128})]  # a whole that lacks a stage is no faster
     assert wide["all"] == [(2.0, {"block": 128})]  # the kernel for 64 holds no wide heads
 
 

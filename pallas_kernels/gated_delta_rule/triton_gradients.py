@@ -1,5 +1,5 @@
-"""The gradients of every block of 128 tokens, all blocks at once, for heads of more than 128 key columns: their states
-are what costs most to keep, and half as many blocks keep half as many.
+"""The gradients of every block of 128 tokens, all blocks at once, for heads of any size: half as many blocks as in
+triton_chunks.py keep half as many states.
 
     M1 = scale D . (dO rho^T)          M2 = -strict(D . (dV rho^T))          H = M1 . Q K^T + M2 . K K^T
     dQ = scale gamma (dO S^T) + (M1 beta) K

@@ -28,9 +28,9 @@ from pallas_kernels.gated_delta_rule import (
     triton_prepare,
     triton_state,
 )
-from pallas_kernels.gated_delta_rule.reference import document_starts
 from pallas_kernels.gated_delta_rule.triton_gradients import BLOCK
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
+from pallas_kernels.tiles import document_starts, pad_tokens
 
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (192, 384), (200, 400), (256, 256), (256, 512))
 TUNED = Path(__file__).with_name("tuned.json")  # written by `gdn tune`
@@ -197,16 +197,14 @@ def _states(arrays, static):
     constants = static.constants(configs)
     arrays = run("prepare", arrays, configs["prepare"], **constants)
     if static.pieces > 1:
-        rows, K, first = arrays["k"].shape[0], arrays["k"].shape[-1], arrays["initial_state"]
-        heads, V = arrays["gamma"].shape[1], arrays["v"].shape[-1]
+        rows, K, heads = arrays["k"].shape[0], arrays["k"].shape[-1], arrays["gamma"].shape[1]
         passed = [arrays[name] for name in ("gamma", "write", "inverse")]
         fixed = {"block": constants["block"], "interpret": static.interpret}
         alone = partial(triton_state.forward, keep=False, **fixed, **configs["state"])
         identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
         maps, local = alone(arrays["k"], None, *passed, identity), alone(arrays["k"], arrays["v"], *passed, None)
-        if first is None:
-            first = jnp.zeros((rows // static.pieces, heads, K, V), jnp.float32)
-        arrays |= {"maps": maps, "initial_state": _chain(maps, local, first, static.pieces)}
+        entering = _chain(maps, local, arrays["initial_state"], static.pieces)
+        arrays = arrays | {"maps": maps, "initial_state": entering}
     return run("state", arrays, configs["state"], **constants)
 
 
@@ -288,7 +286,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residu
         }
     given = [x.astype(jnp.bfloat16) for x in (q, k, v)] + [x.astype(jnp.float32) for x in (g, beta)]
     if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
-        given = [jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) for x in given]
+        given = [pad_tokens(x, padding) for x in given]
     if initial_state is None:
         initial_state = jnp.zeros((batch, *v.shape[2:3], q.shape[-1], v.shape[-1]), jnp.float32)
     static = _Static(scale, residuals, interpret, count)

@@ -97,6 +97,19 @@ def full_and_rest(size: int, widest: int) -> tuple[int, int, tuple[tuple[int, in
     return width, count, tuple((count * width + start, wide, fresh) for start, wide, fresh in rest)
 
 
+def over_tiles(size: int, widest: int, step: Callable[[Any, tuple], Any], carry: Any) -> Any:
+    """carry after step(carry, tile) for every tile of `full_and_rest`: the full ones in a loop, which the compiler
+    pipelines, unless there is only one."""
+    width, count, rest = full_and_rest(size, widest)
+    if count == 1:
+        carry = step(carry, (0, width, width))
+    else:
+        carry = jax.lax.fori_loop(0, count, lambda i, carry: step(carry, (i * width, width, width)), carry)
+    for tile in rest:
+        carry = step(carry, tile)
+    return carry
+
+
 def for_tile(index: Any, size: int, widest: int, body: Callable[[tuple], None]) -> None:
     """body(tile) for tile number `index`, known on the device alone, of `full_and_rest`."""
     width, count, rest = full_and_rest(size, widest)

@@ -49,10 +49,9 @@ def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
         "state": grid(block_v=(64,), key_tile=(64, widest), transposed=(False, True), warps=(4,), stages=(2, 3)),
         "output": grid(block_v=(32, 64), key_tile=(64, widest), warps=(4,), stages=(2, 3))
         + grid(block_v=(64, 128), key_tile=(widest,), warps=(8,), stages=(2,)),
-        "chunks": grid(block_v=(32, 64, 128), key_tile=(64,), warps=(4,), stages=(2, 3))
+        "chunks": grid(block_v=(64, 128), key_tile=(32, 64), warps=(4,), stages=(2, 3))
         + grid(block_v=(64, 128), key_tile=(wide,), warps=(8,), stages=(2, 3)),
-        "pairs": grid(block_v=(64,), key_tile=(32, 64), warps=(4,), stages=(2, 3))
-        + grid(block_v=(32,), key_tile=(32,), warps=(4,), stages=(3,)),
+        "pairs": grid(block_v=(32, 64), warps=(4,), stages=(2, 3)),
         "tokens": grid(block_v=(32, 64), key_tile=(wide,), pair_tile=(32, 64), warps=(8,), stages=(2, 3))
         + grid(block_v=(64,), key_tile=(64,), pair_tile=(32,), warps=(4, 8), stages=(2, 3)),
     }

@@ -1,140 +1,134 @@
-"""The gradients of every chunk of 64 tokens in one kernel, for heads of at most 128 key columns.
+"""The gradients of every chunk of 64 tokens, all chunks at once, in one kernel.
 
-With S the state entering the chunk and dS' the gradient of the one leaving it,
+With S the state entering the chunk, dS' the gradient of the one leaving it, D the decays between its tokens and r_j
+what the leaving state has of token j,
 
-    M1 = scale D . (dO rho^T)          M2 = -strict(D . (dV rho^T))          H = M1 . Q K^T + M2 . K K^T
-    dQ = scale gamma (dO S^T) + (M1 beta) K
-    dK = -gamma (dV S^T) + beta r (rho dS'^T) + (M2 beta) K + (M1 beta)^T Q + (M2 beta)^T K
-    dbeta_j = sum_i H_ij + k_j . (r rho dS'^T)_j
-    dg_m = sum_{i >= m} dG_i,  dG_i = sum_j H_ij beta_j - beta_i sum_j H_ji + q_i . (scale gamma dO S^T)_i
-                                      - k_i . (gamma dV S^T)_i - beta_i k_i . (r rho dS'^T)_i,
-    and the chunk's last dG takes sum_j beta_j k_j . (r rho dS'^T)_j + gamma_C <S, dS'> besides
+    M1 = scale D . (dO rho^T)                  M2 = -strict(D . (dV rho^T))
+    dQ = scale gamma (dO S^T) + M1 beta K
+    dK = dR + beta dW,    dR = -gamma (dV S^T) + M2 beta K,    dW = r (rho dS'^T) + M2^T K + M1^T Q
+    dbeta_j = k_j . dW_j
+    dg_m = sum_{i >= m} (q_i . dQ_i + k_i . dR_i - beta_i k_i . dW_i) + <S', dS'>
+    <S', dS'> = gamma_C <S, dS'> + sum_j beta_j k_j . (r rho dS'^T)_j
 
-The diagonal of H is in dbeta alone: in dG its row and column cancel. M1^T and M2^T are products of their own: a
-transposed accumulator must not feed a product (some Triton releases miscompile it on Hopper).
+dR is what token i reads of keys before it, beta dW what it wrote for those after. M1^T and M2^T are products of their
+own: a transposed accumulator must not feed a product (some Triton releases miscompile it on Hopper).
+
+Heads of at most `block_v` value columns have dO, dV and rho in shared memory from the start, and the loop over key
+tiles is the one whose loads the compiler pipelines. Wider ones run over value columns within each key tile.
 """
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, pair_decay, square
+from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, documents, pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
 
 
-def over_values(V, block_v, step, carry):
-    """carry after step(carry, columns) for every tile of value columns."""
-    width, count, rest = triton.full_and_rest(V, block_v)
-    carry = jax.lax.fori_loop(0, count, lambda i, carry: step(carry, triton.ds(i * width, width)), carry)
-    for start, wide, _ in rest:
-        carry = step(carry, triton.ds(start, wide))
-    return carry
-
-
 def chunks(
-    q, k, g, beta, runs, do, dv, rho, kept, d_kept, *, scale, dtype, block_v, key_tile, warps, stages, interpret
+    q, k, total, gamma, leaving, beta, runs, do, dv, rho, kept, d_kept,
+    *, scale, dtype, block_v, key_tile, warps, stages, interpret,
 ):  # fmt: skip
     """(dq, dk [B,T,Hv,K] of `dtype`, per value head; dg, dbeta [B,Hv,T] fp32).
 
-    q, k [B,T,H,K], do, dv, rho [B,T,Hv,V] bf16; g, beta [B,Hv,T]; runs ([B,T], [B,T/64]) or None; kept, d_kept
-    [B,Hv,T/64,V,K] bf16: the state entering each chunk and the gradient of the one leaving it. K is a power of two.
+    q, k [B,T,H,K], do, dv, rho [B,T,Hv,V] bf16; total, gamma, leaving [B,Hv,T] from prepare; beta [B,Hv,T]; runs
+    ([B,T], [B,T/64]) or None; kept, d_kept [B,Hv,T/64,V,K] bf16: the state entering each chunk and the gradient of the
+    one leaving it.
     """
     B, T, H, K = q.shape
     Hv, V = rho.shape[2:]
 
-    def gdn_chunks(q_ref, k_ref, g_ref, beta_ref, do_ref, dv_ref, rho_ref, kept_ref, d_kept_ref, *others):
+    def gdn_chunks(
+        q_ref, k_ref, total_ref, gamma_ref, leaving_ref, beta_ref,
+        do_ref, dv_ref, rho_ref, kept_ref, d_kept_ref, *others,
+    ):  # fmt: skip
         *run_refs, dq_ref, dk_ref, dg_ref, dbeta_ref = others
-        rows, keys = triton.ds(0, CHUNK), triton.ds(0, K)
-        g, b = g_ref[...], beta_ref[...]
-        total = jnp.cumsum(g)
-        last = jnp.sum(g)
-        gamma, leaving, through = triton.exp(total, interpret), triton.exp(last - total, interpret), jnp.exp(last)
-        same = None
-        if runs is not None:
-            here, before = run_refs[0][...], run_refs[1][0]
-            newest, same = jnp.max(here), here[:, None] == here[None, :]
-            gamma = jnp.where(here == before, gamma, 0.0)
-            leaving = jnp.where(here == newest, leaving, 0.0)
-            through = jnp.where(newest == before, through, 0.0)
+        rows, refs = triton.ds(0, CHUNK), {"do": do_ref, "dv": dv_ref, "rho": rho_ref}
+        total, gamma, leaving, b = (ref[...] for ref in (total_ref, gamma_ref, leaving_ref, beta_ref))
+        held = {name: ref[...] for name, ref in refs.items()} if block_v >= V else {}
         after = square(0) - square(1)  # rows after columns
         lower, upper = after >= 0, after <= 0
-        if same is not None:
+        if runs is not None:
+            same = run_refs[0][...][:, None] == run_refs[0][...][None, :]
             lower, upper = lower & same, upper & same
 
-        def products(late_do, values):
-            do, dv, rho = do_ref[rows, values], dv_ref[rows, values], rho_ref[rows, values]
-            if late_do:
-                return triton.dot(do, rho.T), triton.dot(dv, rho.T)
-            return triton.dot(rho, do.T), triton.dot(rho, dv.T)
+        def values(name, columns):
+            return held[name] if held else refs[name][rows, columns]
 
-        def pairs(late_do):
-            def step(sums, values):
-                return tuple(x + y for x, y in zip(sums, products(late_do, values), strict=True))
+        def over_values(step, *zeros):
+            def with_columns(sums, tile):
+                return step(triton.ds(tile[0], tile[1]), *sums)
 
-            return over_values(V, block_v, step, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+            return triton.over_tiles(V, block_v, with_columns, zeros)
 
-        m1_t, m2_t = pairs(False)
-        decay = pair_decay(-total, -total, upper, interpret) * b[:, None]
-        m1_t = (scale * decay * m1_t).astype(jnp.bfloat16)
-        m2_t = (jnp.where(after < 0, -decay, 0.0) * m2_t).astype(jnp.bfloat16)
-        m1, m2 = pairs(True)
-        decay = pair_decay(total, total, lower, interpret)
-        m1, m2 = scale * decay * m1, jnp.where(after > 0, -decay, 0.0) * m2
-        h = m1 * triton.dot(q_ref[rows, keys], k_ref[rows, keys].T)
-        m1 = (m1 * b[None, :]).astype(jnp.bfloat16)
-        h += m2 * triton.dot(k_ref[rows, keys], k_ref[rows, keys].T)
-        m2 = (m2 * b[None, :]).astype(jnp.bfloat16)
-        d_beta = jnp.sum(h, axis=0)
-        h = jnp.where(after > 0, h, 0.0)
-        d_total = jnp.sum(h * b[None, :], axis=1) - b * jnp.sum(h, axis=0)
+        def written_pairs(columns, m1, m2):
+            rho = values("rho", columns)
+            return m1 + triton.dot(rho, values("do", columns).T), m2 + triton.dot(rho, values("dv", columns).T)
 
-        d_written, inner = jnp.zeros((CHUNK,), jnp.float32), jnp.zeros((), jnp.float32)
-        for start, width, _ in triton.tiles(K, key_tile):
+        def read_pairs(columns, m1, m2):
+            rho = values("rho", columns).T
+            return m1 + triton.dot(values("do", columns), rho), m2 + triton.dot(values("dv", columns), rho)
+
+        def rounded(decay, m1, m2):
+            m1, m2 = scale * decay * m1, jnp.where(after == 0, 0.0, -decay * m2)
+            return m1.astype(jnp.bfloat16), m2.astype(jnp.bfloat16)
+
+        zero = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+        decay = pair_decay(-total, -total, upper, interpret)
+        m1_t, m2_t = rounded(decay, *over_values(written_pairs, zero, zero))
+        decay = pair_decay(total, total, lower, interpret) * b[None, :]
+        m1, m2 = rounded(decay, *over_values(read_pairs, zero, zero))
+
+        def key_columns(sums, tile):
+            start, width, fresh = tile
             columns = triton.ds(start, width)
+            moved, written_sum, ends, inner = sums
 
-            def states(sums, values, columns=columns):
-                asked, read, written, inner = sums
-                state, d_state = kept_ref[values, columns], d_kept_ref[values, columns]
+            def states(values_at, asked, read, written, inner):
+                state, d_state = kept_ref[values_at, columns], d_kept_ref[values_at, columns]
                 both = state.astype(jnp.float32) * d_state.astype(jnp.float32)
-                asked, read = (
-                    asked + triton.dot(do_ref[rows, values], state),
-                    read + triton.dot(dv_ref[rows, values], state),
-                )
-                return asked, read, written + triton.dot(rho_ref[rows, values], d_state), inner + jnp.sum(both, axis=0)
+                if fresh != width:
+                    column = jax.lax.broadcasted_iota(jnp.int32, both.shape, 1)
+                    both = jnp.where(column >= width - fresh, both, 0.0)
+                asked = asked + triton.dot(values("do", values_at), state)
+                read = read + triton.dot(values("dv", values_at), state)
+                written = written + triton.dot(values("rho", values_at), d_state)
+                return asked, read, written, inner + jnp.sum(both, axis=0)
 
+            key, query = triton.load_own(k_ref, rows, tile), triton.load_own(q_ref, rows, tile)
             zero, none = jnp.zeros((CHUNK, width), jnp.float32), jnp.zeros((width,), jnp.float32)
-            asked, read, written, own_inner = over_values(V, block_v, states, (zero, zero, zero, none))
-            inner += jnp.sum(own_inner)
-            query, key = q_ref[rows, columns], k_ref[rows, columns]
-            asked, read = (scale * gamma)[:, None] * asked, -gamma[:, None] * read
-            d_total += jnp.sum(query.astype(jnp.float32) * asked, axis=1)
-            dq_ref[rows, columns] = (asked + triton.dot(m1, key)).astype(dq_ref.dtype)
-            d_total += jnp.sum(key.astype(jnp.float32) * read, axis=1)
+            asked, read, written, own = over_values(states, zero, zero, zero, none)
+            dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
+            moved += jnp.sum(query.astype(jnp.float32) * dq, axis=1)
+            triton.store_own(dq_ref, rows, tile, dq)
+            read = -gamma[:, None] * read + triton.dot(m2, key)
+            moved += jnp.sum(key.astype(jnp.float32) * read, axis=1)
             written = leaving[:, None] * written
-            d_written += jnp.sum(key.astype(jnp.float32) * written, axis=1)
-            dk = read + b[:, None] * written + triton.dot(m2, key)
-            dk_ref[rows, columns] = (dk + triton.dot(m2_t, key) + triton.dot(m1_t, query)).astype(dk_ref.dtype)
-        d_total -= b * d_written
-        dbeta_ref[...] = d_beta + d_written
-        ends = jnp.sum(b * d_written) + through * inner
-        dg_ref[...] = jnp.sum(jnp.where(after >= 0, d_total[:, None], 0.0), axis=0) + ends
+            ends += b * jnp.sum(key.astype(jnp.float32) * written, axis=1)
+            written = written + triton.dot(m2_t, key) + triton.dot(m1_t, query)
+            written_sum += jnp.sum(key.astype(jnp.float32) * written, axis=1)
+            triton.store_own(dk_ref, rows, tile, read + b[:, None] * written)
+            return moved, written_sum, ends, inner + jnp.sum(own)
+
+        none = jnp.zeros((CHUNK,), jnp.float32)
+        sums = none, none, none, jnp.zeros((), jnp.float32)
+        moved, written_sum, ends, inner = triton.over_tiles(K, key_tile, key_columns, sums)
+        dbeta_ref[...] = written_sum
+        moved -= b * written_sum
+        ends = jnp.sum(ends) + gamma_ref[CHUNK - 1] * inner
+        dg_ref[...] = jnp.sum(jnp.where(after >= 0, moved[:, None], 0.0), axis=0) + ends
 
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, jax.lax.div(h, Hv // H), 0))
     d_key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, h, 0))
     value = BlockSpec((None, CHUNK, None, V), lambda n, h, b: (b, n, h, 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     state = BlockSpec((None, None, None, V, K), lambda n, h, b: (b, h, n, 0, 0))
-    documents, document_specs = () if runs is None else runs, ()
-    if runs is not None:
-        document_specs = (
-            BlockSpec((None, CHUNK), lambda n, h, b: (b, n)),
-            BlockSpec((None, 1), lambda n, h, b: (b, n)),
-        )
+    numbers, number_specs = documents(runs, CHUNK)
     key_shape, gate_shape = jax.ShapeDtypeStruct((B, T, Hv, K), dtype), jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
     return triton.call(
-        gdn_chunks, q, k, g, beta, do, dv, rho, kept, d_kept, *documents,
+        gdn_chunks, q, k, total, gamma, leaving, beta, do, dv, rho, kept, d_kept, *numbers,
         grid=(T // CHUNK, Hv, B),
-        in_specs=[key, key, gate, gate, value, value, value, state, state, *document_specs],
+        in_specs=[key, key, gate, gate, gate, gate, value, value, value, state, state, *number_specs],
         out_specs=[d_key, d_key, gate, gate], out_shape=[key_shape, key_shape, gate_shape, gate_shape],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip

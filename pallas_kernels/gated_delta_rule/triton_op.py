@@ -43,7 +43,7 @@ DEFAULTS = {
     "output": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
     "reverse": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
     "chunks": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
-    "pairs": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
+    "pairs": {"block_v": 64, "warps": 4, "stages": 2},
     "tokens": {"block_v": 64, "key_tile": 128, "pair_tile": 32, "warps": 8, "stages": 2},
 }
 
@@ -64,7 +64,8 @@ class Stage(NamedTuple):
 
 STAGES = {
     "prepare": Stage(
-        triton_prepare.prepare, "q k g beta chunk_documents", "inverse attention read gamma write", ("scale",)
+        triton_prepare.prepare, "q k g beta chunk_documents", "inverse attention read total gamma leaving write",
+        ("scale",),
     ),
     "state": Stage(triton_state.forward, "k v gamma write inverse initial_state", "rho kept final", ("block",)),
     "output": Stage(triton_output.output, "k gamma write rho kept attention read", "o", ("block",)),
@@ -72,14 +73,13 @@ STAGES = {
         triton_state.reverse, "k do gamma write inverse attention read d_final", "dv d_kept d_initial", ("block",)
     ),
     "chunks": Stage(
-        triton_chunks.chunks, "q k g beta chunk_documents do dv rho kept d_kept", "dq dk dg dbeta", ("scale", "dtype")
+        triton_chunks.chunks, "q k total gamma leaving beta chunk_documents do dv rho kept d_kept", "dq dk dg dbeta",
+        ("scale", "dtype"),
     ),
-    "pairs": Stage(
-        triton_gradients.pairs, "q k g beta documents do dv rho", "m1 m2 dg_pairs dbeta_pairs", ("scale",)
-    ),
+    "pairs": Stage(triton_gradients.pairs, "total documents do dv rho", "m1 m2", ("scale",)),
     "tokens": Stage(
-        triton_gradients.tokens, "q k g beta documents do dv rho kept d_kept m1 m2",
-        "dq dk read_sums written_sums inner", ("scale", "dtype"),
+        triton_gradients.tokens, "q k gamma leaving beta do dv rho kept d_kept m1 m2", "dq dk moved written ends",
+        ("scale", "dtype"),
     ),
 }  # fmt: skip
 
@@ -228,7 +228,7 @@ def _op_fwd(static, tokens, initial_state, documents):
     final = arrays["final"]
     final = final.reshape(-1, static.pieces, *final.shape[1:])[:, -1]
     if static.residuals == "saved":
-        names = ["q", "k", "g", "beta", "rho", "kept", "inverse", "attention", "read", "gamma", "write"]
+        names = ["q", "k", "beta", "rho", "kept", "inverse", "attention", "read", "total", "gamma", "leaving", "write"]
         names += ["maps"] * (static.pieces > 1)
         given = {name: arrays[name] for name in names} | documents
     return (arrays["o"], final), given
@@ -249,12 +249,12 @@ def _op_bwd(static, saved, cotangents):
         maps = backwards(jnp.swapaxes(arrays["maps"], -1, -2))
         d_final = backwards(_chain(maps, backwards(local), d_final, static.pieces))
     arrays = arrays | {"do": do, "d_final": d_final}
-    group = arrays["g"].shape[1] // arrays["k"].shape[2]
+    group = arrays["beta"].shape[1] // arrays["k"].shape[2]
     constants["dtype"] = jnp.bfloat16 if group == 1 else jnp.float32  # per value head until the sum over the group
     for name in stages(constants["block"])[FORWARD:]:
         arrays = run(name, arrays, configs[name], **constants)
     if "dg" not in arrays:
-        names = ("beta", "dg_pairs", "dbeta_pairs", "read_sums", "written_sums", "inner")
+        names = ("beta", "moved", "written", "ends")
         arrays["dg"], arrays["dbeta"] = triton_gradients.gates(*(arrays[name] for name in names))
     dq, dk, dg, dbeta = (arrays[name] for name in ("dq", "dk", "dg", "dbeta"))
     if group > 1:

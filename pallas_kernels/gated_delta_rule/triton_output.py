@@ -36,7 +36,8 @@ def output(k, gamma, write, rho, kept, attention, read, *, block, block_v, key_t
             crossing = (crossing * write_ref[halves[0]][None, :]).astype(jnp.bfloat16)
             left = gamma_ref[CHUNK - 1]
 
-        def part(values):
+        def part(_, tile):
+            values = triton.ds(tile[0], tile[1])
             states = [kept_ref[values, triton.ds(start, width)].T for start, width, _ in columns]
 
             def carried(half):
@@ -51,10 +52,7 @@ def output(k, gamma, write, rho, kept, attention, read, *, block, block_v, key_t
                 late = left * carried(1) + triton.dot(pairs[1], rho_ref[halves[1], values])
                 o_ref[halves[1], values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
 
-        width, count, rest = triton.full_and_rest(V, block_v)
-        jax.lax.fori_loop(0, count, lambda i, _: part(triton.ds(i * width, width)), None)
-        for start, wide, _ in rest:
-            part(triton.ds(start, wide))
+        triton.over_tiles(V, block_v, part, None)
 
     key = BlockSpec((None, block, None, K), lambda n, h, b: (b, n, jax.lax.div(h, Hv // H), 0))
     read_spec = BlockSpec((None, block, None, K), lambda n, h, b: (b, n, h, 0))

@@ -2,9 +2,11 @@
 
     inverse   = (I + strict(K K^T) diag(beta))^-1 . D        rho = inverse (V - gamma (K S))
     attention = scale D . (Q K^T) diag(beta)                 o   = read S + attention rho
-    gamma_i   = exp(g_1 + ... + g_i)                         what the entering state has left at token i
+    total_i   = g_1 + ... + g_i
+    gamma_i   = exp(total_i)                                 what the entering state has left at token i
     read_i    = scale gamma_i q_i                            what token i reads of the entering state
-    write_j   = exp(g_j+1 + ... + g_C) beta_j                what token j's error adds to the leaving state
+    leaving_j = exp(g_j+1 + ... + g_C)                       what the leaving state has of token j
+    write_j   = leaving_j beta_j                             what token j's error adds to it
 
 The decay D is a similarity (D_ij = gamma_i / gamma_j), so the inverse is taken without it.
 """
@@ -16,6 +18,14 @@ from pallas_kernels import triton_dialect as triton
 from pallas_kernels.triton_dialect import BlockSpec
 
 CHUNK = 64
+
+
+def documents(runs, size, at=lambda n: n):
+    """Arrays and block specs, over grid (n, head, batch), of `runs` = (numbers of documents [B,T], the one that entered
+    each tile of `size` tokens [B,T/size]), or none for None; at(n) is the tile."""
+    if runs is None:
+        return (), ()
+    return runs, (BlockSpec((None, size), lambda n, h, b: (b, at(n))), BlockSpec((None, 1), lambda n, h, b: (b, at(n))))
 
 
 def square(axis):
@@ -47,7 +57,8 @@ def invert(lower):
 
 
 def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
-    """(inverse, attention [B,Hv,N,64,64] bf16, read [B,T,Hv,K] bf16, gamma, write [B,Hv,T] fp32).
+    """(inverse, attention [B,Hv,N,64,64] bf16, read [B,T,Hv,K] bf16, total, gamma, leaving, write [B,Hv,T]
+    fp32).
 
     q, k [B,T,H,K] bf16; g, beta [B,Hv,T]; runs is None or ([B,T] numbers of documents, [B,N] the one that entered each
     chunk). T is a multiple of 64.
@@ -55,11 +66,10 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
     B, T, H, K = q.shape
     Hv, N = g.shape[1], T // CHUNK
     group = Hv // H
-    width, count, rest = triton.full_and_rest(K, key_tile)
 
     def gdn_prepare(*refs):
         q_ref, k_ref, g_ref, beta_ref = refs[:4]
-        inverse_ref, attention_ref, read_ref, gamma_ref, write_ref = refs[-5:]
+        inverse_ref, attention_ref, read_ref, total_ref, gamma_ref, leaving_ref, write_ref = refs[-7:]
         rows = triton.ds(0, CHUNK)
         g, b = g_ref[...], beta_ref[...]
         total = jnp.cumsum(g)
@@ -70,21 +80,19 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
             allowed = allowed & (runs_here[:, None] == runs_here[None, :])
             gamma = jnp.where(runs_here == refs[5][0], gamma, 0.0)
             leaving = jnp.where(runs_here == jnp.max(runs_here), leaving, 0.0)
+        total_ref[...] = total
         gamma_ref[...] = gamma
+        leaving_ref[...] = leaving
         write_ref[...] = leaving * b
 
-        def products(tile, sums):
+        def products(sums, tile):
             kk, qk = sums
             query, key = triton.load_own(q_ref, rows, tile), triton.load_own(k_ref, rows, tile)
             read = (scale * gamma)[:, None] * query.astype(jnp.float32)
             triton.store_own(read_ref, rows, tile, read)
             return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
 
-        sums = (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2
-        sums = jax.lax.fori_loop(0, count, lambda i, sums: products((i * width, width, width), sums), sums)
-        for tile in rest:
-            sums = products(tile, sums)
-        kk, qk = sums
+        kk, qk = triton.over_tiles(K, key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)
         attention_ref[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
         x = invert(jnp.where(allowed & (square(0) > square(1)), kk * b[None, :], 0.0))
@@ -94,18 +102,14 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
     read = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, h, 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     pair = BlockSpec((None, None, None, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
-    documents, document_specs = () if runs is None else runs, ()
-    if runs is not None:
-        document_specs = (
-            BlockSpec((None, CHUNK), lambda n, h, b: (b, n)),
-            BlockSpec((None, 1), lambda n, h, b: (b, n)),
-        )
+    numbers, number_specs = documents(runs, CHUNK)
     pair_shape = jax.ShapeDtypeStruct((B, Hv, N, CHUNK, CHUNK), jnp.bfloat16)
     read_shape = jax.ShapeDtypeStruct((B, T, Hv, K), jnp.bfloat16)
     gate_shape = jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
     return triton.call(
-        gdn_prepare, q, k, g, beta, *documents,
-        grid=(N, Hv, B), in_specs=[key, key, gate, gate, *document_specs], out_specs=[pair, pair, read, gate, gate],
-        out_shape=[pair_shape, pair_shape, read_shape, gate_shape, gate_shape],
+        gdn_prepare, q, k, g, beta, *numbers,
+        grid=(N, Hv, B), in_specs=[key, key, gate, gate, *number_specs],
+        out_specs=[pair, pair, read, gate, gate, gate, gate],
+        out_shape=[pair_shape, pair_shape, read_shape, gate_shape, gate_shape, gate_shape, gate_shape],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip

@@ -154,8 +154,8 @@ def measure(
 def _faster_blocks(shape, stages, options, kind, say):
     """`measure` with states every 64 or every 128 tokens, whichever makes the faster whole; "all" says which.
 
-    The one kernel that makes all gradients of 64 tokens holds no more than 128 key columns, a power of two. Some stages
-    alone are measured under the block that is in force.
+    Wide heads are tried at 128 alone: states every 64 tokens would be most of their traffic. Some stages alone are
+    measured under the block that is in force.
     """
     from pallas_kernels.gated_delta_rule import triton_op
 

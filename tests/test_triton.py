@@ -112,7 +112,7 @@ def test_states_held_transposed_match_float64(size, defaults):
     assert conformance.failures(case, "triton_interpret", seed=8) == []
 
 
-@pytest.mark.parametrize(("size", "block"), [((64, 64), 64), ((128, 64), 64), ((64, 64), 128)])
+@pytest.mark.parametrize(("size", "block"), [((64, 64), 64), ((128, 64), 64), ((200, 400), 64), ((64, 64), 128)])
 @pytest.mark.parametrize("name", ["documents", "group value", "resets strewn in"])
 def test_states_kept_every_block_match_float64(size, block, name, defaults):
     defaults["all"]["block"] = block

@@ -72,7 +72,7 @@ def test_states_every_64_or_128_tokens_whichever_is_faster(monkeypatch):
     monkeypatch.setattr(triton_op, "stages", lambda block: ("prepare", "chunks") if block == 64 else ("prepare",))
     found = tune._faster_blocks(SHAPE, every, tune.Options(), "cpu", lambda line: None)
     assert found["all"] == [(2.0, {"block": 128})]  # a whole that lacks a stage is no faster
-    assert wide["all"] == [(2.0, {"block": 128})]  # the kernel for 64 holds no wide heads
+    assert wide["all"] == [(2.0, {"block": 128})]  # wide heads are tried at 128 alone
 
 
 def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):

@@ -25,6 +25,25 @@ from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, documents, pai
 from pallas_kernels.triton_dialect import BlockSpec
 
 
+def entrywise(state, d_state, tile):
+    """S . dS' for the key columns of a tile, 0 where the tile before it owns them."""
+    _, width, fresh = tile
+    both = state.astype(jnp.float32) * d_state.astype(jnp.float32)
+    if fresh != width:
+        column = jax.lax.broadcasted_iota(jnp.int32, both.shape, 1)
+        both = jnp.where(column >= width - fresh, both, 0.0)
+    return both
+
+
+def over_values(V, block_v, step, *zeros):
+    """The sums that step(columns, *sums) returns, over all tiles of value columns."""
+
+    def with_columns(sums, tile):
+        return step(triton.ds(tile[0], tile[1]), *sums)
+
+    return triton.over_tiles(V, block_v, with_columns, zeros)
+
+
 def chunks(
     q, k, total, gamma, leaving, beta, runs, do, dv, rho, kept, d_kept,
     *, scale, dtype, block_v, key_tile, warps, stages, interpret,
@@ -55,12 +74,6 @@ def chunks(
         def values(name, columns):
             return held[name] if held else refs[name][rows, columns]
 
-        def over_values(step, *zeros):
-            def with_columns(sums, tile):
-                return step(triton.ds(tile[0], tile[1]), *sums)
-
-            return triton.over_tiles(V, block_v, with_columns, zeros)
-
         def written_pairs(columns, m1, m2):
             rho = values("rho", columns)
             return m1 + triton.dot(rho, values("do", columns).T), m2 + triton.dot(rho, values("dv", columns).T)
@@ -75,21 +88,18 @@ def chunks(
 
         zero = jnp.zeros((CHUNK, CHUNK), jnp.float32)
         decay = pair_decay(-total, -total, upper, interpret)
-        m1_t, m2_t = rounded(decay, *over_values(written_pairs, zero, zero))
+        m1_t, m2_t = rounded(decay, *over_values(V, block_v, written_pairs, zero, zero))
         decay = pair_decay(total, total, lower, interpret) * b[None, :]
-        m1, m2 = rounded(decay, *over_values(read_pairs, zero, zero))
+        m1, m2 = rounded(decay, *over_values(V, block_v, read_pairs, zero, zero))
 
         def key_columns(sums, tile):
-            start, width, fresh = tile
+            start, width, _ = tile
             columns = triton.ds(start, width)
             moved, written_sum, ends, inner = sums
 
             def states(values_at, asked, read, written, inner):
                 state, d_state = kept_ref[values_at, columns], d_kept_ref[values_at, columns]
-                both = state.astype(jnp.float32) * d_state.astype(jnp.float32)
-                if fresh != width:
-                    column = jax.lax.broadcasted_iota(jnp.int32, both.shape, 1)
-                    both = jnp.where(column >= width - fresh, both, 0.0)
+                both = entrywise(state, d_state, tile)
                 asked = asked + triton.dot(values("do", values_at), state)
                 read = read + triton.dot(values("dv", values_at), state)
                 written = written + triton.dot(values("rho", values_at), d_state)
@@ -97,7 +107,7 @@ def chunks(
 
             key, query = triton.load_own(k_ref, rows, tile), triton.load_own(q_ref, rows, tile)
             zero, none = jnp.zeros((CHUNK, width), jnp.float32), jnp.zeros((width,), jnp.float32)
-            asked, read, written, own = over_values(states, zero, zero, zero, none)
+            asked, read, written, own = over_values(V, block_v, states, zero, zero, zero, none)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
             moved += jnp.sum(query.astype(jnp.float32) * dq, axis=1)
             triton.store_own(dq_ref, rows, tile, dq)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule.triton_chunks import entrywise, over_values
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
 
@@ -90,12 +91,6 @@ def tokens(
     ):  # fmt: skip
         rows = triton.ds(0, BLOCK)
 
-        def over_values(step, *zeros):
-            def with_columns(sums, tile):
-                return step(triton.ds(tile[0], tile[1]), *sums)
-
-            return triton.over_tiles(V, block_v, with_columns, zeros)
-
         def over_pairs(step, *sums):
             def with_part(i, sums):
                 return step(triton.ds(i * pair_tile, pair_tile), *sums)
@@ -103,16 +98,13 @@ def tokens(
             return jax.lax.fori_loop(0, BLOCK // pair_tile, with_part, sums)
 
         def body(tile):
-            start, width, fresh = tile
+            start, width, _ = tile
             columns = triton.ds(start, width)
             zero = jnp.zeros((BLOCK, width), jnp.float32)
 
             def states(values, read, written, inner):
                 state, d_state = kept_ref[values, columns], d_kept_ref[values, columns]
-                both = state.astype(jnp.float32) * d_state.astype(jnp.float32)
-                if fresh != width:
-                    column = jax.lax.broadcasted_iota(jnp.int32, both.shape, 1)
-                    both = jnp.where(column >= width - fresh, both, 0.0)
+                both = entrywise(state, d_state, tile)
                 read = read + triton.dot(dv_ref[rows, values], state)
                 return read, written + triton.dot(rho_ref[rows, values], d_state), inner + jnp.sum(both, axis=0)
 
@@ -126,7 +118,7 @@ def tokens(
                 written = written + triton.dot(m1_ref[part, rows].T, triton.load_own(q_ref, part, tile))
                 return read + triton.dot(m2_ref[rows, part], strong_key), written
 
-            read, written, inner = over_values(states, zero, zero, jnp.zeros((width,), jnp.float32))
+            read, written, inner = over_values(V, block_v, states, zero, zero, jnp.zeros((width,), jnp.float32))
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = gamma_ref[CHUNK - 1], gamma_ref[BLOCK - 1]  # what each half leaves
             gamma = gamma_ref[...] * jnp.where(late, first, 1.0)
@@ -144,7 +136,7 @@ def tokens(
             def query_pairs(part, dq):
                 return (dq + triton.dot(m1_ref[rows, part], strong(part)[1]),)
 
-            (asked,) = over_values(asked_states, zero)
+            (asked,) = over_values(V, block_v, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
             query = triton.load_own(q_ref, rows, tile).astype(jnp.float32)
             moved_ref[...] = moved + jnp.sum(query * dq, axis=1)

@@ -72,6 +72,21 @@ def exp(x: jax.Array, interpret: bool) -> jax.Array:
     return y
 
 
+def finished(x: jax.Array, interpret: bool) -> jax.Array:
+    """x, an accumulator that a loop carries, once every product issued so far in this turn of the loop is finished.
+
+    Triton lets the products of a loop run on into its next turn, and gives each load a buffer for that unless something
+    else than products uses it too: then the next load may overwrite what a product still reads (Triton 3.4 to 3.7). A
+    loop with such a load hands on its last product through here.
+    """
+    if interpret:
+        return x
+    (y,) = plt.elementwise_inline_asm(
+        "mov.b32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[jax.typeof(x)]
+    )
+    return y
+
+
 def tiles(size: int, widest: int) -> tuple[tuple[int, int, int], ...]:
     """(start, width, fresh) of tiles that cover [0, size): widths are powers of two from 16 to `widest`.
 
@@ -121,13 +136,13 @@ def for_tile(index: Any, size: int, widest: int, body: Callable[[tuple], None]) 
         when(index == count + number)(partial(body, tile))
 
 
-def load_own(ref: Any, rows: Any, tile: tuple[Any, int, int]) -> jax.Array:
-    """ref[rows, tile], with zeros in the columns that the tile before it owns."""
+def load_own(ref: Any, rows: Any, tile: tuple[Any, int, int], leading: tuple = ()) -> jax.Array:
+    """ref[*leading, rows, tile], with zeros in the columns that the tile before it owns."""
     start, width, fresh = tile
+    index = (*leading, rows, ds(start, width))
     if fresh == width:
-        return ref[rows, ds(start, width)]
-    block = ref.at[rows, ds(start, width)]
-    return plt.load(block, mask=_own((rows.size, width), 1, tile), other=0)
+        return ref[index]
+    return plt.load(ref.at[index], mask=_own((rows.size, width), 1, tile), other=0)
 
 
 def store_own(ref: Any, rows: Any, tile: tuple[Any, int, int], value: jax.Array, leading: tuple = ()) -> None:
@@ -140,13 +155,13 @@ def store_own(ref: Any, rows: Any, tile: tuple[Any, int, int], value: jax.Array,
         plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((rows.size, width), 1, tile))
 
 
-def load_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any) -> jax.Array:
-    """ref[tile, columns], with zeros in the rows that the tile before it owns."""
+def load_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, leading: tuple = ()) -> jax.Array:
+    """ref[*leading, tile, columns], with zeros in the rows that the tile before it owns."""
     start, width, fresh = tile
+    index = (*leading, ds(start, width), columns)
     if fresh == width:
-        return ref[ds(start, width), columns]
-    block = ref.at[ds(start, width), columns]
-    return plt.load(block, mask=_own((width, columns.size), 0, tile), other=0)
+        return ref[index]
+    return plt.load(ref.at[index], mask=_own((width, columns.size), 0, tile), other=0)
 
 
 def store_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, value: jax.Array, leading: tuple = ()) -> None:
@@ -157,6 +172,15 @@ def store_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, value: ja
         ref[index] = value.astype(ref.dtype)
     else:
         plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((width, columns.size), 0, tile))
+
+
+def own_columns(size: int, width: int, interpret: bool) -> Any:
+    """The columns of the program numbered along grid axis 0; the last program's overlap its neighbour's where `width`
+    does not divide `size`."""
+    start = program_id(0) * width
+    if size % width:
+        start = aligned(jnp.minimum(start, size - width), 16, interpret)
+    return ds(start, width)
 
 
 def _own(shape, axis, tile):

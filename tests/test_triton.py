@@ -5,11 +5,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from test_cuda_lowering import hopper
 
 from pallas_kernels import triton_dialect
-from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, resolve, triton_op
+from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, resolve, triton_op, triton_pieces
 from pallas_kernels.gated_delta_rule.conformance import CASES
 
 OTHER_SIZES = [size for size in triton_op.SIZES if size != (64, 64)]
@@ -38,9 +39,28 @@ def test_rows_in_pieces_match_float64(name, monkeypatch):
 
 
 def test_pieces_are_cut_where_programs_are_few():
-    assert triton_op.pieces(1, 65536, 8, 128) == 8
+    assert triton_op.pieces(1, 65536, 8, 128) == 16 and triton_op.pieces(2, 65536, 8, 128) == 8
     assert triton_op.pieces(2, 16384, 16, 128) == triton_op.pieces(8, 4096, 6, 512) == 1
     assert triton_op.pieces(1, 4096, 8, 128) == 4 and triton_op.pieces(1, 2047, 8, 128) == 1
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["states", "gradients"])
+@pytest.mark.parametrize("K,V", [(64, 64), (200, 400)])
+def test_chained_pieces_match_float64(K, V, reverse):
+    rows, count, heads = 2, 3, 2
+    random = np.random.default_rng(0)
+    maps = random.standard_normal((rows, count, heads, K, K)) / K**0.5
+    local, outer = (random.standard_normal((rows, n, heads, K, V)) for n in (count, 1))
+    state, want = outer[:, 0], np.zeros_like(local)
+    for piece in reversed(range(count)) if reverse else range(count):
+        want[:, piece] = state
+        state = (np.swapaxes(maps[:, piece], -1, -2) if reverse else maps[:, piece]) @ state + local[:, piece]
+    flat = lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:]), jnp.float32)  # noqa: E731
+    got = triton_pieces.chain(flat(maps), flat(local), flat(outer), count=count, reverse=reverse, interpret=True)
+    error = np.linalg.norm(got - want.reshape(got.shape), axis=(2, 3)) / np.linalg.norm(
+        want.reshape(got.shape), axis=(2, 3)
+    )
+    assert error.max() < 3e-5, error
 
 
 @pytest.mark.skipif(not hasattr(jax.sharding, "AbstractDevice"), reason="jax 0.10 lowers without a device; 0.11 checks")

@@ -99,11 +99,11 @@ def chunks(
 
             def states(values_at, asked, read, written, inner):
                 state, d_state = kept_ref[values_at, columns], d_kept_ref[values_at, columns]
-                both = entrywise(state, d_state, tile)
+                inner += jnp.sum(entrywise(state, d_state, tile), axis=0)
                 asked = asked + triton.dot(values("do", values_at), state)
                 read = read + triton.dot(values("dv", values_at), state)
                 written = written + triton.dot(values("rho", values_at), d_state)
-                return asked, read, written, inner + jnp.sum(both, axis=0)
+                return asked, read, triton.finished(written, interpret), inner
 
             key, query = triton.load_own(k_ref, rows, tile), triton.load_own(q_ref, rows, tile)
             zero, none = jnp.zeros((CHUNK, width), jnp.float32), jnp.zeros((width,), jnp.float32)

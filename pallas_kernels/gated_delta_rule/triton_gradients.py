@@ -106,17 +106,18 @@ def tokens(
                 state, d_state = kept_ref[values, columns], d_kept_ref[values, columns]
                 both = entrywise(state, d_state, tile)
                 read = read + triton.dot(dv_ref[rows, values], state)
-                return read, written + triton.dot(rho_ref[rows, values], d_state), inner + jnp.sum(both, axis=0)
+                inner += jnp.sum(both, axis=0)
+                written = written + triton.dot(rho_ref[rows, values], d_state)
+                return read, triton.finished(written, interpret), inner
 
-            def strong(part):
-                key = triton.load_own(k_ref, part, tile)
-                return key, (beta_ref[part][:, None] * key.astype(jnp.float32)).astype(jnp.bfloat16)
+            def strong(m_ref, part):
+                return (m_ref[rows, part].astype(jnp.float32) * beta_ref[part][None, :]).astype(jnp.bfloat16)
 
             def key_pairs(part, read, written):
-                key, strong_key = strong(part)
+                key = triton.load_own(k_ref, part, tile)
                 written = written + triton.dot(m2_ref[part, rows].T, key)
                 written = written + triton.dot(m1_ref[part, rows].T, triton.load_own(q_ref, part, tile))
-                return read + triton.dot(m2_ref[rows, part], strong_key), written
+                return read + triton.dot(strong(m2_ref, part), key), written
 
             read, written, inner = over_values(V, block_v, states, zero, zero, jnp.zeros((width,), jnp.float32))
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
@@ -134,7 +135,7 @@ def tokens(
                 return (asked + triton.dot(do_ref[rows, values], kept_ref[values, columns]),)
 
             def query_pairs(part, dq):
-                return (dq + triton.dot(m1_ref[rows, part], strong(part)[1]),)
+                return (dq + triton.dot(strong(m1_ref, part), triton.load_own(k_ref, part, tile)),)
 
             (asked,) = over_values(V, block_v, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)

@@ -7,8 +7,7 @@ A block is 64 or 128 tokens: every 64, states cost twice the traffic and gradien
 two. Which is faster is measured.
 
 A serial pass has one program for each row, head and tile of value columns. Where that is too few for the device, long
-rows are cut into pieces. A piece is an affine map of its entering state, S' = M S + B: M is its pass over the identity
-without values, B its pass from zero. Once the pieces' maps are chained, all of them run side by side, exactly.
+rows are cut into pieces that run side by side, exactly (triton_pieces.py).
 """
 
 import functools
@@ -25,6 +24,7 @@ from pallas_kernels.gated_delta_rule import (
     triton_chunks,
     triton_gradients,
     triton_output,
+    triton_pieces,
     triton_prepare,
     triton_state,
 )
@@ -49,8 +49,11 @@ DEFAULTS = {
 
 MOST_ELEMENTS = 1 << 31  # 32-bit indices
 FORWARD = 3  # stages before the backward's
-FEW_PROGRAMS = 32  # of a serial pass: cut rows into pieces up to here
-MOST_PIECES, SHORTEST_PIECE = 8, 1024
+FEW_PROGRAMS, MANY_PROGRAMS = (
+    32,
+    256,
+)  # of a serial pass: rows are cut into pieces up to the first, to at most the other
+SHORTEST_PIECE = 1024
 
 
 class Stage(NamedTuple):
@@ -155,7 +158,9 @@ def run(name: str, arrays: dict[str, Any], configuration: dict[str, Any], **cons
 def pieces(batch: int, tokens: int, value_heads: int, value_dim: int) -> int:
     """Into how many pieces the serial passes cut every row."""
     programs, count = batch * value_heads * -(-value_dim // 64), 1
-    while programs <= FEW_PROGRAMS and count < MOST_PIECES and tokens >= 2 * count * SHORTEST_PIECE:
+    if programs > FEW_PROGRAMS:
+        return 1
+    while 2 * count * programs <= MANY_PROGRAMS and tokens >= 2 * count * SHORTEST_PIECE:
         count *= 2
     return count
 
@@ -179,18 +184,6 @@ class _Static(NamedTuple):
         return {"scale": self.scale, "interpret": self.interpret, **configs["all"]}
 
 
-def _chain(maps, local, first, count):
-    """The state S entering each piece, by S' = map S + local from `first`; [B pieces, ...] all, fp32."""
-    split = lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)  # noqa: E731
-
-    def step(state, piece):
-        product = jnp.einsum("bhij,bhjv->bhiv", piece[0], state, precision=jax.lax.Precision.HIGHEST)
-        return product + piece[1], state
-
-    _, entering = jax.lax.scan(step, first, (split(maps), split(local)))
-    return jnp.moveaxis(entering, 0, 1).reshape(local.shape)
-
-
 def _states(arrays, static):
     """`arrays` with what states and errors are: stages prepare and state; under pieces also each piece's map."""
     configs = _configs(arrays, static)
@@ -203,7 +196,9 @@ def _states(arrays, static):
         alone = partial(triton_state.forward, keep=False, **fixed, **configs["state"])
         identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
         maps, local = alone(arrays["k"], None, *passed, identity), alone(arrays["k"], arrays["v"], *passed, None)
-        entering = _chain(maps, local, arrays["initial_state"], static.pieces)
+        entering = triton_pieces.chain(
+            maps, local, arrays["initial_state"], count=static.pieces, reverse=False, interpret=static.interpret
+        )
         arrays = arrays | {"maps": maps, "initial_state": entering}
     return run("state", arrays, configs["state"], **constants)
 
@@ -245,9 +240,9 @@ def _op_bwd(static, saved, cotangents):
             arrays["k"], do, *(arrays[name] for name in names), None,
             keep=False, block=constants["block"], interpret=static.interpret, **configs["reverse"],
         )  # fmt: skip
-        backwards = lambda x: x.reshape(-1, static.pieces, *x.shape[1:])[:, ::-1].reshape(x.shape)  # noqa: E731
-        maps = backwards(jnp.swapaxes(arrays["maps"], -1, -2))
-        d_final = backwards(_chain(maps, backwards(local), d_final, static.pieces))
+        d_final = triton_pieces.chain(
+            arrays["maps"], local, d_final, count=static.pieces, reverse=True, interpret=static.interpret
+        )
     arrays = arrays | {"do": do, "d_final": d_final}
     group = arrays["beta"].shape[1] // arrays["k"].shape[2]
     constants["dtype"] = jnp.bfloat16 if group == 1 else jnp.float32  # per value head until the sum over the group

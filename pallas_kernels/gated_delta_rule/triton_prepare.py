@@ -90,7 +90,7 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
             query, key = triton.load_own(q_ref, rows, tile), triton.load_own(k_ref, rows, tile)
             read = (scale * gamma)[:, None] * query.astype(jnp.float32)
             triton.store_own(read_ref, rows, tile, read)
-            return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
+            return kk + triton.dot(key, key.T), triton.finished(qk + triton.dot(query, key.T), interpret)
 
         kk, qk = triton.over_tiles(K, key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)

@@ -51,14 +51,6 @@ def _specs(T, K, V, group, block):
     return key, value, gate, pair, kept, state
 
 
-def _own_columns(V, block_v, interpret):
-    """The program's value columns; the last program's overlap its neighbour's where block_v does not divide V."""
-    start = triton.program_id(0) * block_v
-    if V % block_v:
-        start = triton.aligned(jnp.minimum(start, V - block_v), 16, interpret)
-    return triton.ds(start, block_v)
-
-
 def _read_state(ref, columns, tiles, held):
     """The fp32 state of these value columns, held tile by tile along the keys."""
     if ref is None:
@@ -92,7 +84,7 @@ def forward(
         rest, outputs = list(rest[: len(given)]), rest[len(given) :]
         v_ref = None if v is None else rest.pop(0)
         initial_ref = None if initial_state is None else rest.pop(0)
-        columns = _own_columns(V, block_v, interpret)
+        columns = triton.own_columns(V, block_v, interpret)
 
         def step(chunk, carry):
             left, states = carry
@@ -156,7 +148,7 @@ def reverse(
 
     def gdn_reverse(k_ref, do_ref, gamma_ref, write_ref, inverse_ref, attention_ref, read_ref, *rest):
         final_ref, outputs = (None, rest) if d_final is None else (rest[0], rest[1:])
-        columns = _own_columns(V, block_v, interpret)
+        columns = triton.own_columns(V, block_v, interpret)
 
         def step(i, carry):
             left, states = carry

@@ -1,0 +1,65 @@
+"""Long rows in pieces: the state that enters each, from what every piece does to a state.
+
+A piece is an affine map of its entering state, S' = M S + B, and of gradients, dS = M^T dS' + B. M is its pass over the
+identity without values, B its pass from zero, for all pieces side by side; here the maps are chained, one program a head
+and tile of value columns. The product is in fp32 to 2^-16: each operand is two bf16 tiles, its leading bits and the rest.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import triton_dialect as triton
+from pallas_kernels.triton_dialect import BlockSpec
+
+BLOCK_V, KEY_TILE = 32, 64
+
+
+def _halves(x):
+    """fp32 x as bf16 tiles (leading, rest) with x = leading + rest to 2^-16."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    leading = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return leading.astype(jnp.bfloat16), (x - leading).astype(jnp.bfloat16)
+
+
+def chain(maps, local, outer, *, count, reverse, interpret):
+    """The state entering each piece, or with `reverse` the gradient of the one leaving it [B count,Hv,K,V] fp32.
+
+    maps [B count,Hv,K,K] and local [B count,Hv,K,V]: M and B of `count` pieces a row; outer [B,Hv,K,V]: the state before
+    the first piece, or the gradient of the one after the last. All fp32.
+    """
+    B, Hv, K, V = outer.shape
+    tiles = triton.tiles(K, KEY_TILE)
+
+    def gdn_chain(maps_ref, local_ref, outer_ref, entering_ref):
+        columns = triton.own_columns(V, BLOCK_V, interpret)
+
+        def map_tile(piece, out, into):
+            if not reverse:
+                return triton.load_own_rows(maps_ref, out, triton.ds(into[0], into[1]), (piece,))
+            return triton.load_own(maps_ref, triton.ds(into[0], into[1]), out, (piece,)).T
+
+        def step(i, states):
+            piece = count - 1 - i if reverse else i
+            new, operands = [], [_halves(state) for state in states]
+            for tile, state in zip(tiles, states, strict=True):
+                triton.store_own_rows(entering_ref, tile, columns, state, (piece,))
+                total = triton.load_own_rows(local_ref, tile, columns, (piece,))
+                for into, (leading, rest) in zip(tiles, operands, strict=True):
+                    map_leading, map_rest = _halves(map_tile(piece, tile, into))
+                    total += triton.dot(map_leading, leading)
+                    total += triton.dot(map_leading, rest) + triton.dot(map_rest, leading)
+                new.append(total)
+            return tuple(new)
+
+        states = tuple(triton.load_own_rows(outer_ref, tile, columns) for tile in tiles)
+        jax.lax.fori_loop(0, count, step, states)
+
+    rows = lambda columns: BlockSpec((None, count, None, K, columns), lambda i, h, b: (b, 0, h, 0, 0))  # noqa: E731
+    state = BlockSpec((None, None, K, V), lambda i, h, b: (b, h, 0, 0))
+    split = lambda x: x.reshape(B, count, *x.shape[1:])  # noqa: E731
+    (entering,) = triton.call(
+        gdn_chain, split(maps), split(local), outer,
+        grid=(-(-V // BLOCK_V), Hv, B), in_specs=[rows(K), rows(V), state], out_specs=[rows(V)],
+        out_shape=[jax.ShapeDtypeStruct((B, count, Hv, K, V), jnp.float32)], warps=4, stages=2 if K <= 128 else 1, interpret=interpret,
+    )  # fmt: skip
+    return entering.reshape(local.shape)

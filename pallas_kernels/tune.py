@@ -1,8 +1,8 @@
 """The fastest configuration of every kernel at given sizes, on the device at hand.
 
 Candidates of a stage are compiled side by side and timed one by one on what the stages before it make of random inputs.
-The fastest of each stage go into the op together, and into the table only when the op then matches its float64 oracle
-there; a stage whose fastest fails is left at the next that passes.
+One that does not agree with the default there is left out. The fastest of each stage go into the op together, and into
+the table only when the op then matches its float64 oracle; failing that the defaults are tried.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from pallas_kernels.shapes import DeltaShape
 # cases of gated_delta_rule/conformance.py that a configuration must pass before it is admitted
 CHECKS = ("T=129", "documents", "decay 0.3", "group value", "beta in (1,2)")
 LEAST_MS, MOST_CALLS = 10.0, 40  # of one repetition
+APART = 5e-3  # relative L2 distance between two configurations' results, which differ by rounding alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Options:
     """What to tune; lists are separated by commas."""
 
     shapes: str = "all"  # names of pallas_kernels/shapes.py, or written out as BxT,H,K,V: 8x4096,6,256,512
-    stages: str = "all"  # some of prepare, state, output, reverse, chunks, pairs, tokens
+    stages: str = "all"  # some of prepare, forward, state, output, reverse, chunks, pairs, tokens
     repetitions: int = 5  # of each timing; the median decides
     threads: int = 8  # compilations at a time
     out: str = ""  # the table to write; empty: the one that the kernels read
@@ -46,7 +47,9 @@ def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
 
     found = {
         "prepare": grid(key_tile=(64, 128), warps=(4,), stages=(2, 3)),
-        "state": grid(block_v=(64,), key_tile=(64, widest), transposed=(False, True), warps=(4,), stages=(2, 3)),
+        "state": grid(block_v=(64,), key_tile=(64, widest), transposed=(False, True), warps=(4,), stages=(2, 3))
+        + grid(block_v=(128,), key_tile=(widest,), transposed=(True,), warps=(8,), stages=(2, 3))
+        + grid(block_v=(32,), key_tile=(widest,), transposed=(False,), warps=(4,), stages=(2, 3)),
         "output": grid(block_v=(32, 64), key_tile=(64, widest), warps=(4,), stages=(2, 3))
         + grid(block_v=(64, 128), key_tile=(widest,), warps=(8,), stages=(2,)),
         "chunks": grid(block_v=(64, 128), key_tile=(32, 64), warps=(4,), stages=(2, 3))
@@ -55,7 +58,7 @@ def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
         "tokens": grid(block_v=(32, 64), key_tile=(wide,), pair_tile=(32, 64), warps=(8,), stages=(2, 3))
         + grid(block_v=(64,), key_tile=(64,), pair_tile=(32,), warps=(4, 8), stages=(2, 3)),
     }
-    found["reverse"] = found["state"]
+    found["forward"] = found["reverse"] = found["state"]
     return [row for i, row in enumerate(found[stage]) if row not in found[stage][:i]]
 
 
@@ -97,10 +100,24 @@ def timed(call: Callable[[], Any], repetitions: int) -> float:
     return statistics.median(run(calls) / calls for _ in range(repetitions))
 
 
+def apart(got: dict[str, Any], want: dict[str, Any]) -> float:
+    """The largest relative L2 distance of an array from its like; NaN for what is not finite."""
+    import jax
+    import jax.numpy as jnp
+
+    def distance(x, y):
+        if x.shape != y.shape:  # sums over tiles of key columns, whose number differs
+            x, y = x.sum(0), y.sum(0)
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.linalg.norm((x - y).ravel()) / jnp.maximum(jnp.linalg.norm(y.ravel()), 1e-30)
+
+    return float(jnp.stack([jax.jit(distance)(got[name], want[name]) for name in want]).max())
+
+
 def measure(
     shape: DeltaShape, block: int, stages: list[str], options: Options, say: Callable[[str], None]
 ) -> dict[str, list]:
-    """Stage -> [(ms, configuration)], fastest first; what does not compile or run is said and left out."""
+    """Stage -> [(ms, configuration)], fastest first; what does not compile, run or agree is said and left out."""
     import jax
     import jax.numpy as jnp
 
@@ -130,25 +147,37 @@ def measure(
     with ThreadPoolExecutor(options.threads) as pool:
         for stage in triton_op.stages(block):
             tried = candidates(stage, shape.key_dim) if stage in stages else []
-            jobs[stage] = [
-                (configuration, pool.submit(compiled, stage, kinds, configuration))
-                for configuration in (triton_op.DEFAULTS[stage], *tried)
-            ]
+            tried = [triton_op.DEFAULTS[stage], *(row for row in tried if row != triton_op.DEFAULTS[stage])]
+            jobs[stage] = [(row, pool.submit(compiled, stage, kinds, row)) for row in tried]
             kinds = shapes_after(stage, kinds)
         wait([job for row in jobs.values() for _, job in row])  # a busy host would be timed too
         arrays = inputs(shape)
-        for stage, ((_, default), *tried) in jobs.items():
+        for stage, tried in jobs.items():
             given, times = list(of(stage, arrays).values()), []
-            for configuration, job in tried:
+            results = tried[0][1].result()(*given)
+            for configuration, job in tried if stage in stages else ():
                 try:
-                    times.append((timed(partial(job.result(), *given), options.repetitions), configuration))
+                    call = partial(job.result(), *given)
+                    distance = apart(call(), results)
+                    if distance <= APART:
+                        times.append((timed(call, options.repetitions), configuration))
+                    else:
+                        say(f"{stage} {_short(configuration)} is {distance:.1e} from the default: left out")
                 except Exception as error:  # out of shared memory, most often: that is its answer
                     say(f"{stage} {_short(configuration)}: {str(error).splitlines()[0][:100]}")
             if times:
                 found[stage] = sorted(times, key=lambda row: row[0])
                 say(f"{stage} " + ", ".join(f"{ms:.3f} ms {_short(c)}" for ms, c in found[stage][:3]))
-            arrays |= default.result()(*given)
+            arrays |= results
     return found
+
+
+def in_pieces(shape: DeltaShape) -> DeltaShape:
+    """`shape` as the kernels see it: long rows of few heads are cut."""
+    from pallas_kernels.gated_delta_rule import triton_op
+
+    count = triton_op.pieces(shape.batch, shape.tokens, shape.heads, shape.value_dim)
+    return shape._replace(batch=shape.batch * count, tokens=shape.tokens // count)
 
 
 def _faster_blocks(shape, stages, options, kind, say):
@@ -160,7 +189,7 @@ def _faster_blocks(shape, stages, options, kind, say):
     from pallas_kernels.gated_delta_rule import triton_op
 
     if set(stages) != set(triton_op.STAGES):
-        block = triton_op.config(shape.key_dim, shape.value_dim, kind)["all"]["block"]
+        block = triton_op.config(shape.key_dim, shape.value_dim, kind, shape.batch * shape.heads)["all"]["block"]
         return measure(shape, block, stages, options, say)
     blocks = (64, 128) if shape.key_dim in (64, 128) else (128,)
     tried = {block: measure(shape, block, stages, options, say) for block in blocks}
@@ -182,8 +211,8 @@ def admitted(
     shape: DeltaShape, before: dict[str, dict], times: dict[str, list], kind: str, threads: int,
     say: Callable[[str], None],
 ) -> dict[str, dict]:  # fmt: skip
-    """Stage -> configuration with which the op passes CHECKS at these sizes: the fastest, and for a stage not timed the
-    one it had `before`. Empty when nothing passes."""
+    """Stage -> configuration with which the op passes CHECKS at these sizes: the fastest of each, or else the defaults;
+    a stage not timed has the one it had `before`. Empty when neither passes."""
     from pallas_kernels.gated_delta_rule import conformance, triton_op
 
     def failures(chosen):
@@ -197,26 +226,23 @@ def admitted(
         finally:
             triton_op.use(None)
 
-    best = before | {stage: rows[0][1] for stage, rows in times.items()}
-    if not failures(best):
-        return best
-    passed, any_passed = dict(before), False
-    for stage, rows in times.items():
-        for _, configuration in rows:
-            wrong = failures(passed | {stage: configuration})
-            if not wrong:
-                passed[stage], any_passed = configuration, True
-                break
-            say(f"{stage} {_short(configuration)} is not admitted: {wrong[0]}")
-    return passed if any_passed else {}
+    fastest = {stage: rows[0][1] for stage, rows in times.items()}
+    default = {stage: triton_op.DEFAULTS[stage] for stage in times if stage != "all"}
+    for name, configurations in ("fastest", fastest), ("default", fastest | default):
+        wrong = failures(before | configurations)
+        if not wrong:
+            return before | configurations
+        say(f"the {name} configurations are not admitted: {wrong[0]}")
+    return {}
 
 
 def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Tune, write the table, return it: {"devices": kind -> "KxV" -> stage -> configuration, "admitted": kind -> the
-    "KxV" that passed, "measured": like "devices", milliseconds with date, commit, versions and the shape of them}.
+    """Tune, write the table, return it: {"devices": kind -> "KxV" or "KxV few" -> stage -> configuration, "admitted":
+    kind -> the "KxV" that passed, "measured": like "devices", milliseconds with date, commit, versions and shape}.
 
-    Sizes that several shapes share are tuned at the first of them. ValueError with a sentence for options that cannot
-    be read; NotImplementedError off a Hopper device.
+    "few": where rows times heads leave the serial passes about one program a multiprocessor. An entry that several
+    shapes share is tuned at the first of them. ValueError with a sentence for options that cannot be read;
+    NotImplementedError off a Hopper device.
     """
     shapes = bench.shapes_of(op, options.shapes)
     from pallas_kernels import triton_dialect
@@ -247,7 +273,8 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
     devices, admissions, measured = (table.setdefault(key, {}).setdefault(kind, none) for key, none in empty.items())
     tuned = set()
     for name, shape in shapes.items():
-        size = f"{shape.key_dim}x{shape.value_dim}"
+        shape = in_pieces(shape)
+        size = triton_op.entry(shape.key_dim, shape.value_dim, shape.batch * shape.heads)
         if size in tuned:
             continue
         tuned.add(size)
@@ -260,11 +287,14 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
             continue
         here = environment()
         facts = {"shape": name} | {key: here[key] for key in ("date", "commit", "dirty", "versions")}
-        new = {stage: next(ms for ms, c in times[stage] if c == chosen[stage]) for stage in times if stage in chosen}
+        new = {stage: next(ms for ms, c in rows if c == chosen[stage]) for stage, rows in times.items()}
+        if "all" in new:
+            new["all"] = sum(ms for stage, ms in new.items() if stage != "all")
         kept = measured.get(size, {}) if before else {}
         devices[size] = chosen
         measured[size] = kept | {stage: facts | {"ms": round(ms, 4)} for stage, ms in new.items()}
-        admissions[:] = sorted({*admissions, size})
+        if not size.endswith("few"):
+            admissions[:] = sorted({*admissions, size})
         whole.write_text(json.dumps(table, indent=1) + "\n")
         whole.replace(path)
         say("admitted: " + "; ".join(f"{stage} {ms:.3f} ms" for stage, ms in new.items()))

@@ -4,6 +4,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.run import main
@@ -27,7 +28,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(tune, "CHECKS", ("T=65",))
 
 
-def test_the_table_holds_what_was_timed_and_passed(interpreted, tmp_path, capsys):
+def test_the_table_holds_what_was_timed_and_passed(interpreted, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(triton_op, "ONE_EACH", 0)  # one program counts as many
     path = tmp_path / "table.json"
     options = tune.Options(shapes="1x256,1,64,64", stages="prepare", repetitions=1, threads=2, out=str(path))
     table = tune.tune("gated_delta_rule", options, environment)
@@ -41,22 +43,41 @@ def test_the_table_holds_what_was_timed_and_passed(interpreted, tmp_path, capsys
     assert f"| cpu | 64x64 | prepare | {facts['ms']} | key_tile=" in tune.markdown(table)
 
 
-def test_a_configuration_that_fails_is_not_admitted(monkeypatch):
+def test_configurations_that_fail_are_not_admitted(monkeypatch):
     def failures(case, impl):
         return ["dk 1.0e+00 > 1.0e-02"] if triton_op.config(64, 64, "cpu")["pairs"]["warps"] == 8 else []
 
     monkeypatch.setattr(conformance, "failures", failures)
-    prepare, slow, fast = {"key_tile": 64}, {"warps": 4}, {"warps": 8}
-    said = []
-    times = {"prepare": [(1.0, prepare)], "pairs": [(1.0, fast), (2.0, slow)]}
-    assert tune.admitted(SHAPE, {}, times, "cpu", 1, said.append) == {"prepare": prepare, "pairs": slow}
-    assert len(said) == 1 and said[0].startswith("pairs warps=8 is not admitted: ")
+    prepare, slow, fast, said = {"key_tile": 64}, {"warps": 4}, {"warps": 8}, []
+    times = {"all": [(2.0, {"block": 128})], "prepare": [(1.0, prepare)], "pairs": [(1.0, slow), (2.0, fast)]}
+    fastest = {"all": {"block": 128}, "prepare": prepare, "pairs": slow}
+    assert tune.admitted(SHAPE, {}, times, "cpu", 1, said.append) == fastest and said == []
     old = {"state": {"block_v": 64}}  # of a stage that was not timed this time
-    assert tune.admitted(SHAPE, old, times, "cpu", 1, said.append) == old | {"prepare": prepare, "pairs": slow}
+    assert tune.admitted(SHAPE, old, times, "cpu", 1, said.append) == old | fastest
+    times["pairs"].reverse()
+    default = {stage: triton_op.DEFAULTS[stage] for stage in ("prepare", "pairs")}
+    assert tune.admitted(SHAPE, old, times, "cpu", 1, said.append) == old | fastest | default
+    assert said == ["the fastest configurations are not admitted: T=129: dk 1.0e+00 > 1.0e-02"]
     monkeypatch.setattr(conformance, "failures", lambda case, impl: ["o nan"])
     assert tune.admitted(SHAPE, old, times, "cpu", 1, said.append) == {}
-    assert tune.admitted(SHAPE, {}, times, "cpu", 1, said.append) == {}
     assert triton_op._trial == []
+
+
+def test_what_does_not_agree_with_the_default_is_left_out(interpreted, monkeypatch):
+    run, said = triton_op.run, []
+
+    def wrong_at_128(stage, arrays, c, **options):
+        results = run(stage, arrays, c, **options)
+        if stage == "prepare" and c["key_tile"] == 128:
+            results["total"] *= 1.01
+        return results
+
+    monkeypatch.setattr(triton_op, "run", wrong_at_128)
+    options = tune.Options(repetitions=1, threads=2)
+    times = tune.measure(SHAPE, 64, ["prepare"], options, said.append)["prepare"]
+    assert {c["key_tile"] for _, c in times} == {64}
+    assert sum(line.endswith("is 1.0e-02 from the default: left out") for line in said) == 2
+    assert np.isnan(tune.apart({"o": jnp.full(3, jnp.nan)}, {"o": jnp.ones(3)}))
 
 
 def test_states_every_64_or_128_tokens_whichever_is_faster(monkeypatch):
@@ -90,9 +111,18 @@ def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
     assert resolve("auto", key_dim=128, value_dim=128, dtype=jnp.float32).impl == "chunked"
 
 
+def test_few_rows_have_an_entry_of_their_own(monkeypatch):
+    monkeypatch.setattr(triton_op, "_trial", [{"cpu": {"128x128": {"all": 1}, "128x128 few": {"all": 2}}}])
+    assert triton_op.config(128, 128, "cpu", rows=65)["all"] == 1 and triton_op.config(128, 128, "cpu")["all"] == 1
+    assert triton_op.config(128, 128, "cpu", rows=64)["all"] == 2
+    assert triton_op.config(256, 512, "cpu", rows=1) == triton_op.DEFAULTS
+    assert tune.in_pieces(DeltaShape(1, 65536, 8, 128, 128)) == DeltaShape(16, 4096, 8, 128, 128)
+
+
 def test_the_table_in_the_package_is_complete():
     table = json.loads(triton_op.TUNED.read_text())
-    for kind, sizes in table["admitted"].items():
+    for kind, sizes in table["devices"].items():
+        assert set(table["admitted"][kind]) == {size for size in sizes if not size.endswith(" few")}
         for size in sizes:
             configuration = table["devices"][kind][size]
             assert set(configuration) == {"all", *triton_op.stages(configuration["all"]["block"])}, size
@@ -108,7 +138,7 @@ def test_the_table_in_the_package_is_complete():
         ("tune softmax", "There are no shapes of an op 'softmax'; it must be one of gated_delta_rule."),
         (
             "tune gated_delta_rule --stages warp",
-            "stages names 'warp'; it must be all or some of prepare, state, output,",
+            "stages names 'warp'; it must be all or some of prepare, forward, state, output,",
         ),
         ("tune gated_delta_rule --threads 0", "threads is 0; it must be positive."),
         ("tune gated_delta_rule --shapes 1x64,1,16,16", "Shape '1x64,1,16,16' cannot be tuned: there is no kernel for"),

@@ -1,10 +1,10 @@
 """The gated delta rule as Triton kernels: which sizes, which configuration, and the stages put together.
 
-forward   prepare (chunks of 64, parallel) -> state (serial) -> output (blocks, parallel)
-backward  reverse (serial) -> chunks, or pairs and tokens (blocks, parallel)
+block 64    prepare (parallel) -> forward (serial)                      reverse (serial) -> chunks (parallel)
+block 128   prepare (parallel) -> state (serial) -> output (parallel)   reverse (serial) -> pairs, tokens (parallel)
 
-A block is 64 or 128 tokens: every 64, states cost twice the traffic and gradients need one kernel; every 128, they need
-two. Which is faster is measured.
+A block is the tokens between kept states: every 64 they are twice the traffic, but outputs come with them and gradients
+need one kernel; every 128 both take one more. Which is faster is measured.
 
 A serial pass has one program for each row, head and tile of value columns. Where that is too few for the device, long
 rows are cut into pieces that run side by side, exactly (triton_pieces.py).
@@ -39,6 +39,7 @@ TUNED = Path(__file__).with_name("tuned.json")  # written by `gdn tune`
 DEFAULTS = {
     "all": {"block": 128},  # tokens between kept states, and of one program of the gradients: 64 or 128
     "prepare": {"key_tile": 64, "warps": 4, "stages": 3},
+    "forward": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
     "state": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
     "output": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
     "reverse": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
@@ -48,12 +49,9 @@ DEFAULTS = {
 }
 
 MOST_ELEMENTS = 1 << 31  # 32-bit indices
-FORWARD = 3  # stages before the backward's
-FEW_PROGRAMS, MANY_PROGRAMS = (
-    32,
-    256,
-)  # of a serial pass: rows are cut into pieces up to the first, to at most the other
+FEW_PROGRAMS, MANY_PROGRAMS = 32, 256  # of a serial pass: at most few, rows are cut into pieces, for at most many
 SHORTEST_PIECE = 1024
+ONE_EACH = 128  # programs of a serial pass: about one a multiprocessor
 
 
 class Stage(NamedTuple):
@@ -67,13 +65,16 @@ class Stage(NamedTuple):
 
 STAGES = {
     "prepare": Stage(
-        triton_prepare.prepare, "q k g beta chunk_documents", "inverse attention read total gamma leaving write",
-        ("scale",),
+        triton_prepare.prepare, "q k g beta chunk_documents", "inverse attention total gamma leaving write", ("scale",)
     ),
-    "state": Stage(triton_state.forward, "k v gamma write inverse initial_state", "rho kept final", ("block",)),
-    "output": Stage(triton_output.output, "k gamma write rho kept attention read", "o", ("block",)),
+    "forward": Stage(
+        triton_state.forward, "k v gamma write inverse initial_state q attention", "o rho kept final",
+        ("scale", "block"),
+    ),
+    "state": Stage(triton_state.forward, "k v gamma write inverse initial_state", "rho kept final", ("scale", "block")),
+    "output": Stage(triton_output.output, "q k gamma write rho kept attention", "o", ("scale",)),
     "reverse": Stage(
-        triton_state.reverse, "k do gamma write inverse attention read d_final", "dv d_kept d_initial", ("block",)
+        triton_state.reverse, "q k do gamma write inverse attention d_final", "dv d_kept d_initial", ("scale", "block")
     ),
     "chunks": Stage(
         triton_chunks.chunks, "q k total gamma leaving beta chunk_documents do dv rho kept d_kept", "dq dk dg dbeta",
@@ -89,8 +90,9 @@ STAGES = {
 
 def stages(block: int) -> tuple[str, ...]:
     """The stages of forward and backward, in order, with states kept every `block` tokens."""
-    gradients = ("chunks",) if block == CHUNK else ("pairs", "tokens")
-    return ("prepare", "state", "output", "reverse", *gradients)
+    if block == CHUNK:
+        return ("prepare", "forward", "reverse", "chunks")
+    return ("prepare", "state", "output", "reverse", "pairs", "tokens")
 
 
 def largest_array(batch: int, tokens: int, value_heads: int, key_dim: int, value_dim: int) -> int:
@@ -138,12 +140,19 @@ def use(devices: dict[str, dict[str, dict[str, dict[str, Any]]]] | None) -> None
     jax.clear_caches()
 
 
-def config(key_dim: int, value_dim: int, device_kind: str = "") -> dict[str, dict[str, Any]]:
+def entry(key_dim: int, value_dim: int, rows: int = MANY_PROGRAMS) -> str:
+    """The name in the table of these sizes; `rows` is batch, or pieces, times value heads."""
+    few = rows * -(-value_dim // 64) <= ONE_EACH
+    return f"{key_dim}x{value_dim}" + few * " few"
+
+
+def config(key_dim: int, value_dim: int, device_kind: str = "", rows: int = MANY_PROGRAMS) -> dict[str, dict[str, Any]]:
     """Stage -> configuration at these sizes: the table's for this kind of device, else for the first kind it has
-    (all are Hopper), else the defaults."""
+    (all are Hopper), else the defaults. Where rows are few, what was tuned for that comes first."""
     devices = _trial[0] if _trial else _tuned().get("devices", {})
     of_device = devices.get(device_kind) or next(iter(devices.values()), {})
-    return DEFAULTS | of_device.get(f"{key_dim}x{value_dim}", {})
+    names = entry(key_dim, value_dim, rows), entry(key_dim, value_dim)
+    return DEFAULTS | next((of_device[name] for name in names if name in of_device), {})
 
 
 def run(name: str, arrays: dict[str, Any], configuration: dict[str, Any], **constants: Any) -> dict[str, Any]:
@@ -184,61 +193,72 @@ class _Static(NamedTuple):
         return {"scale": self.scale, "interpret": self.interpret, **configs["all"]}
 
 
-def _states(arrays, static):
-    """`arrays` with what states and errors are: stages prepare and state; under pieces also each piece's map."""
+def _forward(arrays, static, outputs, keep):
+    """`arrays` with prepare's results, `outputs` o and final, `keep` rho and kept; under pieces also each one's map."""
     configs = _configs(arrays, static)
     constants = static.constants(configs)
+    serial = configs["forward" if constants["block"] == CHUNK else "state"]
     arrays = run("prepare", arrays, configs["prepare"], **constants)
+    alone = partial(triton_state.forward, keep=False, **constants, **serial)
     if static.pieces > 1:
         rows, K, heads = arrays["k"].shape[0], arrays["k"].shape[-1], arrays["gamma"].shape[1]
         passed = [arrays[name] for name in ("gamma", "write", "inverse")]
-        fixed = {"block": constants["block"], "interpret": static.interpret}
-        alone = partial(triton_state.forward, keep=False, **fixed, **configs["state"])
         identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
-        maps, local = alone(arrays["k"], None, *passed, identity), alone(arrays["k"], arrays["v"], *passed, None)
+        (maps,), (local,) = alone(arrays["k"], None, *passed, identity), alone(arrays["k"], arrays["v"], *passed, None)
         entering = triton_pieces.chain(
             maps, local, arrays["initial_state"], count=static.pieces, reverse=False, interpret=static.interpret
         )
         arrays = arrays | {"maps": maps, "initial_state": entering}
-    return run("state", arrays, configs["state"], **constants)
+    if not outputs:
+        return run("state", arrays, serial, **constants)
+    if constants["block"] != CHUNK:
+        return run("output", run("state", arrays, serial, **constants), configs["output"], **constants)
+    if keep:
+        return run("forward", arrays, serial, **constants)
+    o, final = alone(*(arrays[name] for name in STAGES["forward"].takes.split()))
+    return arrays | {"o": o, "final": final}
 
 
 def _configs(arrays, static):
     kind = "" if static.interpret else jax.devices()[0].device_kind
-    return config(arrays["k"].shape[-1], arrays["v"].shape[-1] if "v" in arrays else arrays["rho"].shape[-1], kind)
+    batch, _, value_heads, value_dim = arrays["v" if "v" in arrays else "rho"].shape
+    return config(arrays["k"].shape[-1], value_dim, kind, batch * value_heads)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _op(static, tokens, initial_state, documents):
-    return _op_fwd(static, tokens, initial_state, documents)[0]
+    return _outputs(static, tokens, initial_state, documents, keep=False)[0]
 
 
 def _op_fwd(static, tokens, initial_state, documents):
+    return _outputs(static, tokens, initial_state, documents, keep=static.residuals == "saved")
+
+
+def _outputs(static, tokens, initial_state, documents, keep):
+    """(o, final state) and what the backward takes."""
     q, k, v, g, beta = tokens
     given = {"q": q, "k": k, "v": v, "g": _heads_first(g), "beta": _heads_first(beta), "initial_state": initial_state}
     given |= documents
-    arrays = _states(given, static)
-    configs = _configs(arrays, static)
-    arrays = run("output", arrays, configs["output"], **static.constants(configs))
+    arrays = _forward(given, static, outputs=True, keep=keep)
     final = arrays["final"]
     final = final.reshape(-1, static.pieces, *final.shape[1:])[:, -1]
-    if static.residuals == "saved":
-        names = ["q", "k", "beta", "rho", "kept", "inverse", "attention", "read", "total", "gamma", "leaving", "write"]
+    if keep:
+        names = ["q", "k", "beta", "rho", "kept", "inverse", "attention", "total", "gamma", "leaving", "write"]
         names += ["maps"] * (static.pieces > 1)
         given = {name: arrays[name] for name in names} | documents
     return (arrays["o"], final), given
 
 
 def _op_bwd(static, saved, cotangents):
-    arrays = _states(saved, static) if "v" in saved else saved
+    arrays = _forward(saved, static, outputs=False, keep=True) if "v" in saved else saved
     do, d_final = cotangents
     configs = _configs(arrays, static)
     constants = static.constants(configs)
     if static.pieces > 1:
-        names = ("gamma", "write", "inverse", "attention", "read")
-        local = triton_state.reverse(
-            arrays["k"], do, *(arrays[name] for name in names), None,
-            keep=False, block=constants["block"], interpret=static.interpret, **configs["reverse"],
+        names = ("gamma", "write", "inverse", "attention")
+        (local,) = triton_state.reverse(
+            arrays["q"], arrays["k"], do, *(arrays[name] for name in names), None,
+            keep=False, **constants, **configs["reverse"],
         )  # fmt: skip
         d_final = triton_pieces.chain(
             arrays["maps"], local, d_final, count=static.pieces, reverse=True, interpret=static.interpret
@@ -246,7 +266,8 @@ def _op_bwd(static, saved, cotangents):
     arrays = arrays | {"do": do, "d_final": d_final}
     group = arrays["beta"].shape[1] // arrays["k"].shape[2]
     constants["dtype"] = jnp.bfloat16 if group == 1 else jnp.float32  # per value head until the sum over the group
-    for name in stages(constants["block"])[FORWARD:]:
+    names = stages(constants["block"])
+    for name in names[names.index("reverse") :]:
         arrays = run(name, arrays, configs[name], **constants)
     if "dg" not in arrays:
         names = ("beta", "moved", "written", "ends")

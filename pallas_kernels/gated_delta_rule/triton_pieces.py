@@ -1,8 +1,8 @@
 """Long rows in pieces: the state that enters each, from what every piece does to a state.
 
 A piece is an affine map of its entering state, S' = M S + B, and of gradients, dS = M^T dS' + B. M is its pass over the
-identity without values, B its pass from zero, for all pieces side by side; here the maps are chained, one program a head
-and tile of value columns. The product is in fp32 to 2^-16: each operand is two bf16 tiles, its leading bits and the rest.
+identity without values, B its pass from zero, for all pieces side by side. Here the maps are chained, one program a
+head and tile of value columns, with products to 2^-16: each operand is two bf16 tiles, its leading bits and the rest.
 """
 
 import jax
@@ -24,8 +24,8 @@ def _halves(x):
 def chain(maps, local, outer, *, count, reverse, interpret):
     """The state entering each piece, or with `reverse` the gradient of the one leaving it [B count,Hv,K,V] fp32.
 
-    maps [B count,Hv,K,K] and local [B count,Hv,K,V]: M and B of `count` pieces a row; outer [B,Hv,K,V]: the state before
-    the first piece, or the gradient of the one after the last. All fp32.
+    maps [B count,Hv,K,K] and local [B count,Hv,K,V]: M and B of `count` pieces a row; outer [B,Hv,K,V]: the state
+    before the first piece, or the gradient of the one after the last. All fp32.
     """
     B, Hv, K, V = outer.shape
     tiles = triton.tiles(K, KEY_TILE)
@@ -60,6 +60,7 @@ def chain(maps, local, outer, *, count, reverse, interpret):
     (entering,) = triton.call(
         gdn_chain, split(maps), split(local), outer,
         grid=(-(-V // BLOCK_V), Hv, B), in_specs=[rows(K), rows(V), state], out_specs=[rows(V)],
-        out_shape=[jax.ShapeDtypeStruct((B, count, Hv, K, V), jnp.float32)], warps=4, stages=2 if K <= 128 else 1, interpret=interpret,
+        out_shape=[jax.ShapeDtypeStruct((B, count, Hv, K, V), jnp.float32)],
+        warps=4, stages=2 if K <= 128 else 1, interpret=interpret,
     )  # fmt: skip
     return entering.reshape(local.shape)

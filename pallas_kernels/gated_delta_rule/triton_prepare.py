@@ -1,14 +1,13 @@
 """What the 64 tokens of a chunk do to each other, for every chunk and head at once: stage 1 of the Triton kernels.
 
-    inverse   = (I + strict(K K^T) diag(beta))^-1 . D        rho = inverse (V - gamma (K S))
-    attention = scale D . (Q K^T) diag(beta)                 o   = read S + attention rho
+    inverse   = (I + strict(D . K K^T) diag(beta))^-1        rho = inverse (V - gamma (K S))
+    attention = scale D . (Q K^T) diag(beta)                 O   = scale gamma (Q S) + attention rho
     total_i   = g_1 + ... + g_i
     gamma_i   = exp(total_i)                                 what the entering state has left at token i
-    read_i    = scale gamma_i q_i                            what token i reads of the entering state
     leaving_j = exp(g_j+1 + ... + g_C)                       what the leaving state has of token j
     write_j   = leaving_j beta_j                             what token j's error adds to it
 
-The decay D is a similarity (D_ij = gamma_i / gamma_j), so the inverse is taken without it.
+with D_ij = gamma_i / gamma_j for i >= j in one document, else 0.
 """
 
 import jax
@@ -57,8 +56,7 @@ def invert(lower):
 
 
 def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
-    """(inverse, attention [B,Hv,N,64,64] bf16, read [B,T,Hv,K] bf16, total, gamma, leaving, write [B,Hv,T]
-    fp32).
+    """(inverse, attention [B,Hv,N,64,64] bf16; total, gamma, leaving, write [B,Hv,T] fp32).
 
     q, k [B,T,H,K] bf16; g, beta [B,Hv,T]; runs is None or ([B,T] numbers of documents, [B,N] the one that entered each
     chunk). T is a multiple of 64.
@@ -69,7 +67,7 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
 
     def gdn_prepare(*refs):
         q_ref, k_ref, g_ref, beta_ref = refs[:4]
-        inverse_ref, attention_ref, read_ref, total_ref, gamma_ref, leaving_ref, write_ref = refs[-7:]
+        inverse_ref, attention_ref, total_ref, gamma_ref, leaving_ref, write_ref = refs[-6:]
         rows = triton.ds(0, CHUNK)
         g, b = g_ref[...], beta_ref[...]
         total = jnp.cumsum(g)
@@ -88,28 +86,24 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
         def products(sums, tile):
             kk, qk = sums
             query, key = triton.load_own(q_ref, rows, tile), triton.load_own(k_ref, rows, tile)
-            read = (scale * gamma)[:, None] * query.astype(jnp.float32)
-            triton.store_own(read_ref, rows, tile, read)
-            return kk + triton.dot(key, key.T), triton.finished(qk + triton.dot(query, key.T), interpret)
+            return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
 
         kk, qk = triton.over_tiles(K, key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)
         attention_ref[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
-        x = invert(jnp.where(allowed & (square(0) > square(1)), kk * b[None, :], 0.0))
-        inverse_ref[...] = (x * decay).astype(jnp.bfloat16)
+        lower = jnp.where(square(0) > square(1), decay * kk * b[None, :], 0.0)
+        inverse_ref[...] = invert(lower).astype(jnp.bfloat16)
 
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, jax.lax.div(h, group), 0))
-    read = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, h, 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     pair = BlockSpec((None, None, None, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
     numbers, number_specs = documents(runs, CHUNK)
     pair_shape = jax.ShapeDtypeStruct((B, Hv, N, CHUNK, CHUNK), jnp.bfloat16)
-    read_shape = jax.ShapeDtypeStruct((B, T, Hv, K), jnp.bfloat16)
     gate_shape = jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
     return triton.call(
         gdn_prepare, q, k, g, beta, *numbers,
         grid=(N, Hv, B), in_specs=[key, key, gate, gate, *number_specs],
-        out_specs=[pair, pair, read, gate, gate, gate, gate],
-        out_shape=[pair_shape, pair_shape, read_shape, gate_shape, gate_shape, gate_shape, gate_shape],
+        out_specs=[pair, pair, gate, gate, gate, gate],
+        out_shape=[pair_shape, pair_shape, gate_shape, gate_shape, gate_shape, gate_shape],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip

@@ -3,14 +3,15 @@
 A program owns one head's `block_v` value columns and keeps their state in fp32 registers. Forward:
 
     rho = inverse (V - gamma (K S))           S' = gamma_C S + K^T (write rho)
+    O   = scale gamma (Q S) + attention rho
 
 reverse, with dO and the gradient dS' of the leaving state:
 
     drho = attention^T dO + write (K dS')     dV = inverse^T drho
-    dS   = gamma_C dS' + read^T dO - K^T (gamma dV)
+    dS   = gamma_C dS' + Q^T (scale gamma dO) - K^T (gamma dV)
 
 Both keep what the gradient stage needs, the state entering and the gradient of the state leaving every block of 64 or
-128 tokens.
+128 tokens. Outputs of wide heads come from triton_output.py instead, for want of registers here.
 
 Everything with value columns is held as it stands, or transposed. Transposed, state and errors are the register operand
 of every product and only keys and pairs go through shared memory: fewer barriers. As it stands, they go through shared
@@ -66,14 +67,14 @@ def _keep(kept_ref, number, columns, tiles, states, held):
 
 
 def forward(
-    k, v, gamma, write, inverse, initial_state,
-    *, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
+    k, v, gamma, write, inverse, initial_state, q=None, attention=None,
+    *, scale, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
 ):  # fmt: skip
-    """(rho [B,T,Hv,V] bf16, state entering each block [B,Hv,T/block,V,K] bf16, final state [B,Hv,K,V] fp32), or the
-    final state alone where `keep` is False.
+    """[o [B,T,Hv,V] bf16 where q is given; rho [B,T,Hv,V], the state entering each block [B,Hv,T/block,V,K] bf16 where
+    `keep`, final state [B,Hv,K,V] fp32].
 
-    k [B,T,H,K], v [B,T,Hv,V] bf16, or None for zeros with V = K; gamma, write [B,Hv,T]; inverse [B,Hv,T/64,64,64];
-    initial_state or None for zeros. T is a multiple of `block`.
+    q, k [B,T,H,K], v [B,T,Hv,V] bf16, or None for zeros with V = K; gamma, write [B,Hv,T], inverse and attention
+    [B,Hv,T/64,64,64] from prepare; initial_state or None for zeros. T is a multiple of `block`.
     """
     B, T, H, K = k.shape
     Hv, V = gamma.shape[1], K if v is None else v.shape[3]
@@ -82,8 +83,7 @@ def forward(
 
     def gdn_state(k_ref, gamma_ref, write_ref, inverse_ref, *rest):
         rest, outputs = list(rest[: len(given)]), rest[len(given) :]
-        v_ref = None if v is None else rest.pop(0)
-        initial_ref = None if initial_state is None else rest.pop(0)
+        q_ref, attention_ref, v_ref, initial_ref = (None if x is None else rest.pop(0) for x in optional)
         columns = triton.own_columns(V, block_v, interpret)
 
         def step(chunk, carry):
@@ -92,18 +92,25 @@ def forward(
             if keep:
                 boundary = jax.lax.rem(chunk, block // CHUNK) == 0
                 number = jax.lax.div(chunk, block // CHUNK)
-                triton.when(boundary)(lambda: _keep(outputs[1], number, columns, tiles, states, held))
+                triton.when(boundary)(lambda: _keep(outputs[-2], number, columns, tiles, states, held))
             rows = triton.ds(chunk * CHUNK, CHUNK)
             keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
-            seen = held.turn(jnp.zeros((CHUNK, block_v), jnp.float32))
-            for state, key in zip(states, keys, strict=True):
-                seen += held.product(key, state.astype(jnp.bfloat16))
+            rounded = [state.astype(jnp.bfloat16) for state in states]
+            seen = asked = held.turn(jnp.zeros((CHUNK, block_v), jnp.float32))
+            for state, key in zip(rounded, keys, strict=True):
+                seen += held.product(key, state)
             error = -held.along_tokens(gamma_ref[rows]) * seen
             if v_ref is not None:
                 error += held.turn(v_ref[rows, columns]).astype(jnp.float32)
             rho = held.product(inverse_ref[chunk], error.astype(jnp.bfloat16))
             if keep:
-                outputs[0][rows, columns] = held.turn(rho).astype(jnp.bfloat16)
+                outputs[-3][rows, columns] = held.turn(rho).astype(jnp.bfloat16)
+            if q is not None:
+                for state, tile in zip(rounded, tiles, strict=True):
+                    asked += held.product(triton.load_own(q_ref, rows, tile), state)
+                o = held.along_tokens(scale * gamma_ref[rows]) * asked
+                o += held.product(attention_ref[chunk], rho.astype(jnp.bfloat16))
+                outputs[0][rows, columns] = held.turn(o).astype(jnp.bfloat16)
             written = (rho * held.along_tokens(write_ref[rows])).astype(jnp.bfloat16)
             new = (left * state + held.product(key.T, written) for state, key in zip(states, keys, strict=True))
             return next_left, tuple(new)
@@ -114,39 +121,36 @@ def forward(
             triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
-    given = [(x, spec) for x, spec in ((v, value), (initial_state, state)) if x is not None]
-    out = [(jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state)]
+    optional = q, attention, v, initial_state
+    given = [(x, spec) for x, spec in zip(optional, (key, pair, value, state), strict=True) if x is not None]
+    values = (jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16), value)
+    out = [values] if q is not None else []
     if keep:
-        out = [
-            (jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), value),
-            (jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16), kept),
-            *out,
-        ]
-    results = triton.call(
+        out += [values, (jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16), kept)]
+    out.append((jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state))
+    return triton.call(
         gdn_state, k, gamma, write, inverse, *(x for x, _ in given),
         grid=(-(-V // block_v), Hv, B), in_specs=[key, gate, gate, pair, *(spec for _, spec in given)],
         out_specs=[spec for _, spec in out], out_shape=[shape for shape, _ in out],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
-    return results if keep else results[0]
 
 
 def reverse(
-    k, do, gamma, write, inverse, attention, read, d_final,
-    *, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
+    q, k, do, gamma, write, inverse, attention, d_final,
+    *, scale, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
 ):  # fmt: skip
-    """(dv [B,T,Hv,V] bf16, gradient of the state leaving each block [B,Hv,T/block,V,K] bf16, dinitial [B,Hv,K,V] fp32),
-    or dinitial alone where `keep` is False.
+    """[dv [B,T,Hv,V] bf16 and the gradient of the state leaving each block [B,Hv,T/block,V,K] bf16 where `keep`,
+    dinitial [B,Hv,K,V] fp32].
 
-    do like v, bf16; attention like inverse and read [B,T,Hv,K] from prepare; d_final [B,Hv,K,V] fp32 or None for zeros;
-    the rest as in `forward`.
+    do like v, bf16; d_final [B,Hv,K,V] fp32 or None for zeros; the rest as in `forward`.
     """
     B, T, H, K = k.shape
     Hv, V = do.shape[2:]
     block_v, held = min(block_v, V), TRANSPOSED if transposed else PLAIN
     tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
-    def gdn_reverse(k_ref, do_ref, gamma_ref, write_ref, inverse_ref, attention_ref, read_ref, *rest):
+    def gdn_reverse(q_ref, k_ref, do_ref, gamma_ref, write_ref, inverse_ref, attention_ref, *rest):
         final_ref, outputs = (None, rest) if d_final is None else (rest[0], rest[1:])
         columns = triton.own_columns(V, block_v, interpret)
 
@@ -164,14 +168,16 @@ def reverse(
             reached = held.turn(jnp.zeros((CHUNK, block_v), jnp.float32))
             for state, key in zip(states, keys, strict=True):
                 reached += held.product(key, state.astype(jnp.bfloat16))
+            gamma = gamma_ref[rows]
             drho = held.product(attention_ref[chunk].T, do) + held.along_tokens(write_ref[rows]) * reached
             dv = held.product(inverse_ref[chunk].T, drho.astype(jnp.bfloat16))
             if keep:
                 outputs[0][rows, columns] = held.turn(dv).astype(jnp.bfloat16)
-            error = (-held.along_tokens(gamma_ref[rows]) * dv).astype(jnp.bfloat16)
+            error = (-held.along_tokens(gamma) * dv).astype(jnp.bfloat16)
+            asked = (held.along_tokens(scale * gamma) * do.astype(jnp.float32)).astype(jnp.bfloat16)
             new = []
             for state, key, tile in zip(states, keys, tiles, strict=True):
-                entered = left * state + held.product(triton.load_own(read_ref, rows, tile).T, do)
+                entered = left * state + held.product(triton.load_own(q_ref, rows, tile).T, asked)
                 new.append(entered + held.product(key.T, error))
             return next_left, tuple(new)
 
@@ -181,7 +187,6 @@ def reverse(
             triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
-    reads = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, h, 0))
     given = [] if d_final is None else [d_final]
     out = [(jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state)]
     if keep:
@@ -190,10 +195,9 @@ def reverse(
             (jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16), kept),
             *out,
         ]
-    results = triton.call(
-        gdn_reverse, k, do, gamma, write, inverse, attention, read, *given,
-        grid=(-(-V // block_v), Hv, B), in_specs=[key, value, gate, gate, pair, pair, reads, *(state for _ in given)],
+    return triton.call(
+        gdn_reverse, q, k, do, gamma, write, inverse, attention, *given,
+        grid=(-(-V // block_v), Hv, B), in_specs=[key, key, value, gate, gate, pair, pair, *(state for _ in given)],
         out_specs=[spec for _, spec in out], out_shape=[shape for shape, _ in out],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
-    return results if keep else results[0]

@@ -25,14 +25,18 @@ from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, documents, pai
 from pallas_kernels.triton_dialect import BlockSpec
 
 
-def entrywise(state, d_state, tile):
-    """S . dS' for the key columns of a tile, 0 where the tile before it owns them."""
+def shared(state, d_state, tile, size):
+    """[size] that adds up to S . dS' over the key columns that a tile owns: by value columns, which needs no exchange
+    between warps, where there are `size` of them."""
     _, width, fresh = tile
     both = state.astype(jnp.float32) * d_state.astype(jnp.float32)
     if fresh != width:
         column = jax.lax.broadcasted_iota(jnp.int32, both.shape, 1)
         both = jnp.where(column >= width - fresh, both, 0.0)
-    return both
+    sums = jnp.sum(both, axis=1)
+    if sums.size == size:
+        return sums
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (size,), 0) == 0, jnp.sum(sums), 0.0)
 
 
 def over_values(V, block_v, step, *zeros):
@@ -99,33 +103,32 @@ def chunks(
 
             def states(values_at, asked, read, written, inner):
                 state, d_state = kept_ref[values_at, columns], d_kept_ref[values_at, columns]
-                inner += jnp.sum(entrywise(state, d_state, tile), axis=0)
+                inner = inner + shared(state, d_state, tile, inner.size)
                 asked = asked + triton.dot(values("do", values_at), state)
                 read = read + triton.dot(values("dv", values_at), state)
                 written = written + triton.dot(values("rho", values_at), d_state)
                 return asked, read, triton.finished(written, interpret), inner
 
             key, query = triton.load_own(k_ref, rows, tile), triton.load_own(q_ref, rows, tile)
-            zero, none = jnp.zeros((CHUNK, width), jnp.float32), jnp.zeros((width,), jnp.float32)
-            asked, read, written, own = over_values(V, block_v, states, zero, zero, zero, none)
+            zero = jnp.zeros((CHUNK, width), jnp.float32)
+            asked, read, written, inner = over_values(V, block_v, states, zero, zero, zero, inner)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
-            moved += jnp.sum(query.astype(jnp.float32) * dq, axis=1)
             triton.store_own(dq_ref, rows, tile, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
-            moved += jnp.sum(key.astype(jnp.float32) * read, axis=1)
+            moved += jnp.sum(query.astype(jnp.float32) * dq + key.astype(jnp.float32) * read, axis=1)
             written = leaving[:, None] * written
             ends += b * jnp.sum(key.astype(jnp.float32) * written, axis=1)
             written = written + triton.dot(m2_t, key) + triton.dot(m1_t, query)
             written_sum += jnp.sum(key.astype(jnp.float32) * written, axis=1)
             triton.store_own(dk_ref, rows, tile, read + b[:, None] * written)
-            return moved, written_sum, ends, inner + jnp.sum(own)
+            return moved, written_sum, ends, inner
 
         none = jnp.zeros((CHUNK,), jnp.float32)
-        sums = none, none, none, jnp.zeros((), jnp.float32)
+        sums = none, none, none, jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
         moved, written_sum, ends, inner = triton.over_tiles(K, key_tile, key_columns, sums)
         dbeta_ref[...] = written_sum
         moved -= b * written_sum
-        ends = jnp.sum(ends) + gamma_ref[CHUNK - 1] * inner
+        ends = jnp.sum(ends) + gamma_ref[CHUNK - 1] * jnp.sum(inner)
         dg_ref[...] = jnp.sum(jnp.where(after >= 0, moved[:, None], 0.0), axis=0) + ends
 
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, jax.lax.div(h, Hv // H), 0))

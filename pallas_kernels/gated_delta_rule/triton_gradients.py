@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_chunks import entrywise, over_values
+from pallas_kernels.gated_delta_rule.triton_chunks import over_values, shared
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
 
@@ -104,9 +104,8 @@ def tokens(
 
             def states(values, read, written, inner):
                 state, d_state = kept_ref[values, columns], d_kept_ref[values, columns]
-                both = entrywise(state, d_state, tile)
                 read = read + triton.dot(dv_ref[rows, values], state)
-                inner += jnp.sum(both, axis=0)
+                inner = inner + shared(state, d_state, tile, inner.size)
                 written = written + triton.dot(rho_ref[rows, values], d_state)
                 return read, triton.finished(written, interpret), inner
 
@@ -119,7 +118,8 @@ def tokens(
                 written = written + triton.dot(m1_ref[part, rows].T, triton.load_own(q_ref, part, tile))
                 return read + triton.dot(strong(m2_ref, part), key), written
 
-            read, written, inner = over_values(V, block_v, states, zero, zero, jnp.zeros((width,), jnp.float32))
+            none = jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
+            read, written, inner = over_values(V, block_v, states, zero, zero, none)
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = gamma_ref[CHUNK - 1], gamma_ref[BLOCK - 1]  # what each half leaves
             gamma = gamma_ref[...] * jnp.where(late, first, 1.0)

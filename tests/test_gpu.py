@@ -58,6 +58,21 @@ def test_triton_matches_float64_at_every_size(K, V, name):
     assert conformance.failures(case, "triton", seed=2) == []
 
 
+@pytest.mark.parametrize("name", ["T=129", "documents"])
+@pytest.mark.parametrize(
+    "kind,entry", [(kind, entry) for kind, sizes in triton_op._tuned()["devices"].items() for entry in sizes]
+)
+def test_every_entry_of_the_table_matches_float64(kind, entry, name):
+    size = entry.removesuffix(" few")
+    K, V = map(int, size.split("x"))
+    case = dataclasses.replace(next(c for c in CASES if c.name == name), K=K, V=V, dtype="bfloat16")
+    triton_op.use({jax.devices()[0].device_kind: {size: triton_op._tuned()["devices"][kind][entry]}})
+    try:
+        assert conformance.failures(case, "triton", seed=4) == []
+    finally:
+        triton_op.use(None)
+
+
 @pytest.mark.parametrize("name", ["decay 0.999", "documents", "inputs kept"])
 def test_triton_matches_float64_in_pieces(name, monkeypatch):
     """Rows cut into pieces, as where a row is long and heads are few."""

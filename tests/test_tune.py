@@ -105,7 +105,7 @@ def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
     assert refused.impl == "chunked"
     assert refused.refused == (
         f"triton: its configuration at 256x512 has not passed the float64 check on {kind}; "
-        "`gdn tune gated_delta_rule --shapes 8x4096,8,256,512` checks and admits it"
+        "`gdn tune gated_delta_rule --shapes 8x4096,24,256,512` checks and admits it"
     )
     assert resolve("triton", key_dim=256, value_dim=512).impl == "triton"  # named, it runs
     assert resolve("auto", key_dim=128, value_dim=128, dtype=jnp.float32).impl == "chunked"

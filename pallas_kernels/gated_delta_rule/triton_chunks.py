@@ -3,15 +3,17 @@
 With S the state entering the chunk, dS' the gradient of the one leaving it, D the decays between its tokens and r_j
 what the leaving state has of token j,
 
-    M1 = scale D . (dO rho^T)                  M2 = -strict(D . (dV rho^T))
-    dQ = scale gamma (dO S^T) + M1 beta K
-    dK = dR + beta dW,    dR = -gamma (dV S^T) + M2 beta K,    dW = r (rho dS'^T) + M2^T K + M1^T Q
-    dbeta_j = k_j . dW_j
-    dg_m = sum_{i >= m} (q_i . dQ_i + k_i . dR_i - beta_i k_i . dW_i) + <S', dS'>
-    <S', dS'> = gamma_C <S, dS'> + sum_j beta_j k_j . (r rho dS'^T)_j
+    M1 = scale D . (dO rho^T) diag(beta)       M2 = -strict(D . (dV rho^T)) diag(beta)
+    dQ = scale gamma (dO S^T) + M1 K
+    dK = dR + dW,    dR = -gamma (dV S^T) + M2 K,    dW = beta r (rho dS'^T) + M2^T K + M1^T Q
+    dbeta_j = k_j . dW_j / beta_j
+    dg_m = sum_{i >= m} (q_i . dQ_i + k_i . dR_i - k_i . dW_i) + <S', dS'>
+    <S', dS'> = gamma_C <S, dS'> + sum_j k_j . (beta r rho dS'^T)_j
 
-dR is what token i reads of keys before it, beta dW what it wrote for those after. M1^T and M2^T are products of their
-own: a transposed accumulator must not feed a product (some Triton releases miscompile it on Hopper).
+dR is what token i reads of keys before it, dW what it wrote for those after. A pair after m is in both and cancels in
+dg, which under strong decay is small beside it: so both have it from one rounded entry of M1 or M2, with beta in it,
+and no beta is smaller than LEAST. M1^T and M2^T are products of their own: a transposed accumulator must not feed a
+product (some Triton releases miscompile it on Hopper).
 
 Heads of at most `block_v` value columns have dO, dV and rho in shared memory from the start, and the loop over key
 tiles is the one whose loads the compiler pipelines. Wider ones run over value columns within each key tile.
@@ -23,6 +25,18 @@ import jax.numpy as jnp
 from pallas_kernels import triton_dialect as triton
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, documents, pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
+
+LEAST = 2.0**-40  # of beta here: far below what fp32 sees in a sum, far above what a quotient could not bear
+
+
+def nonzero(beta):
+    """beta, or LEAST where it is nearer to 0."""
+    return jnp.where(jnp.abs(beta) < LEAST, LEAST, beta)
+
+
+def where_written(beta, written):
+    """dW of every token, or 0 where beta is: there it stands for LEAST."""
+    return jnp.where(jnp.abs(beta) <= LEAST, 0.0, 1.0)[:, None] * written
 
 
 def shared(state, d_state, tile, size):
@@ -68,6 +82,7 @@ def chunks(
         *run_refs, dq_ref, dk_ref, dg_ref, dbeta_ref = others
         rows, refs = triton.ds(0, CHUNK), {"do": do_ref, "dv": dv_ref, "rho": rho_ref}
         total, gamma, leaving, b = (ref[...] for ref in (total_ref, gamma_ref, leaving_ref, beta_ref))
+        b = nonzero(b)
         held = {name: ref[...] for name, ref in refs.items()} if block_v >= V else {}
         after = square(0) - square(1)  # rows after columns
         lower, upper = after >= 0, after <= 0
@@ -91,7 +106,7 @@ def chunks(
             return m1.astype(jnp.bfloat16), m2.astype(jnp.bfloat16)
 
         zero = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        decay = pair_decay(-total, -total, upper, interpret)
+        decay = pair_decay(-total, -total, upper, interpret) * b[:, None]
         m1_t, m2_t = rounded(decay, *over_values(V, block_v, written_pairs, zero, zero))
         decay = pair_decay(total, total, lower, interpret) * b[None, :]
         m1, m2 = rounded(decay, *over_values(V, block_v, read_pairs, zero, zero))
@@ -116,18 +131,18 @@ def chunks(
             triton.store_own(dq_ref, rows, tile, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
             moved += jnp.sum(query.astype(jnp.float32) * dq + key.astype(jnp.float32) * read, axis=1)
-            written = leaving[:, None] * written
-            ends += b * jnp.sum(key.astype(jnp.float32) * written, axis=1)
+            written = (b * leaving)[:, None] * written
+            ends += jnp.sum(key.astype(jnp.float32) * written, axis=1)
             written = written + triton.dot(m2_t, key) + triton.dot(m1_t, query)
             written_sum += jnp.sum(key.astype(jnp.float32) * written, axis=1)
-            triton.store_own(dk_ref, rows, tile, read + b[:, None] * written)
+            triton.store_own(dk_ref, rows, tile, read + where_written(b, written))
             return moved, written_sum, ends, inner
 
         none = jnp.zeros((CHUNK,), jnp.float32)
         sums = none, none, none, jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
         moved, written_sum, ends, inner = triton.over_tiles(K, key_tile, key_columns, sums)
-        dbeta_ref[...] = written_sum
-        moved -= b * written_sum
+        dbeta_ref[...] = written_sum / b
+        moved -= written_sum
         ends = jnp.sum(ends) + gamma_ref[CHUNK - 1] * jnp.sum(inner)
         dg_ref[...] = jnp.sum(jnp.where(after >= 0, moved[:, None], 0.0), axis=0) + ends
 

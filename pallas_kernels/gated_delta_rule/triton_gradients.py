@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_chunks import over_values, shared
+from pallas_kernels.gated_delta_rule.triton_chunks import nonzero, over_values, shared, where_written
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
 
@@ -17,14 +17,14 @@ BLOCK = 128
 TILES = 3  # of pairs, numbered late half + early half
 
 
-def pairs(total, runs, do, dv, rho, *, scale, block_v, warps, stages, interpret):
+def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, interpret):
     """(M1, M2 [B,Hv,T/128,128,128] bf16).
 
-    total [B,Hv,T] from prepare; runs ([B,T], [B,T/128]) or None; do, dv, rho [B,T,Hv,V] bf16.
+    total [B,Hv,T] from prepare; beta [B,Hv,T]; runs ([B,T], [B,T/128]) or None; do, dv, rho [B,T,Hv,V] bf16.
     """
     B, T, Hv, V = rho.shape
 
-    def gdn_pairs(late_total_ref, total_ref, do_ref, dv_ref, rho_ref, *others):
+    def gdn_pairs(late_total_ref, total_ref, beta_ref, do_ref, dv_ref, rho_ref, *others):
         *run_refs, m1_ref, m2_ref = others
         rows = triton.ds(0, CHUNK)
         number = jax.lax.rem(triton.program_id(0), TILES)
@@ -41,7 +41,7 @@ def pairs(total, runs, do, dv, rho, *, scale, block_v, warps, stages, interpret)
 
         m1, m2 = triton.over_tiles(V, block_v, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         until = total_ref[...] - jnp.where(same, 0.0, total_ref[CHUNK - 1])
-        decay = pair_decay(late_total_ref[...], until, allowed, interpret)
+        decay = pair_decay(late_total_ref[...], until, allowed, interpret) * nonzero(beta_ref[...])[None, :]
         late = triton.ds(jax.lax.div(number + 1, 2) * CHUNK, CHUNK)
         early = triton.ds(jax.lax.div(number, 2) * CHUNK, CHUNK)
         m1_ref[late, early] = (scale * decay * m1).astype(jnp.bfloat16)
@@ -62,9 +62,9 @@ def pairs(total, runs, do, dv, rho, *, scale, block_v, warps, stages, interpret)
     pair = BlockSpec((None, None, None, BLOCK, BLOCK), lambda x, h, b: (b, h, block(x), 0, 0))
     pair_shape = jax.ShapeDtypeStruct((B, Hv, T // BLOCK, BLOCK, BLOCK), jnp.bfloat16)
     return triton.call(
-        gdn_pairs, total, total, do, dv, rho, *numbers,
+        gdn_pairs, total, total, beta, do, dv, rho, *numbers,
         grid=(TILES * (T // BLOCK), Hv, B),
-        in_specs=[gate(late), gate(early), value(late), value(late), value(early), *number_specs],
+        in_specs=[gate(late), gate(early), gate(early), value(late), value(late), value(early), *number_specs],
         out_specs=[pair, pair], out_shape=[pair_shape, pair_shape], warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
 
@@ -73,8 +73,8 @@ def tokens(
     q, k, gamma, leaving, beta, do, dv, rho, kept, d_kept, m1, m2,
     *, scale, dtype, block_v, key_tile, pair_tile, warps, stages, interpret,
 ):  # fmt: skip
-    """(dq, dk [B,T,Hv,K] of `dtype`, per value head; q . dQ + k . dR, k . dW [tiles,B,Hv,T] and <S', dS'>
-    [tiles,B,Hv,T/128] fp32, each sum over its own tile of key columns).
+    """(dq, dk [B,T,Hv,K] of `dtype`, per value head; q . dQ + k . dR - k . dW, k . dW [tiles,B,Hv,T] and
+    <S', dS'> [tiles,B,Hv,T/128] fp32, each sum over its own tile of key columns).
 
     A program makes a tile of key columns for a block. q, k [B,T,H,K], do, dv, rho [B,T,Hv,V] bf16; gamma, leaving
     [B,Hv,T] from prepare; beta [B,Hv,T]; kept, d_kept [B,Hv,T/128,V,K]: the state entering each block and the gradient
@@ -109,33 +109,31 @@ def tokens(
                 written = written + triton.dot(rho_ref[rows, values], d_state)
                 return read, triton.finished(written, interpret), inner
 
-            def strong(m_ref, part):
-                return (m_ref[rows, part].astype(jnp.float32) * beta_ref[part][None, :]).astype(jnp.bfloat16)
-
             def key_pairs(part, read, written):
                 key = triton.load_own(k_ref, part, tile)
                 written = written + triton.dot(m2_ref[part, rows].T, key)
                 written = written + triton.dot(m1_ref[part, rows].T, triton.load_own(q_ref, part, tile))
-                return read + triton.dot(strong(m2_ref, part), key), written
+                return read + triton.dot(m2_ref[rows, part], key), written
 
             none = jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
             read, written, inner = over_values(V, block_v, states, zero, zero, none)
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = gamma_ref[CHUNK - 1], gamma_ref[BLOCK - 1]  # what each half leaves
             gamma = gamma_ref[...] * jnp.where(late, first, 1.0)
-            written *= (leaving_ref[...] * jnp.where(late, 1.0, last))[:, None]
-            b, key = beta_ref[...], triton.load_own(k_ref, rows, tile).astype(jnp.float32)
-            ends_ref[0] = jnp.sum(b * jnp.sum(key * written, axis=1)) + first * last * jnp.sum(inner)
+            written *= (nonzero(beta_ref[...]) * leaving_ref[...] * jnp.where(late, 1.0, last))[:, None]
+            key = triton.load_own(k_ref, rows, tile).astype(jnp.float32)
+            ends_ref[0] = jnp.sum(jnp.sum(key * written, axis=1)) + first * last * jnp.sum(inner)
             read, written = over_pairs(key_pairs, -gamma[:, None] * read, written)
-            moved = jnp.sum(key * read, axis=1)
-            written_ref[...] = jnp.sum(key * written, axis=1)
-            triton.store_own(dk_ref, rows, tile, read + b[:, None] * written)
+            written_sum = jnp.sum(key * written, axis=1)
+            written_ref[...] = written_sum
+            moved = jnp.sum(key * read, axis=1) - written_sum
+            triton.store_own(dk_ref, rows, tile, read + where_written(beta_ref[...], written))
 
             def asked_states(values, asked):
                 return (asked + triton.dot(do_ref[rows, values], kept_ref[values, columns]),)
 
             def query_pairs(part, dq):
-                return (dq + triton.dot(strong(m1_ref, part), triton.load_own(k_ref, part, tile)),)
+                return (dq + triton.dot(m1_ref[rows, part], triton.load_own(k_ref, part, tile)),)
 
             (asked,) = over_values(V, block_v, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
@@ -169,7 +167,6 @@ def tokens(
 
 def gates(beta, moved, written, ends):
     """(dg, dbeta) [B,Hv,T] fp32 from the sums that `tokens` found."""
-    written = written.sum(0)
     blocks = (*beta.shape[:2], -1, BLOCK)
-    later = jax.lax.cumsum((moved.sum(0) - beta * written).reshape(blocks), axis=3, reverse=True)
-    return (later + ends.sum(0)[..., None]).reshape(beta.shape), written
+    later = jax.lax.cumsum(moved.sum(0).reshape(blocks), axis=3, reverse=True)
+    return (later + ends.sum(0)[..., None]).reshape(beta.shape), written.sum(0) / nonzero(beta)

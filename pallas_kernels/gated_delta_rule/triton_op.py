@@ -80,7 +80,7 @@ STAGES = {
         triton_chunks.chunks, "q k total gamma leaving beta chunk_documents do dv rho kept d_kept", "dq dk dg dbeta",
         ("scale", "dtype"),
     ),
-    "pairs": Stage(triton_gradients.pairs, "total documents do dv rho", "m1 m2", ("scale",)),
+    "pairs": Stage(triton_gradients.pairs, "total beta documents do dv rho", "m1 m2", ("scale",)),
     "tokens": Stage(
         triton_gradients.tokens, "q k gamma leaving beta do dv rho kept d_kept m1 m2", "dq dk moved written ends",
         ("scale", "dtype"),
@@ -121,7 +121,7 @@ def not_admitted(key_dim: int, value_dim: int, device_kind: str) -> str | None:
         return None
     return (
         f"its configuration at {size} has not passed the float64 check on {device_kind}; "
-        f"`gdn tune gated_delta_rule --shapes 8x4096,8,{key_dim},{value_dim}` checks and admits it"
+        f"`gdn tune gated_delta_rule --shapes 8x4096,24,{key_dim},{value_dim}` checks and admits it"
     )
 
 

@@ -193,6 +193,12 @@ def aligned(index: jax.Array, divisor: int, interpret: bool) -> jax.Array:
     return index if interpret else pl.multiple_of(index, divisor)
 
 
+def as_made(x: jax.Array, interpret: bool) -> jax.Array:
+    """x, which the interpreter's XLA must not join with its uses: on a CPU, jax 0.11's makes of them a product of bf16
+    tiles that it then cannot run."""
+    return jax.lax.optimization_barrier(x) if interpret else x
+
+
 def why_not_here() -> str | None:
     """The reason Triton kernels cannot run on the default device, or None."""
     if not AVAILABLE:

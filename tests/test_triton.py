@@ -139,9 +139,11 @@ def defaults(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("size", [(64, 64), (200, 400)])
-def test_states_held_transposed_match_float64(size, defaults):
-    defaults["state"]["transposed"] = defaults["reverse"]["transposed"] = True
+@pytest.mark.parametrize(("size", "block"), [((64, 64), 64), ((64, 64), 128), ((200, 400), 128)])
+def test_states_held_transposed_match_float64(size, block, defaults):
+    defaults["all"]["block"] = block
+    for stage in ("forward", "state", "reverse"):
+        defaults[stage]["transposed"] = True
     case = dataclasses.replace(next(c for c in CASES if c.name == "T=65"), K=size[0], V=size[1], B=1, H=1, Hv=1)
     assert conformance.failures(case, "triton_interpret", seed=8) == []
 

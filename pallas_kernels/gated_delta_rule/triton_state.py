@@ -164,7 +164,7 @@ def reverse(
                 triton.when(boundary)(lambda: _keep(outputs[1], number, columns, tiles, states, held))
             rows = triton.ds(chunk * CHUNK, CHUNK)
             keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
-            do = held.turn(do_ref[rows, columns])
+            do = triton.as_made(held.turn(do_ref[rows, columns]), interpret)
             reached = held.turn(jnp.zeros((CHUNK, block_v), jnp.float32))
             for state, key in zip(states, keys, strict=True):
                 reached += held.product(key, state.astype(jnp.bfloat16))

@@ -280,7 +280,11 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
         tuned.add(size)
         say = lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True)  # noqa: E731
         times = _faster_blocks(shape, stages, options, kind, say)
-        before = {} if len(stages) == len(triton_op.STAGES) else devices.get(size, {})
+        before = {}
+        if len(stages) < len(triton_op.STAGES):  # the rest stays as it is: an entry is always whole
+            held = triton_op.config(shape.key_dim, shape.value_dim, kind, shape.batch * shape.heads)
+            held = {stage: held[stage] for stage in ("all", *triton_op.stages(held["all"]["block"]))}
+            before = devices.get(size, held)
         chosen = admitted(shape, before, times, kind, options.threads, say)
         if not chosen:
             say("nothing is admitted; the table keeps what it had")

@@ -36,6 +36,7 @@ def test_the_table_holds_what_was_timed_and_passed(interpreted, monkeypatch, tmp
     assert json.loads(path.read_text()) == table and list(tmp_path.iterdir()) == [path]
     assert table["admitted"] == {"cpu": ["64x64"]}
     (chosen,) = table["devices"]["cpu"].values()
+    assert set(chosen) == {"all", *triton_op.stages(chosen["all"]["block"])}  # the other stages as they were
     assert chosen["prepare"] in tune.candidates("prepare", 64)
     facts = table["measured"]["cpu"]["64x64"]["prepare"]
     assert facts["ms"] > 0 and facts["shape"] == "1x256,1,64,64" and facts["commit"] and facts["versions"]["jax"]

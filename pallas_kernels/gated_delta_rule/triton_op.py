@@ -140,9 +140,14 @@ def use(devices: dict[str, dict[str, dict[str, dict[str, Any]]]] | None) -> None
     jax.clear_caches()
 
 
+def _programs(rows, value_dim):
+    """Of a serial pass over `rows` rows times heads, one a tile of 64 value columns."""
+    return rows * -(-value_dim // 64)
+
+
 def entry(key_dim: int, value_dim: int, rows: int = MANY_PROGRAMS) -> str:
     """The name in the table of these sizes; `rows` is batch, or pieces, times value heads."""
-    few = rows * -(-value_dim // 64) <= ONE_EACH
+    few = _programs(rows, value_dim) <= ONE_EACH
     return f"{key_dim}x{value_dim}" + few * " few"
 
 
@@ -166,7 +171,7 @@ def run(name: str, arrays: dict[str, Any], configuration: dict[str, Any], **cons
 
 def pieces(batch: int, tokens: int, value_heads: int, value_dim: int) -> int:
     """Into how many pieces the serial passes cut every row."""
-    programs, count = batch * value_heads * -(-value_dim // 64), 1
+    programs, count = _programs(batch * value_heads, value_dim), 1
     if programs > FEW_PROGRAMS:
         return 1
     while 2 * count * programs <= MANY_PROGRAMS and tokens >= 2 * count * SHORTEST_PIECE:

@@ -174,10 +174,10 @@ def store_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, value: ja
         plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((width, columns.size), 0, tile))
 
 
-def own_columns(size: int, width: int, interpret: bool) -> Any:
-    """The columns of the program numbered along grid axis 0; the last program's overlap its neighbour's where `width`
-    does not divide `size`."""
-    start = program_id(0) * width
+def own_columns(program: Any, size: int, width: int, interpret: bool) -> Any:
+    """The columns of this program of those that share `size`; the last one's overlap its neighbour's where `width` does
+    not divide `size`."""
+    start = program * width
     if size % width:
         start = aligned(jnp.minimum(start, size - width), 16, interpret)
     return ds(start, width)

@@ -115,9 +115,13 @@ def apart(got: dict[str, Any], want: dict[str, Any]) -> float:
 
 
 def measure(
-    shape: DeltaShape, block: int, stages: list[str], options: Options, say: Callable[[str], None]
-) -> dict[str, list]:
-    """Stage -> [(ms, configuration)], fastest first; what does not compile, run or agree is said and left out."""
+    shape: DeltaShape, block: int, path: tuple[str, ...], stages: list[str], options: Options,
+    say: Callable[[str], None],
+) -> dict[str, list]:  # fmt: skip
+    """Stage -> [(ms, configuration)], fastest first; what does not compile, run or agree is said and left out.
+
+    `path`: the stages that run, in order, each on what those before it make; `stages`: those to try configurations of.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -145,7 +149,7 @@ def measure(
 
     kinds, found, jobs = jax.eval_shape(lambda: inputs(shape)), {}, {}
     with ThreadPoolExecutor(options.threads) as pool:
-        for stage in triton_op.stages(block):
+        for stage in path:
             tried = candidates(stage, shape.key_dim) if stage in stages else []
             tried = [triton_op.DEFAULTS[stage], *(row for row in tried if row != triton_op.DEFAULTS[stage])]
             jobs[stage] = [(row, pool.submit(compiled, stage, kinds, row)) for row in tried]
@@ -180,27 +184,34 @@ def in_pieces(shape: DeltaShape) -> DeltaShape:
     return shape._replace(batch=shape.batch * count, tokens=shape.tokens // count)
 
 
-def _faster_blocks(shape, stages, options, kind, say):
-    """`measure` with states every 64 or every 128 tokens, whichever makes the faster whole; "all" says which.
+def _fastest_schedule(shape, stages, options, kind, say):
+    """`measure`, and "all": how often states are kept and where outputs are made, whichever is the fastest whole.
 
-    Wide heads are tried at 128 alone: states every 64 tokens would be most of their traffic. Some stages alone are
-    measured under the block that is in force.
+    Wide heads are tried with states every 128 tokens and outputs apart alone: states every 64 would be most of their
+    traffic, and outputs in the pass do not fit its registers. Some stages alone are measured under the schedule that
+    is in force.
     """
     from pallas_kernels.gated_delta_rule import triton_op
 
     if set(stages) != set(triton_op.STAGES):
-        block = triton_op.config(shape.key_dim, shape.value_dim, kind, shape.batch * shape.heads)["all"]["block"]
-        return measure(shape, block, stages, options, say)
-    blocks = (64, 128) if shape.key_dim in (64, 128) else (128,)
-    tried = {block: measure(shape, block, stages, options, say) for block in blocks}
-    complete = {block: times for block, times in tried.items() if set(times) == set(triton_op.stages(block))}
-    if not complete:
-        return next(iter(tried.values()))
-    whole = {block: sum(rows[0][0] for rows in times.values()) for block, times in complete.items()}
-    for block, ms in whole.items():
-        say(f"states every {block} tokens: {ms:.3f} ms in all")
-    block = min(whole, key=whole.get)
-    return {"all": [(whole[block], {"block": block})]} | tried[block]
+        held = triton_op.config(shape.key_dim, shape.value_dim, kind, shape.batch * shape.heads)["all"]
+        return measure(shape, held["block"], triton_op.stages(**held), stages, options, say)
+    narrow, times, wholes = shape.key_dim in (64, 128), {}, []
+    for block in (64, 128) if narrow else (128,):
+        schedules = [{"block": block, "apart": apart} for apart in ((False, True) if narrow else (True,))]
+        runs = {stage for schedule in schedules for stage in triton_op.stages(**schedule)}
+        path = tuple(stage for stage in triton_op.STAGES if stage in runs)
+        times[block] = measure(shape, block, path, stages, options, say)
+        for schedule in schedules:
+            own = triton_op.stages(**schedule)
+            if set(own) <= set(times[block]):
+                wholes.append((sum(times[block][stage][0][0] for stage in own), schedule))
+                say(f"{_short(schedule)}: {wholes[-1][0]:.3f} ms in all")
+    if not wholes:
+        return next(iter(times.values()))
+    ms, schedule = min(wholes, key=lambda whole: whole[0])
+    found = times[schedule["block"]]
+    return {"all": [(ms, schedule)]} | {stage: found[stage] for stage in triton_op.stages(**schedule)}
 
 
 def _short(configuration: dict[str, Any]) -> str:
@@ -279,11 +290,11 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
             continue
         tuned.add(size)
         say = lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True)  # noqa: E731
-        times = _faster_blocks(shape, stages, options, kind, say)
+        times = _fastest_schedule(shape, stages, options, kind, say)
         before = {}
         if len(stages) < len(triton_op.STAGES):  # the rest stays as it is: an entry is always whole
             held = triton_op.config(shape.key_dim, shape.value_dim, kind, shape.batch * shape.heads)
-            held = {stage: held[stage] for stage in ("all", *triton_op.stages(held["all"]["block"]))}
+            held = {stage: held[stage] for stage in ("all", *triton_op.stages(**held["all"]))}
             before = devices.get(size, held)
         chosen = admitted(shape, before, times, kind, options.threads, say)
         if not chosen:

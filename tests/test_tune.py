@@ -36,7 +36,7 @@ def test_the_table_holds_what_was_timed_and_passed(interpreted, monkeypatch, tmp
     assert json.loads(path.read_text()) == table and list(tmp_path.iterdir()) == [path]
     assert table["admitted"] == {"cpu": ["64x64"]}
     (chosen,) = table["devices"]["cpu"].values()
-    assert set(chosen) == {"all", *triton_op.stages(chosen["all"]["block"])}  # the other stages as they were
+    assert set(chosen) == {"all", *triton_op.stages(**chosen["all"])}  # the other stages as they were
     assert chosen["prepare"] in tune.candidates("prepare", 64)
     facts = table["measured"]["cpu"]["64x64"]["prepare"]
     assert facts["ms"] > 0 and facts["shape"] == "1x256,1,64,64" and facts["commit"] and facts["versions"]["jax"]
@@ -75,26 +75,33 @@ def test_what_does_not_agree_with_the_default_is_left_out(interpreted, monkeypat
 
     monkeypatch.setattr(triton_op, "run", wrong_at_128)
     options = tune.Options(repetitions=1, threads=2)
-    times = tune.measure(SHAPE, 64, ["prepare"], options, said.append)["prepare"]
+    times = tune.measure(SHAPE, 64, ("prepare",), ["prepare"], options, said.append)["prepare"]
     assert {c["key_tile"] for _, c in times} == {64}
     assert sum(line.endswith("is 1.0e-02 from the default: left out") for line in said) == 2
     assert np.isnan(tune.apart({"o": jnp.full(3, jnp.nan)}, {"o": jnp.ones(3)}))
 
 
-def test_states_every_64_or_128_tokens_whichever_is_faster(monkeypatch):
-    def measure(shape, block, stages, options, say):
-        return {"prepare": [(1.0 if block == 64 else 2.0, {"block was": block})]}
+def test_the_fastest_whole_decides_where_states_and_outputs_are_made(monkeypatch):
+    ms = {64: {"forward": 3.0, "chunks": 2.0}, 128: {"pairs": 2.0, "tokens": 2.0}}
+
+    def measure(shape, block, path, stages, options, say):
+        return {stage: [(ms[block].get(stage, 1.0), {"block was": block})] for stage in path if ms[block].get(stage, 1)}
+
+    def schedule(key_dim=64):
+        shape = DeltaShape(1, 256, 1, key_dim, 2 * key_dim)
+        found = tune._fastest_schedule(shape, list(triton_op.STAGES), tune.Options(), "cpu", lambda line: None)
+        (((total, chosen),), *_) = found.values()
+        assert set(found) == {"all", *triton_op.stages(**chosen)}
+        assert found["reverse"] == [(1.0, {"block was": chosen["block"]})]
+        return total, chosen
 
     monkeypatch.setattr(tune, "measure", measure)
-    monkeypatch.setattr(triton_op, "stages", lambda block: ("prepare",))
-    every = list(triton_op.STAGES)
-    found = tune._faster_blocks(SHAPE, every, tune.Options(), "cpu", lambda line: None)
-    assert found == {"all": [(1.0, {"block": 64})], "prepare": [(1.0, {"block was": 64})]}
-    wide = tune._faster_blocks(DeltaShape(1, 256, 1, 200, 400), every, tune.Options(), "cpu", lambda line: None)
-    monkeypatch.setattr(triton_op, "stages", lambda block: ("prepare", "chunks") if block == 64 else ("prepare",))
-    found = tune._faster_blocks(SHAPE, every, tune.Options(), "cpu", lambda line: None)
-    assert found["all"] == [(2.0, {"block": 128})]  # a whole that lacks a stage is no faster
-    assert wide["all"] == [(2.0, {"block": 128})]  # wide heads are tried at 128 alone
+    assert schedule() == (6.0, {"block": 64, "apart": True})
+    ms[64]["forward"] = 1.5
+    assert schedule() == (5.5, {"block": 64, "apart": False})
+    ms[64]["chunks"] = 0  # did not run: a whole that lacks a stage is no faster
+    assert schedule() == (7.0, {"block": 128, "apart": False})
+    assert schedule(200) == (8.0, {"block": 128, "apart": True})  # all that wide heads are tried with
 
 
 def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
@@ -126,7 +133,7 @@ def test_the_table_in_the_package_is_complete():
         assert set(table["admitted"][kind]) == {size for size in sizes if not size.endswith(" few")}
         for size in sizes:
             configuration = table["devices"][kind][size]
-            assert set(configuration) == {"all", *triton_op.stages(configuration["all"]["block"])}, size
+            assert set(configuration) == {"all", *triton_op.stages(**configuration["all"])}, size
             for stage, facts in table["measured"][kind][size].items():
                 assert (
                     stage in configuration and facts["ms"] > 0 and not facts["dirty"] and facts["commit"] != "unknown"

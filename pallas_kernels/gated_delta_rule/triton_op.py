@@ -1,10 +1,10 @@
 """The gated delta rule as Triton kernels: which sizes, which configuration, and the stages put together.
 
-block 64    prepare (parallel) -> forward (serial)                      reverse (serial) -> chunks (parallel)
-block 128   prepare (parallel) -> state (serial) -> output (parallel)   reverse (serial) -> pairs, tokens (parallel)
+forward    prepare (parallel) -> forward (serial), or apart: state (serial) -> output (parallel)
+backward   reverse (serial) -> chunks (parallel), blocks of 64, or pairs, tokens (parallel), blocks of 128
 
-A block is the tokens between kept states: every 64 they are twice the traffic, but outputs come with them and gradients
-need one kernel; every 128 both take one more. Which is faster is measured.
+A block is the tokens between kept states: every 64 they are twice the traffic, but gradients need one kernel less.
+Outputs apart read those states back, but a turn of the serial pass is shorter. Which is faster is measured.
 
 A serial pass has one program for each row, head and tile of value columns. Where that is too few for the device, long
 rows are cut into pieces that run side by side, exactly (triton_pieces.py).
@@ -37,7 +37,8 @@ TUNED = Path(__file__).with_name("tuned.json")  # written by `gdn tune`
 
 # what runs where nothing was tuned
 DEFAULTS = {
-    "all": {"block": 128},  # tokens between kept states, and of one program of the gradients: 64 or 128
+    # tokens between kept states, and of one program of the gradients: 64 or 128; outputs in a kernel of their own?
+    "all": {"block": 128, "apart": True},
     "prepare": {"key_tile": 64, "warps": 4, "stages": 3},
     "forward": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
     "state": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
@@ -72,7 +73,7 @@ STAGES = {
         ("scale", "block"),
     ),
     "state": Stage(triton_state.forward, "k v gamma write inverse initial_state", "rho kept final", ("scale", "block")),
-    "output": Stage(triton_output.output, "q k gamma write rho kept attention", "o", ("scale",)),
+    "output": Stage(triton_output.output, "q k gamma write rho kept attention", "o", ("scale", "block")),
     "reverse": Stage(
         triton_state.reverse, "q k do gamma write inverse attention d_final", "dv d_kept d_initial", ("scale", "block")
     ),
@@ -88,11 +89,10 @@ STAGES = {
 }  # fmt: skip
 
 
-def stages(block: int) -> tuple[str, ...]:
-    """The stages of forward and backward, in order, with states kept every `block` tokens."""
-    if block == CHUNK:
-        return ("prepare", "forward", "reverse", "chunks")
-    return ("prepare", "state", "output", "reverse", "pairs", "tokens")
+def stages(block: int, apart: bool) -> tuple[str, ...]:
+    """The stages of forward and backward, in order, under a configuration "all"."""
+    outputs = ("state", "output") if apart else ("forward",)
+    return ("prepare", *outputs, "reverse", *(("chunks",) if block == CHUNK else ("pairs", "tokens")))
 
 
 def largest_array(batch: int, tokens: int, value_heads: int, key_dim: int, value_dim: int) -> int:
@@ -195,32 +195,30 @@ class _Static(NamedTuple):
     pieces: int
 
     def constants(self, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        return {"scale": self.scale, "interpret": self.interpret, **configs["all"]}
+        return {"scale": self.scale, "interpret": self.interpret, "block": configs["all"]["block"]}
 
 
 def _forward(arrays, static, outputs, keep):
     """`arrays` with prepare's results, `outputs` o and final, `keep` rho and kept; under pieces also each one's map."""
     configs = _configs(arrays, static)
-    constants = static.constants(configs)
-    serial = configs["forward" if constants["block"] == CHUNK else "state"]
+    constants, apart = static.constants(configs), configs["all"]["apart"]
+    serial = configs["state" if apart else "forward"]
     arrays = run("prepare", arrays, configs["prepare"], **constants)
-    alone = partial(triton_state.forward, keep=False, **constants, **serial)
     if static.pieces > 1:
-        rows, K, heads = arrays["k"].shape[0], arrays["k"].shape[-1], arrays["gamma"].shape[1]
-        passed = [arrays[name] for name in ("gamma", "write", "inverse")]
-        identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
-        (maps,), (local,) = alone(arrays["k"], None, *passed, identity), alone(arrays["k"], arrays["v"], *passed, None)
+        passed = (arrays[name] for name in ("k", "v", "gamma", "write", "inverse"))
+        maps, local = triton_pieces.maps(*passed, interpret=static.interpret)
         entering = triton_pieces.chain(
             maps, local, arrays["initial_state"], count=static.pieces, reverse=False, interpret=static.interpret
         )
         arrays = arrays | {"maps": maps, "initial_state": entering}
     if not outputs:
         return run("state", arrays, serial, **constants)
-    if constants["block"] != CHUNK:
+    if apart:
         return run("output", run("state", arrays, serial, **constants), configs["output"], **constants)
     if keep:
         return run("forward", arrays, serial, **constants)
-    o, final = alone(*(arrays[name] for name in STAGES["forward"].takes.split()))
+    taken = (arrays[name] for name in STAGES["forward"].takes.split())
+    o, final = triton_state.forward(*taken, keep=False, **constants, **serial)
     return arrays | {"o": o, "final": final}
 
 
@@ -271,7 +269,7 @@ def _op_bwd(static, saved, cotangents):
     arrays = arrays | {"do": do, "d_final": d_final}
     group = arrays["beta"].shape[1] // arrays["k"].shape[2]
     constants["dtype"] = jnp.bfloat16 if group == 1 else jnp.float32  # per value head until the sum over the group
-    names = stages(constants["block"])
+    names = stages(**configs["all"])
     for name in names[names.index("reverse") :]:
         arrays = run(name, arrays, configs[name], **constants)
     if "dg" not in arrays:

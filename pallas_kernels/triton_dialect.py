@@ -125,6 +125,12 @@ def over_tiles(size: int, widest: int, step: Callable[[Any, tuple], Any], carry:
     return carry
 
 
+def count_of_tiles(size: int, widest: int) -> int:
+    """How many tiles `full_and_rest` has."""
+    _, count, rest = full_and_rest(size, widest)
+    return count + len(rest)
+
+
 def for_tile(index: Any, size: int, widest: int, body: Callable[[tuple], None]) -> None:
     """body(tile) for tile number `index`, known on the device alone, of `full_and_rest`."""
     width, count, rest = full_and_rest(size, widest)
@@ -134,6 +140,14 @@ def for_tile(index: Any, size: int, widest: int, body: Callable[[tuple], None]) 
     when(index < count)(lambda: body((index * width, width, width)))
     for number, tile in enumerate(rest):
         when(index == count + number)(partial(body, tile))
+
+
+def own(x: jax.Array, tile: tuple[Any, int, Any]) -> jax.Array:
+    """x with zeros in the columns that the tile before it owns; `fresh` may be known on the device alone."""
+    _, width, fresh = tile
+    if isinstance(fresh, int) and fresh == width:
+        return x
+    return jnp.where(_own(x.shape, 1, tile), x, 0)
 
 
 def load_own(ref: Any, rows: Any, tile: tuple[Any, int, int], leading: tuple = ()) -> jax.Array:

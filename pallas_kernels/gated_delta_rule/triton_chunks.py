@@ -42,12 +42,7 @@ def where_written(beta, written):
 def shared(state, d_state, tile, size):
     """[size] that adds up to S . dS' over the key columns that a tile owns: by value columns, which needs no exchange
     between warps, where there are `size` of them."""
-    _, width, fresh = tile
-    both = state.astype(jnp.float32) * d_state.astype(jnp.float32)
-    if fresh != width:
-        column = jax.lax.broadcasted_iota(jnp.int32, both.shape, 1)
-        both = jnp.where(column >= width - fresh, both, 0.0)
-    sums = jnp.sum(both, axis=1)
+    sums = jnp.sum(triton.own(state.astype(jnp.float32) * d_state.astype(jnp.float32), tile), axis=1)
     if sums.size == size:
         return sums
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (size,), 0) == 0, jnp.sum(sums), 0.0)

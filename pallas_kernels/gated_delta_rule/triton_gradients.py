@@ -78,12 +78,14 @@ def tokens(
 
     A program makes a tile of key columns for a block. q, k [B,T,H,K], do, dv, rho [B,T,Hv,V] bf16; gamma, leaving
     [B,Hv,T] from prepare; beta [B,Hv,T]; kept, d_kept [B,Hv,T/128,V,K]: the state entering each block and the gradient
-    of the one leaving it; m1, m2 from `pairs`.
+    of the one leaving it; m1, m2 from `pairs`. Where what is left of K takes several narrow tiles, there is one as wide
+    as the others instead, over columns of its neighbour, whose results it makes once more.
     """
     B, T, H, K = q.shape
     Hv, V = rho.shape[2:]
-    _, count, rest = triton.full_and_rest(K, key_tile)
-    tiles = count + len(rest)
+    full, count, rest = triton.full_and_rest(K, key_tile)
+    overlapping = len(rest) > 1
+    tiles = count + (1 if overlapping else len(rest))
 
     def gdn_tokens(
         q_ref, k_ref, gamma_ref, leaving_ref, beta_ref, do_ref, dv_ref, rho_ref, kept_ref, d_kept_ref, m1_ref, m2_ref,
@@ -109,10 +111,16 @@ def tokens(
                 written = written + triton.dot(rho_ref[rows, values], d_state)
                 return read, triton.finished(written, interpret), inner
 
+            def store(ref, x):
+                if overlapping:
+                    ref[rows, columns] = x.astype(ref.dtype)
+                else:
+                    triton.store_own(ref, rows, tile, x)
+
             def key_pairs(part, read, written):
-                key = triton.load_own(k_ref, part, tile)
+                key = k_ref[part, columns]
                 written = written + triton.dot(m2_ref[part, rows].T, key)
-                written = written + triton.dot(m1_ref[part, rows].T, triton.load_own(q_ref, part, tile))
+                written = written + triton.dot(m1_ref[part, rows].T, q_ref[part, columns])
                 return read + triton.dot(m2_ref[rows, part], key), written
 
             none = jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
@@ -121,27 +129,32 @@ def tokens(
             first, last = gamma_ref[CHUNK - 1], gamma_ref[BLOCK - 1]  # what each half leaves
             gamma = gamma_ref[...] * jnp.where(late, first, 1.0)
             written *= (nonzero(beta_ref[...]) * leaving_ref[...] * jnp.where(late, 1.0, last))[:, None]
-            key = triton.load_own(k_ref, rows, tile).astype(jnp.float32)
+            key = triton.own(k_ref[rows, columns].astype(jnp.float32), tile)
             ends_ref[0] = jnp.sum(jnp.sum(key * written, axis=1)) + first * last * jnp.sum(inner)
             read, written = over_pairs(key_pairs, -gamma[:, None] * read, written)
             written_sum = jnp.sum(key * written, axis=1)
             written_ref[...] = written_sum
             moved = jnp.sum(key * read, axis=1) - written_sum
-            triton.store_own(dk_ref, rows, tile, read + where_written(beta_ref[...], written))
+            store(dk_ref, read + where_written(beta_ref[...], written))
 
             def asked_states(values, asked):
                 return (asked + triton.dot(do_ref[rows, values], kept_ref[values, columns]),)
 
             def query_pairs(part, dq):
-                return (dq + triton.dot(m1_ref[rows, part], triton.load_own(k_ref, part, tile)),)
+                return (dq + triton.dot(m1_ref[rows, part], k_ref[part, columns]),)
 
             (asked,) = over_values(V, block_v, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
-            query = triton.load_own(q_ref, rows, tile).astype(jnp.float32)
+            query = triton.own(q_ref[rows, columns].astype(jnp.float32), tile)
             moved_ref[...] = moved + jnp.sum(query * dq, axis=1)
-            triton.store_own(dq_ref, rows, tile, dq)
+            store(dq_ref, dq)
 
-        triton.for_tile(jax.lax.rem(triton.program_id(0), tiles), K, key_tile, body)
+        index = jax.lax.rem(triton.program_id(0), tiles)
+        if overlapping:
+            start = triton.aligned(jnp.minimum(index * full, K - full), 8, interpret)
+            body((start, full, full + start - index * full))
+        else:
+            triton.for_tile(index, K, key_tile, body)
 
     block = lambda x: jax.lax.div(x, tiles)  # noqa: E731
     key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), jax.lax.div(h, Hv // H), 0))

@@ -15,7 +15,8 @@ Both keep what the gradient stage needs, the state entering and the gradient of 
 
 Everything with value columns is held as it stands, or transposed. Transposed, state and errors are the register operand
 of every product and only keys and pairs go through shared memory: fewer barriers. As it stands, they go through shared
-memory themselves: fewer registers, which is what matters once the state takes half of them.
+memory themselves: fewer registers, which is what matters once the state takes half of them. So are the last columns of
+a size that tiles of 64 do not divide: a product takes no fewer than 64 rows.
 """
 
 from collections.abc import Callable
@@ -95,38 +96,43 @@ def forward(
     """
     B, T, H, K = k.shape
     Hv, V = v.shape[2:]
-    block_v, held = min(block_v, V), TRANSPOSED if transposed else PLAIN
     tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
     def gdn_state(k_ref, v_ref, gamma_ref, write_ref, inverse_ref, initial_ref, *rest):
         (q_ref, attention_ref), outputs = (rest[:2], rest[2:]) if q is not None else ((None, None), rest)
-        columns = triton.own_columns(triton.program_id(0), V, block_v, interpret)
 
-        def step(chunk, carry):
-            left, states = carry
-            next_left = gamma_ref[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]  # on its way while this chunk computes
-            if keep:
-                boundary = jax.lax.rem(chunk, block // CHUNK) == 0
-                number = jax.lax.div(chunk, block // CHUNK)
-                triton.when(boundary)(lambda: _keep(outputs[-2], number, columns, tiles, states, held))
-            rows = triton.ds(chunk * CHUNK, CHUNK)
-            keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
-            rho = prediction_errors(states, keys, gamma_ref[rows], inverse_ref[chunk], v_ref[rows, columns], held)
-            if keep:
-                outputs[-3][rows, columns] = held.turn(rho).astype(jnp.bfloat16)
-            if q is not None:
-                asked = held.turn(jnp.zeros((CHUNK, block_v), jnp.float32))
-                for state, tile in zip(states, tiles, strict=True):
-                    asked += held.product(triton.load_own(q_ref, rows, tile), state.astype(jnp.bfloat16))
-                o = held.along_tokens(scale * gamma_ref[rows]) * asked
-                o += held.product(attention_ref[chunk], rho.astype(jnp.bfloat16))
-                outputs[0][rows, columns] = held.turn(o).astype(jnp.bfloat16)
-            return next_left, written(states, keys, left, rho, write_ref[rows], held)
+        def body(tile):
+            columns = triton.ds(tile[0], tile[1])
+            held = TRANSPOSED if transposed and columns.size >= CHUNK else PLAIN
 
-        states = _read_state(initial_ref, columns, tiles, held)
-        _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[CHUNK - 1], states))
-        for tile, state in zip(tiles, states, strict=True):
-            triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
+            def step(chunk, carry):
+                left, states = carry
+                # on its way while this chunk computes
+                next_left = gamma_ref[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]
+                if keep:
+                    boundary = jax.lax.rem(chunk, block // CHUNK) == 0
+                    number = jax.lax.div(chunk, block // CHUNK)
+                    triton.when(boundary)(lambda: _keep(outputs[-2], number, columns, tiles, states, held))
+                rows = triton.ds(chunk * CHUNK, CHUNK)
+                keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
+                rho = prediction_errors(states, keys, gamma_ref[rows], inverse_ref[chunk], v_ref[rows, columns], held)
+                if keep:
+                    outputs[-3][rows, columns] = held.turn(rho).astype(jnp.bfloat16)
+                if q is not None:
+                    asked = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
+                    for state, tile in zip(states, tiles, strict=True):
+                        asked += held.product(triton.load_own(q_ref, rows, tile), state.astype(jnp.bfloat16))
+                    o = held.along_tokens(scale * gamma_ref[rows]) * asked
+                    o += held.product(attention_ref[chunk], rho.astype(jnp.bfloat16))
+                    outputs[0][rows, columns] = held.turn(o).astype(jnp.bfloat16)
+                return next_left, written(states, keys, left, rho, write_ref[rows], held)
+
+            states = _read_state(initial_ref, columns, tiles, held)
+            _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[CHUNK - 1], states))
+            for tile, state in zip(tiles, states, strict=True):
+                triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
+
+        triton.for_tile(triton.program_id(0), V, block_v, body)
 
     key, value, gate, pair, kept, state = specs(T, K, V, Hv // H, block)
     given = [] if q is None else [(q, key), (attention, pair)]
@@ -138,7 +144,8 @@ def forward(
         out = [(jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), value), *out]
     return triton.call(
         gdn_state, k, v, gamma, write, inverse, initial_state, *(x for x, _ in given),
-        grid=(-(-V // block_v), Hv, B), in_specs=[key, value, gate, gate, pair, state, *(spec for _, spec in given)],
+        grid=(triton.count_of_tiles(V, block_v), Hv, B),
+        in_specs=[key, value, gate, gate, pair, state, *(spec for _, spec in given)],
         out_specs=[spec for _, spec in out], out_shape=[shape for shape, _ in out],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
@@ -155,44 +162,48 @@ def reverse(
     """
     B, T, H, K = k.shape
     Hv, V = do.shape[2:]
-    block_v, held = min(block_v, V), TRANSPOSED if transposed else PLAIN
     tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
     def gdn_reverse(q_ref, k_ref, do_ref, gamma_ref, write_ref, inverse_ref, attention_ref, *rest):
         final_ref, outputs = (None, rest) if d_final is None else (rest[0], rest[1:])
-        columns = triton.own_columns(triton.program_id(0), V, block_v, interpret)
 
-        def step(i, carry):
-            left, states = carry
-            chunk = chunks - 1 - i
-            next_left = gamma_ref[jnp.maximum(chunk, 1) * CHUNK - 1]
-            if keep:
-                boundary = jax.lax.rem(chunk, block // CHUNK) == block // CHUNK - 1
-                number = jax.lax.div(chunk, block // CHUNK)
-                triton.when(boundary)(lambda: _keep(outputs[1], number, columns, tiles, states, held))
-            rows = triton.ds(chunk * CHUNK, CHUNK)
-            keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
-            do = triton.as_made(held.turn(do_ref[rows, columns]), interpret)
-            reached = held.turn(jnp.zeros((CHUNK, block_v), jnp.float32))
-            for state, key in zip(states, keys, strict=True):
-                reached += held.product(key, state.astype(jnp.bfloat16))
-            gamma = gamma_ref[rows]
-            drho = held.product(attention_ref[chunk].T, do) + held.along_tokens(write_ref[rows]) * reached
-            dv = held.product(inverse_ref[chunk].T, drho.astype(jnp.bfloat16))
-            if keep:
-                outputs[0][rows, columns] = held.turn(dv).astype(jnp.bfloat16)
-            error = (-held.along_tokens(gamma) * dv).astype(jnp.bfloat16)
-            asked = (held.along_tokens(scale * gamma) * do.astype(jnp.float32)).astype(jnp.bfloat16)
-            new = []
-            for state, key, tile in zip(states, keys, tiles, strict=True):
-                entered = left * state + held.product(triton.load_own(q_ref, rows, tile).T, asked)
-                new.append(entered + held.product(key.T, error))
-            return next_left, tuple(new)
+        def body(tile):
+            columns = triton.ds(tile[0], tile[1])
+            held = TRANSPOSED if transposed and columns.size >= CHUNK else PLAIN
 
-        states = _read_state(final_ref, columns, tiles, held)
-        _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[chunks * CHUNK - 1], states))
-        for tile, state in zip(tiles, states, strict=True):
-            triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
+            def step(i, carry):
+                left, states = carry
+                chunk = chunks - 1 - i
+                next_left = gamma_ref[jnp.maximum(chunk, 1) * CHUNK - 1]
+                if keep:
+                    boundary = jax.lax.rem(chunk, block // CHUNK) == block // CHUNK - 1
+                    number = jax.lax.div(chunk, block // CHUNK)
+                    triton.when(boundary)(lambda: _keep(outputs[1], number, columns, tiles, states, held))
+                rows = triton.ds(chunk * CHUNK, CHUNK)
+                keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
+                do = triton.as_made(held.turn(do_ref[rows, columns]), interpret)
+                reached = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
+                for state, key in zip(states, keys, strict=True):
+                    reached += held.product(key, state.astype(jnp.bfloat16))
+                gamma = gamma_ref[rows]
+                drho = held.product(attention_ref[chunk].T, do) + held.along_tokens(write_ref[rows]) * reached
+                dv = held.product(inverse_ref[chunk].T, drho.astype(jnp.bfloat16))
+                if keep:
+                    outputs[0][rows, columns] = held.turn(dv).astype(jnp.bfloat16)
+                error = (-held.along_tokens(gamma) * dv).astype(jnp.bfloat16)
+                asked = (held.along_tokens(scale * gamma) * do.astype(jnp.float32)).astype(jnp.bfloat16)
+                new = []
+                for state, key, tile in zip(states, keys, tiles, strict=True):
+                    entered = left * state + held.product(triton.load_own(q_ref, rows, tile).T, asked)
+                    new.append(entered + held.product(key.T, error))
+                return next_left, tuple(new)
+
+            states = _read_state(final_ref, columns, tiles, held)
+            _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[chunks * CHUNK - 1], states))
+            for tile, state in zip(tiles, states, strict=True):
+                triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
+
+        triton.for_tile(triton.program_id(0), V, block_v, body)
 
     key, value, gate, pair, kept, state = specs(T, K, V, Hv // H, block)
     given = [] if d_final is None else [d_final]
@@ -205,7 +216,8 @@ def reverse(
         ]
     return triton.call(
         gdn_reverse, q, k, do, gamma, write, inverse, attention, *given,
-        grid=(-(-V // block_v), Hv, B), in_specs=[key, key, value, gate, gate, pair, pair, *(state for _ in given)],
+        grid=(triton.count_of_tiles(V, block_v), Hv, B),
+        in_specs=[key, key, value, gate, gate, pair, pair, *(state for _ in given)],
         out_specs=[spec for _, spec in out], out_shape=[shape for shape, _ in out],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip

@@ -79,6 +79,19 @@ def finished(x: jax.Array, interpret: bool) -> jax.Array:
     else than products uses it too: then the next load may overwrite what a product still reads (Triton 3.4 to 3.7). A
     loop with such a load hands on its last product through here.
     """
+    return _unseen(x, interpret)
+
+
+def summand(x: jax.Array, interpret: bool) -> jax.Array:
+    """x, a product to which something is added that a loop loads.
+
+    Triton would make that the start of the accumulator, and it loads nothing ahead for those.
+    """
+    return _unseen(x, interpret)
+
+
+def _unseen(x, interpret):
+    """x by an instruction that Triton does not see through."""
     if interpret:
         return x
     (y,) = plt.elementwise_inline_asm(
@@ -188,10 +201,10 @@ def store_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, value: ja
         plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((width, columns.size), 0, tile))
 
 
-def own_columns(program: Any, size: int, width: int, interpret: bool) -> Any:
-    """The columns of this program of those that share `size`; the last one's overlap its neighbour's where `width` does
-    not divide `size`."""
-    start = program * width
+def own_columns(size: int, width: int, interpret: bool) -> Any:
+    """The columns of the program numbered along grid axis 0; the last program's overlap its neighbour's where `width`
+    does not divide `size`."""
+    start = program_id(0) * width
     if size % width:
         start = aligned(jnp.minimum(start, size - width), 16, interpret)
     return ds(start, width)

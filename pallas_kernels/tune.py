@@ -58,7 +58,8 @@ def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
         "tokens": grid(block_v=(32, 64), key_tile=(wide,), pair_tile=(32, 64), warps=(8,), stages=(2, 3))
         + grid(block_v=(64,), key_tile=(64,), pair_tile=(32,), warps=(4, 8), stages=(2, 3)),
     }
-    found["forward"] = found["reverse"] = found["state"]
+    found["forward"] = found["state"]
+    found["reverse"] = [row | {"ahead": ahead} for ahead in (True, False) for row in found["state"]]
     return [row for i, row in enumerate(found[stage]) if row not in found[stage][:i]]
 
 

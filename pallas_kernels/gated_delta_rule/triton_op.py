@@ -43,7 +43,7 @@ DEFAULTS = {
     "forward": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
     "state": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
     "output": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
-    "reverse": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
+    "reverse": {"block_v": 64, "key_tile": 64, "transposed": False, "ahead": False, "warps": 4, "stages": 2},
     "chunks": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
     "pairs": {"block_v": 64, "warps": 4, "stages": 2},
     "tokens": {"block_v": 64, "key_tile": 128, "pair_tile": 32, "warps": 8, "stages": 2},
@@ -204,9 +204,12 @@ def _forward(arrays, static, outputs, keep):
     constants, apart = static.constants(configs), configs["all"]["apart"]
     serial = configs["state" if apart else "forward"]
     arrays = run("prepare", arrays, configs["prepare"], **constants)
+    alone = partial(triton_state.forward, keep=False, **constants, **serial)
     if static.pieces > 1:
-        passed = (arrays[name] for name in ("k", "v", "gamma", "write", "inverse"))
-        maps, local = triton_pieces.maps(*passed, interpret=static.interpret)
+        rows, K, heads = arrays["k"].shape[0], arrays["k"].shape[-1], arrays["gamma"].shape[1]
+        passed = [arrays[name] for name in ("gamma", "write", "inverse")]
+        identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
+        (maps,), (local,) = alone(arrays["k"], None, *passed, identity), alone(arrays["k"], arrays["v"], *passed, None)
         entering = triton_pieces.chain(
             maps, local, arrays["initial_state"], count=static.pieces, reverse=False, interpret=static.interpret
         )
@@ -217,8 +220,7 @@ def _forward(arrays, static, outputs, keep):
         return run("output", run("state", arrays, serial, **constants), configs["output"], **constants)
     if keep:
         return run("forward", arrays, serial, **constants)
-    taken = (arrays[name] for name in STAGES["forward"].takes.split())
-    o, final = triton_state.forward(*taken, keep=False, **constants, **serial)
+    o, final = alone(*(arrays[name] for name in STAGES["forward"].takes.split()))
     return arrays | {"o": o, "final": final}
 
 

@@ -1,20 +1,17 @@
 """Long rows in pieces: the state that enters each, from what every piece does to a state.
 
 A piece is an affine map of its entering state, S' = M S + B, and of gradients, dS = M^T dS' + B. M is its pass over the
-identity without values, B its pass from zero, all side by side in one launch. Maps are then chained, one program a head
-and tile of value columns, with products to 2^-16: each operand is two bf16 tiles, its leading bits and the rest.
+identity without values, B its pass from zero, for all pieces side by side. Here the maps are chained, one program a
+head and tile of value columns, with products to 2^-16: each operand is two bf16 tiles, its leading bits and the rest.
 """
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
-from pallas_kernels.gated_delta_rule.triton_state import PLAIN, TRANSPOSED, prediction_errors, specs, written
 from pallas_kernels.triton_dialect import BlockSpec
 
-NARROW, WIDE = (64, TRANSPOSED), (32, PLAIN)  # value columns of a program of maps and how it holds them, by key size
-BLOCK_V, KEY_TILE = 32, 64  # of chain
+BLOCK_V, KEY_TILE = 32, 64
 
 
 def _halves(x):
@@ -22,53 +19,6 @@ def _halves(x):
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
     leading = jax.lax.bitcast_convert_type(bits, jnp.float32)
     return leading.astype(jnp.bfloat16), (x - leading).astype(jnp.bfloat16)
-
-
-def maps(k, v, gamma, write, inverse, *, interpret):
-    """(M [B,Hv,K,K], B [B,Hv,K,V] fp32) of every row, arguments as in triton_state.forward."""
-    B, T, H, K = k.shape
-    Hv, V = v.shape[2:]
-    block_v, held = NARROW if K <= 128 else WIDE
-    tiles, chunks, of_maps = triton.tiles(K, 256), T // CHUNK, -(-K // block_v)
-
-    def gdn_maps(k_ref, v_ref, gamma_ref, write_ref, inverse_ref, maps_ref, local_ref):
-        program = triton.program_id(0)
-
-        def passed(program, final_ref):
-            identity = final_ref is maps_ref
-            columns = triton.own_columns(program, final_ref.shape[1], block_v, interpret)
-
-            def step(chunk, carry):
-                left, states = carry
-                next_left = gamma_ref[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]
-                rows = triton.ds(chunk * CHUNK, CHUNK)
-                keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
-                values = None if identity else v_ref[rows, columns]
-                rho = prediction_errors(states, keys, gamma_ref[rows], inverse_ref[chunk], values, held)
-                return next_left, written(states, keys, left, rho, write_ref[rows], held)
-
-            def entering(start, width, fresh):
-                if not identity:
-                    return jnp.zeros((width, block_v), jnp.float32)
-                row, column = (jax.lax.broadcasted_iota(jnp.int32, (width, block_v), axis) for axis in (0, 1))
-                return jnp.where((start + row == columns.start + column) & (row >= width - fresh), 1.0, 0.0)
-
-            states = tuple(held.turn(entering(*tile)) for tile in tiles)
-            _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[CHUNK - 1], states))
-            for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(final_ref, tile, columns, held.turn(state))
-
-        triton.when(program < of_maps)(lambda: passed(program, maps_ref))
-        triton.when(program >= of_maps)(lambda: passed(program - of_maps, local_ref))
-
-    key, value, gate, pair, _, state = specs(T, K, V, Hv // H, CHUNK)
-    square = BlockSpec((None, None, K, K), lambda i, h, b: (b, h, 0, 0))
-    return triton.call(
-        gdn_maps, k, v, gamma, write, inverse,
-        grid=(of_maps - (-V // block_v), Hv, B), in_specs=[key, value, gate, gate, pair], out_specs=[square, state],
-        out_shape=[jax.ShapeDtypeStruct((B, Hv, K, columns), jnp.float32) for columns in (K, V)],
-        warps=4, stages=2, interpret=interpret,
-    )  # fmt: skip
 
 
 def chain(maps, local, outer, *, count, reverse, interpret):
@@ -81,7 +31,7 @@ def chain(maps, local, outer, *, count, reverse, interpret):
     tiles = triton.tiles(K, KEY_TILE)
 
     def gdn_chain(maps_ref, local_ref, outer_ref, entering_ref):
-        columns = triton.own_columns(triton.program_id(0), V, BLOCK_V, interpret)
+        columns = triton.own_columns(V, BLOCK_V, interpret)
 
         def map_tile(piece, out, into):
             if not reverse:

@@ -42,7 +42,7 @@ PLAIN = _Held(lambda x: x, lambda x: x[:, None], triton.dot)
 TRANSPOSED = _Held(lambda x: x.T, lambda x: x[None, :], lambda a, x: triton.dot(x, a.T))
 
 
-def specs(T, K, V, group, block):
+def _specs(T, K, V, group, block):
     """Block specs over grid (value block, head, batch): key, value, gate, pair, kept state, fp32 state."""
     key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, jax.lax.div(h, group), 0))
     value = BlockSpec((None, T, None, V), lambda i, h, b: (b, 0, h, 0))
@@ -67,23 +67,6 @@ def _keep(kept_ref, number, columns, tiles, states, held):
         triton.store_own(kept_ref, columns, tile, transposed, (number,))
 
 
-def prediction_errors(states, keys, gamma, inverse, values, held):
-    """rho of a chunk; without `values`, of a state alone."""
-    seen = held.turn(jnp.zeros((CHUNK, states[0].shape[0 if held is TRANSPOSED else 1]), jnp.float32))
-    for state, key in zip(states, keys, strict=True):
-        seen += held.product(key, state.astype(jnp.bfloat16))
-    error = -held.along_tokens(gamma) * seen
-    if values is not None:
-        error += held.turn(values).astype(jnp.float32)
-    return held.product(inverse, error.astype(jnp.bfloat16))
-
-
-def written(states, keys, left, rho, write, held):
-    """The states after a chunk that leaves the share `left` of them."""
-    new = (rho * held.along_tokens(write)).astype(jnp.bfloat16)
-    return tuple(left * state + held.product(key.T, new) for state, key in zip(states, keys, strict=True))
-
-
 def forward(
     k, v, gamma, write, inverse, initial_state, q=None, attention=None,
     *, scale, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
@@ -91,15 +74,16 @@ def forward(
     """[o [B,T,Hv,V] bf16 where q is given; rho [B,T,Hv,V], the state entering each block [B,Hv,T/block,V,K] bf16 where
     `keep`, final state [B,Hv,K,V] fp32].
 
-    q, k [B,T,H,K], v [B,T,Hv,V] bf16; gamma, write [B,Hv,T], inverse and attention [B,Hv,T/64,64,64] from prepare;
-    initial_state [B,Hv,K,V] fp32. T is a multiple of `block`.
+    q, k [B,T,H,K], v [B,T,Hv,V] bf16, or None for zeros with V = K; gamma, write [B,Hv,T], inverse and attention
+    [B,Hv,T/64,64,64] from prepare; initial_state or None for zeros. T is a multiple of `block`.
     """
     B, T, H, K = k.shape
-    Hv, V = v.shape[2:]
+    Hv, V = gamma.shape[1], K if v is None else v.shape[3]
     tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
-    def gdn_state(k_ref, v_ref, gamma_ref, write_ref, inverse_ref, initial_ref, *rest):
-        (q_ref, attention_ref), outputs = (rest[:2], rest[2:]) if q is not None else ((None, None), rest)
+    def gdn_state(k_ref, gamma_ref, write_ref, inverse_ref, *rest):
+        rest, outputs = list(rest[: len(given)]), rest[len(given) :]
+        q_ref, attention_ref, v_ref, initial_ref = (None if x is None else rest.pop(0) for x in optional)
 
         def body(tile):
             columns = triton.ds(tile[0], tile[1])
@@ -115,17 +99,25 @@ def forward(
                     triton.when(boundary)(lambda: _keep(outputs[-2], number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
                 keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
-                rho = prediction_errors(states, keys, gamma_ref[rows], inverse_ref[chunk], v_ref[rows, columns], held)
+                rounded = [state.astype(jnp.bfloat16) for state in states]
+                seen = asked = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
+                for state, key in zip(rounded, keys, strict=True):
+                    seen += held.product(key, state)
+                gamma = held.along_tokens(gamma_ref[rows])
+                error = -gamma * seen
+                if v_ref is not None:
+                    error += held.turn(v_ref[rows, columns]).astype(jnp.float32)
+                rho = held.product(inverse_ref[chunk], error.astype(jnp.bfloat16))
                 if keep:
                     outputs[-3][rows, columns] = held.turn(rho).astype(jnp.bfloat16)
                 if q is not None:
-                    asked = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
-                    for state, tile in zip(states, tiles, strict=True):
-                        asked += held.product(triton.load_own(q_ref, rows, tile), state.astype(jnp.bfloat16))
-                    o = held.along_tokens(scale * gamma_ref[rows]) * asked
-                    o += held.product(attention_ref[chunk], rho.astype(jnp.bfloat16))
+                    for state, tile in zip(rounded, tiles, strict=True):
+                        asked += held.product(triton.load_own(q_ref, rows, tile), state)
+                    o = scale * gamma * asked + held.product(attention_ref[chunk], rho.astype(jnp.bfloat16))
                     outputs[0][rows, columns] = held.turn(o).astype(jnp.bfloat16)
-                return next_left, written(states, keys, left, rho, write_ref[rows], held)
+                written = (rho * held.along_tokens(write_ref[rows])).astype(jnp.bfloat16)
+                new = (left * state + held.product(key.T, written) for state, key in zip(states, keys, strict=True))
+                return next_left, tuple(new)
 
             states = _read_state(initial_ref, columns, tiles, held)
             _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[CHUNK - 1], states))
@@ -134,18 +126,18 @@ def forward(
 
         triton.for_tile(triton.program_id(0), V, block_v, body)
 
-    key, value, gate, pair, kept, state = specs(T, K, V, Hv // H, block)
-    given = [] if q is None else [(q, key), (attention, pair)]
-    out = [(jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state)]
+    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
+    optional = q, attention, v, initial_state
+    given = [(x, spec) for x, spec in zip(optional, (key, pair, value, state), strict=True) if x is not None]
+    values = (jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16), value)
+    out = [values] if q is not None else []
     if keep:
-        states = jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16)
-        out = [(jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), value), (states, kept), *out]
-    if q is not None:
-        out = [(jax.ShapeDtypeStruct(v.shape, jnp.bfloat16), value), *out]
+        out += [values, (jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16), kept)]
+    out.append((jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state))
     return triton.call(
-        gdn_state, k, v, gamma, write, inverse, initial_state, *(x for x, _ in given),
+        gdn_state, k, gamma, write, inverse, *(x for x, _ in given),
         grid=(triton.count_of_tiles(V, block_v), Hv, B),
-        in_specs=[key, value, gate, gate, pair, state, *(spec for _, spec in given)],
+        in_specs=[key, gate, gate, pair, *(spec for _, spec in given)],
         out_specs=[spec for _, spec in out], out_shape=[shape for shape, _ in out],
         warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
@@ -153,12 +145,13 @@ def forward(
 
 def reverse(
     q, k, do, gamma, write, inverse, attention, d_final,
-    *, scale, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
+    *, scale, block, keep=True, block_v, key_tile, transposed, ahead, warps, stages, interpret,
 ):  # fmt: skip
     """[dv [B,T,Hv,V] bf16 and the gradient of the state leaving each block [B,Hv,T/block,V,K] bf16 where `keep`,
     dinitial [B,Hv,K,V] fp32].
 
-    do like v, bf16; d_final [B,Hv,K,V] fp32 or None for zeros; the rest as in `forward`.
+    do like v, bf16; d_final [B,Hv,K,V] fp32 or None for zeros; the rest as in `forward`. With `ahead`, write is on its
+    way while the chunk before computes, for a few registers.
     """
     B, T, H, K = k.shape
     Hv, V = do.shape[2:]
@@ -186,7 +179,10 @@ def reverse(
                 for state, key in zip(states, keys, strict=True):
                     reached += held.product(key, state.astype(jnp.bfloat16))
                 gamma = gamma_ref[rows]
-                drho = held.product(attention_ref[chunk].T, do) + held.along_tokens(write_ref[rows]) * reached
+                drho = held.product(attention_ref[chunk].T, do)
+                if ahead:
+                    drho = triton.summand(drho, interpret)
+                drho += held.along_tokens(write_ref[rows]) * reached
                 dv = held.product(inverse_ref[chunk].T, drho.astype(jnp.bfloat16))
                 if keep:
                     outputs[0][rows, columns] = held.turn(dv).astype(jnp.bfloat16)
@@ -205,7 +201,7 @@ def reverse(
 
         triton.for_tile(triton.program_id(0), V, block_v, body)
 
-    key, value, gate, pair, kept, state = specs(T, K, V, Hv // H, block)
+    key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     given = [] if d_final is None else [d_final]
     out = [(jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state)]
     if keep:

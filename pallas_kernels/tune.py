@@ -59,7 +59,8 @@ def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
         + grid(block_v=(64,), key_tile=(64,), pair_tile=(32,), warps=(4, 8), stages=(2, 3)),
     }
     found["forward"] = found["state"]
-    found["reverse"] = [row | {"ahead": ahead} for ahead in (True, False) for row in found["state"]]
+    alone = grid(block_v=(32,), key_tile=(widest,), transposed=(False,), warps=(4,), stages=(1,))
+    found["reverse"] = [row | {"ahead": ahead} for ahead in (True, False) for row in found["state"] + alone]
     return [row for i, row in enumerate(found[stage]) if row not in found[stage][:i]]
 
 

@@ -13,7 +13,15 @@ from pallas_kernels import triton_dialect
 from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, resolve, triton_op, triton_pieces
 from pallas_kernels.gated_delta_rule.conformance import CASES
 
+TABLE = triton_op._tuned()["devices"]
 OTHER_SIZES = [size for size in triton_op.SIZES if size != (64, 64)]
+
+
+@pytest.fixture
+def only():
+    """Makes one configuration the only one there is."""
+    yield lambda size, configuration: triton_op.use({"": {size: configuration}})
+    triton_op.use(None)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.chunk == 64], ids=lambda case: case.name)
@@ -31,14 +39,11 @@ def test_interpreted_kernels_match_float64_at_every_size(K, V, name):
 
 
 @pytest.mark.parametrize("block", [64, 128])
-def test_pairs_after_a_token_leave_nothing_in_its_dg(block):
+def test_pairs_after_a_token_leave_nothing_in_its_dg(block, only):
     """Under strong decay dg is small beside what cancels in it, which must therefore be rounded alike."""
     case = dataclasses.replace(next(c for c in CASES if c.name == "decay 0.3"), K=64, V=64, dtype="bfloat16")
-    triton_op.use({"": {"64x64": {"all": {"block": block, "apart": True}}}})
-    try:
-        errors = [conformance.errors(case, "triton_interpret", seed)["dg"] for seed in range(4)]
-    finally:
-        triton_op.use(None)
+    only("64x64", {"all": {"block": block, "apart": True}})
+    errors = [conformance.errors(case, "triton_interpret", seed)["dg"] for seed in range(4)]
     assert np.mean(errors) < 6e-3, errors
 
 
@@ -76,9 +81,12 @@ def test_chained_pieces_match_float64(K, V, reverse):
 
 @pytest.mark.skipif(not hasattr(jax.sharding, "AbstractDevice"), reason="jax 0.10 lowers without a device; 0.11 checks")
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("K,V", triton_op.SIZES)
-def test_every_size_lowers_to_cuda(K, V, packed, monkeypatch):
+@pytest.mark.parametrize("kind,entry", [(kind, e) for kind, sizes in TABLE.items() for e in sizes])
+def test_every_entry_of_the_table_lowers_to_cuda(kind, entry, packed, only, monkeypatch):
     monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)  # lowering needs no device
+    size, configs = entry.removesuffix(" few"), TABLE[kind][entry]
+    only(size, configs)
+    K, V = map(int, size.split("x"))
     array = jax.ShapeDtypeStruct
     key, value = array((2, 1024, 2, K), jnp.bfloat16), array((2, 1024, 4, V), jnp.bfloat16)
     gate, segments = array((2, 1024, 4), jnp.float32), array((2, 1024), jnp.int32)
@@ -92,12 +100,14 @@ def test_every_size_lowers_to_cuda(K, V, packed, monkeypatch):
 
     with hopper():
         lowered = jax.jit(run).trace(key, key, value, gate, gate, segments, value).lower(lowering_platforms=("cuda",))
-    configs = triton_op.config(K, V, rows=8)
     kernels = [line for line in lowered.as_text().splitlines() if "__gpu$xla.gpu.triton" in line]
     assert len(kernels) == len(triton_op.stages(**configs["all"]))
     # S and dS' feed products and a sum in one loop, which must wait for its products before it loads the next ones
-    waiting = [line for line in kernels if "mov.b32 $0, $1;" in line and "gdn_reverse" not in line]
-    assert len(waiting) == 1 and ("gdn_tokens" in waiting[0] or "gdn_chunks" in waiting[0])
+    waiting = [line for line in kernels if "mov.b32 $0, $1;" in line]
+    ahead = [line for line in waiting if "gdn_reverse" in line]
+    assert bool(ahead) == configs["reverse"]["ahead"]
+    (gradients,) = set(waiting) - set(ahead)
+    assert "gdn_tokens" in gradients or "gdn_chunks" in gradients
 
 
 def test_tiles_cover_every_column_once():

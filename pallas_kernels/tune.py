@@ -59,8 +59,7 @@ def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
         + grid(block_v=(64,), key_tile=(64,), pair_tile=(32,), warps=(4, 8), stages=(2, 3)),
     }
     found["forward"] = found["state"]
-    alone = grid(block_v=(32,), key_tile=(widest,), transposed=(False,), warps=(4,), stages=(1,))
-    found["reverse"] = [row | {"ahead": ahead} for ahead in (True, False) for row in found["state"] + alone]
+    found["reverse"] = [row | {"ahead": ahead} for ahead in (True, False) for row in found["state"]]
     return [row for i, row in enumerate(found[stage]) if row not in found[stage][:i]]
 
 
@@ -117,13 +116,9 @@ def apart(got: dict[str, Any], want: dict[str, Any]) -> float:
 
 
 def measure(
-    shape: DeltaShape, block: int, path: tuple[str, ...], stages: list[str], options: Options,
-    say: Callable[[str], None],
-) -> dict[str, list]:  # fmt: skip
-    """Stage -> [(ms, configuration)], fastest first; what does not compile, run or agree is said and left out.
-
-    `path`: the stages that run, in order, each on what those before it make; `stages`: those to try configurations of.
-    """
+    shape: DeltaShape, block: int, stages: list[str], options: Options, say: Callable[[str], None]
+) -> dict[str, list]:
+    """Stage -> [(ms, configuration)], fastest first; what does not compile, run or agree is said and left out."""
     import jax
     import jax.numpy as jnp
 
@@ -151,7 +146,7 @@ def measure(
 
     kinds, found, jobs = jax.eval_shape(lambda: inputs(shape)), {}, {}
     with ThreadPoolExecutor(options.threads) as pool:
-        for stage in path:
+        for stage in triton_op.stages(block):
             tried = candidates(stage, shape.key_dim) if stage in stages else []
             tried = [triton_op.DEFAULTS[stage], *(row for row in tried if row != triton_op.DEFAULTS[stage])]
             jobs[stage] = [(row, pool.submit(compiled, stage, kinds, row)) for row in tried]
@@ -186,34 +181,21 @@ def in_pieces(shape: DeltaShape) -> DeltaShape:
     return shape._replace(batch=shape.batch * count, tokens=shape.tokens // count)
 
 
-def _fastest_schedule(shape, stages, options, kind, say):
-    """`measure`, and "all": how often states are kept and where outputs are made, whichever is the fastest whole.
-
-    Wide heads are tried with states every 128 tokens and outputs apart alone: states every 64 would be most of their
-    traffic, and outputs in the pass do not fit its registers. Some stages alone are measured under the schedule that
-    is in force.
-    """
+def _fastest_block(shape, options, say):
+    """`measure` of every stage with states every 64 or every 128 tokens, whichever makes the faster whole; "all" says
+    which. Wide heads are tried at 128 alone: states every 64 tokens would be most of their traffic."""
     from pallas_kernels.gated_delta_rule import triton_op
 
-    if set(stages) != set(triton_op.STAGES):
-        held = triton_op.config(shape.key_dim, shape.value_dim, kind, shape.batch * shape.heads)["all"]
-        return measure(shape, held["block"], triton_op.stages(**held), stages, options, say)
-    narrow, times, wholes = shape.key_dim in (64, 128), {}, []
-    for block in (64, 128) if narrow else (128,):
-        schedules = [{"block": block, "apart": apart} for apart in ((False, True) if narrow else (True,))]
-        runs = {stage for schedule in schedules for stage in triton_op.stages(**schedule)}
-        path = tuple(stage for stage in triton_op.STAGES if stage in runs)
-        times[block] = measure(shape, block, path, stages, options, say)
-        for schedule in schedules:
-            own = triton_op.stages(**schedule)
-            if set(own) <= set(times[block]):
-                wholes.append((sum(times[block][stage][0][0] for stage in own), schedule))
-                say(f"{_short(schedule)}: {wholes[-1][0]:.3f} ms in all")
-    if not wholes:
-        return next(iter(times.values()))
-    ms, schedule = min(wholes, key=lambda whole: whole[0])
-    found = times[schedule["block"]]
-    return {"all": [(ms, schedule)]} | {stage: found[stage] for stage in triton_op.stages(**schedule)}
+    tried, whole = {}, {}
+    for block in (64, 128) if shape.key_dim in (64, 128) else (128,):
+        tried[block] = measure(shape, block, list(triton_op.STAGES), options, say)
+        if set(tried[block]) == set(triton_op.stages(block)):
+            whole[block] = sum(rows[0][0] for rows in tried[block].values())
+            say(f"states every {block} tokens: {whole[block]:.3f} ms in all")
+    if not whole:
+        return {}
+    block = min(whole, key=whole.get)
+    return {"all": [(whole[block], {"block": block})]} | tried[block]
 
 
 def _short(configuration: dict[str, Any]) -> str:
@@ -292,13 +274,20 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
             continue
         tuned.add(size)
         say = lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True)  # noqa: E731
-        times = _fastest_schedule(shape, stages, options, kind, say)
         before = {}
-        if len(stages) < len(triton_op.STAGES):  # the rest stays as it is: an entry is always whole
-            held = triton_op.config(shape.key_dim, shape.value_dim, kind, shape.batch * shape.heads)
-            held = {stage: held[stage] for stage in ("all", *triton_op.stages(**held["all"]))}
-            before = devices.get(size, held)
-        chosen = admitted(shape, before, times, kind, options.threads, say)
+        if set(stages) == set(triton_op.STAGES):
+            times = _fastest_block(shape, options, say)
+        else:  # under the block that is in force, and the rest stays as it is: an entry is always whole
+            held = devices.get(size) or triton_op.config(
+                shape.key_dim, shape.value_dim, kind, shape.batch * shape.heads
+            )
+            runs = triton_op.stages(held["all"]["block"])
+            before = {stage: held[stage] for stage in ("all", *runs)}
+            if not set(stages) & set(runs):
+                say(f"{', '.join(stages)}: not among the stages that run here, {', '.join(runs)}")
+                continue
+            times = measure(shape, before["all"]["block"], stages, options, say)
+        chosen = admitted(shape, before, times, kind, options.threads, say) if times else {}
         if not chosen:
             say("nothing is admitted; the table keeps what it had")
             continue

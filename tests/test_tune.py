@@ -1,5 +1,6 @@
 """`gdn tune`: what it times, what it admits, what "auto" then takes. Kernels run in interpret mode here."""
 
+import dataclasses
 import json
 
 import jax
@@ -36,7 +37,7 @@ def test_the_table_holds_what_was_timed_and_passed(interpreted, monkeypatch, tmp
     assert json.loads(path.read_text()) == table and list(tmp_path.iterdir()) == [path]
     assert table["admitted"] == {"cpu": ["64x64"]}
     (chosen,) = table["devices"]["cpu"].values()
-    assert set(chosen) == {"all", *triton_op.stages(**chosen["all"])}  # the other stages as they were
+    assert set(chosen) == {"all", *triton_op.stages(chosen["all"]["block"])}  # the other stages as they were
     assert chosen["prepare"] in tune.candidates("prepare", 64)
     facts = table["measured"]["cpu"]["64x64"]["prepare"]
     assert facts["ms"] > 0 and facts["shape"] == "1x256,1,64,64" and facts["commit"] and facts["versions"]["jax"]
@@ -75,33 +76,51 @@ def test_what_does_not_agree_with_the_default_is_left_out(interpreted, monkeypat
 
     monkeypatch.setattr(triton_op, "run", wrong_at_128)
     options = tune.Options(repetitions=1, threads=2)
-    times = tune.measure(SHAPE, 64, ("prepare",), ["prepare"], options, said.append)["prepare"]
+    times = tune.measure(SHAPE, 64, ["prepare"], options, said.append)["prepare"]
     assert {c["key_tile"] for _, c in times} == {64}
     assert sum(line.endswith("is 1.0e-02 from the default: left out") for line in said) == 2
     assert np.isnan(tune.apart({"o": jnp.full(3, jnp.nan)}, {"o": jnp.ones(3)}))
 
 
-def test_the_fastest_whole_decides_where_states_and_outputs_are_made(monkeypatch):
-    ms = {64: {"forward": 3.0, "chunks": 2.0}, 128: {"pairs": 2.0, "tokens": 2.0}}
+def test_states_every_64_or_128_tokens_whichever_is_the_faster_whole(monkeypatch):
+    ms = {64: {"chunks": 1.0}, 128: {"tokens": 1.0}}
 
-    def measure(shape, block, path, stages, options, say):
-        return {stage: [(ms[block].get(stage, 1.0), {"block was": block})] for stage in path if ms[block].get(stage, 1)}
+    def measure(shape, block, stages, options, say):
+        assert stages == list(triton_op.STAGES)
+        times = {stage: ms[block].get(stage, 1.0) for stage in triton_op.stages(block)}
+        return {stage: [(time, {"block was": block})] for stage, time in times.items() if time}
 
-    def schedule(key_dim=64):
+    def fastest(key_dim=64):
         shape = DeltaShape(1, 256, 1, key_dim, 2 * key_dim)
-        found = tune._fastest_schedule(shape, list(triton_op.STAGES), tune.Options(), "cpu", lambda line: None)
-        (((total, chosen),), *_) = found.values()
-        assert set(found) == {"all", *triton_op.stages(**chosen)}
-        assert found["reverse"] == [(1.0, {"block was": chosen["block"]})]
-        return total, chosen
+        found = tune._fastest_block(shape, tune.Options(), lambda line: None)
+        if found:
+            block = found["all"][0][1]["block"]
+            assert set(found) == {"all", *triton_op.stages(block)}
+            assert found["reverse"] == [(1.0, {"block was": block})]
+        return found.get("all")
 
     monkeypatch.setattr(tune, "measure", measure)
-    assert schedule() == (6.0, {"block": 64, "apart": True})
-    ms[64]["forward"] = 1.5
-    assert schedule() == (5.5, {"block": 64, "apart": False})
-    ms[64]["chunks"] = 0  # did not run: a whole that lacks a stage is no faster
-    assert schedule() == (7.0, {"block": 128, "apart": False})
-    assert schedule(200) == (8.0, {"block": 128, "apart": True})  # all that wide heads are tried with
+    assert fastest() == [(4.0, {"block": 64})]
+    ms[64]["chunks"] = 3.5
+    assert fastest() == [(6.0, {"block": 128})]
+    assert fastest(200) == [(6.0, {"block": 128})]  # wide heads are tried at 128 alone
+    ms[128]["tokens"] = 0  # did not run: a whole that lacks a stage is no faster
+    assert fastest() == [(6.5, {"block": 64})] and fastest(200) is None
+
+
+def test_some_stages_are_measured_under_the_block_of_the_table_that_is_written(interpreted, tmp_path, capsys):
+    path = tmp_path / "table.json"
+    entry = {stage: triton_op.DEFAULTS[stage] for stage in triton_op.stages(128)} | {"all": {"block": 128}}
+    assert triton_op.config(64, 64, "cpu", rows=1)["all"] == {"block": 64}  # of the package's own table
+    old = {"devices": {"cpu": {"64x64 few": entry}}, "admitted": {"cpu": []}, "measured": {"cpu": {}}}
+    path.write_text(json.dumps(old))
+    options = tune.Options(shapes="1x256,1,64,64", repetitions=1, threads=2, out=str(path))
+    tune.tune("gated_delta_rule", dataclasses.replace(options, stages="chunks"), environment)
+    assert json.loads(path.read_text()) == old
+    assert "chunks: not among the stages that run here, prepare, state, output," in capsys.readouterr().err
+    table = tune.tune("gated_delta_rule", dataclasses.replace(options, stages="pairs"), environment)
+    assert set(table["devices"]["cpu"]["64x64 few"]) == {"all", *triton_op.stages(128)}
+    assert set(table["measured"]["cpu"]["64x64 few"]) == {"pairs"}
 
 
 def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
@@ -133,7 +152,7 @@ def test_the_table_in_the_package_is_complete():
         assert set(table["admitted"][kind]) == {size for size in sizes if not size.endswith(" few")}
         for size in sizes:
             configuration = table["devices"][kind][size]
-            assert set(configuration) == {"all", *triton_op.stages(**configuration["all"])}, size
+            assert set(configuration) == {"all", *triton_op.stages(configuration["all"]["block"])}, size
             for stage, facts in table["measured"][kind][size].items():
                 assert (
                     stage in configuration and facts["ms"] > 0 and not facts["dirty"] and facts["commit"] != "unknown"

@@ -83,9 +83,8 @@ def tokens(
     """
     B, T, H, K = q.shape
     Hv, V = rho.shape[2:]
-    full, count, rest = triton.full_and_rest(K, key_tile)
-    overlapping = len(rest) > 1
-    tiles = count + (1 if overlapping else len(rest))
+    full, _, rest = triton.full_and_rest(K, key_tile)
+    overlapping, tiles = len(rest) > 1, -(-K // full)
 
     def gdn_tokens(
         q_ref, k_ref, gamma_ref, leaving_ref, beta_ref, do_ref, dv_ref, rho_ref, kept_ref, d_kept_ref, m1_ref, m2_ref,

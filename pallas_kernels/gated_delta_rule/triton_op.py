@@ -1,10 +1,10 @@
 """The gated delta rule as Triton kernels: which sizes, which configuration, and the stages put together.
 
-forward    prepare (parallel) -> forward (serial), or apart: state (serial) -> output (parallel)
-backward   reverse (serial) -> chunks (parallel), blocks of 64, or pairs, tokens (parallel), blocks of 128
+block 64    prepare (parallel) -> forward (serial)                      reverse (serial) -> chunks (parallel)
+block 128   prepare (parallel) -> state (serial) -> output (parallel)   reverse (serial) -> pairs, tokens (parallel)
 
-A block is the tokens between kept states: every 64 they are twice the traffic, but gradients need one kernel less.
-Outputs apart read those states back, but a turn of the serial pass is shorter. Which is faster is measured.
+A block is the tokens between kept states: every 64 they are twice the traffic, but outputs come with them and gradients
+need one kernel; every 128 both take one more. Which is faster is measured.
 
 A serial pass has one program for each row, head and tile of value columns. Where that is too few for the device, long
 rows are cut into pieces that run side by side, exactly (triton_pieces.py).
@@ -37,8 +37,7 @@ TUNED = Path(__file__).with_name("tuned.json")  # written by `gdn tune`
 
 # what runs where nothing was tuned
 DEFAULTS = {
-    # tokens between kept states, and of one program of the gradients: 64 or 128; outputs in a kernel of their own?
-    "all": {"block": 128, "apart": True},
+    "all": {"block": 128},  # tokens between kept states, and of one program of the gradients: 64 or 128
     "prepare": {"key_tile": 64, "warps": 4, "stages": 3},
     "forward": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
     "state": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
@@ -73,7 +72,7 @@ STAGES = {
         ("scale", "block"),
     ),
     "state": Stage(triton_state.forward, "k v gamma write inverse initial_state", "rho kept final", ("scale", "block")),
-    "output": Stage(triton_output.output, "q k gamma write rho kept attention", "o", ("scale", "block")),
+    "output": Stage(triton_output.output, "q k gamma write rho kept attention", "o", ("scale",)),
     "reverse": Stage(
         triton_state.reverse, "q k do gamma write inverse attention d_final", "dv d_kept d_initial", ("scale", "block")
     ),
@@ -89,10 +88,11 @@ STAGES = {
 }  # fmt: skip
 
 
-def stages(block: int, apart: bool) -> tuple[str, ...]:
-    """The stages of forward and backward, in order, under a configuration "all"."""
-    outputs = ("state", "output") if apart else ("forward",)
-    return ("prepare", *outputs, "reverse", *(("chunks",) if block == CHUNK else ("pairs", "tokens")))
+def stages(block: int) -> tuple[str, ...]:
+    """The stages of forward and backward, in order, with states kept every `block` tokens."""
+    if block == CHUNK:
+        return ("prepare", "forward", "reverse", "chunks")
+    return ("prepare", "state", "output", "reverse", "pairs", "tokens")
 
 
 def largest_array(batch: int, tokens: int, value_heads: int, key_dim: int, value_dim: int) -> int:
@@ -195,14 +195,14 @@ class _Static(NamedTuple):
     pieces: int
 
     def constants(self, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        return {"scale": self.scale, "interpret": self.interpret, "block": configs["all"]["block"]}
+        return {"scale": self.scale, "interpret": self.interpret, **configs["all"]}
 
 
 def _forward(arrays, static, outputs, keep):
     """`arrays` with prepare's results, `outputs` o and final, `keep` rho and kept; under pieces also each one's map."""
     configs = _configs(arrays, static)
-    constants, apart = static.constants(configs), configs["all"]["apart"]
-    serial = configs["state" if apart else "forward"]
+    constants = static.constants(configs)
+    serial = configs["forward" if constants["block"] == CHUNK else "state"]
     arrays = run("prepare", arrays, configs["prepare"], **constants)
     alone = partial(triton_state.forward, keep=False, **constants, **serial)
     if static.pieces > 1:
@@ -216,7 +216,7 @@ def _forward(arrays, static, outputs, keep):
         arrays = arrays | {"maps": maps, "initial_state": entering}
     if not outputs:
         return run("state", arrays, serial, **constants)
-    if apart:
+    if constants["block"] != CHUNK:
         return run("output", run("state", arrays, serial, **constants), configs["output"], **constants)
     if keep:
         return run("forward", arrays, serial, **constants)
@@ -271,7 +271,7 @@ def _op_bwd(static, saved, cotangents):
     arrays = arrays | {"do": do, "d_final": d_final}
     group = arrays["beta"].shape[1] // arrays["k"].shape[2]
     constants["dtype"] = jnp.bfloat16 if group == 1 else jnp.float32  # per value head until the sum over the group
-    names = stages(**configs["all"])
+    names = stages(constants["block"])
     for name in names[names.index("reverse") :]:
         arrays = run(name, arrays, configs[name], **constants)
     if "dg" not in arrays:

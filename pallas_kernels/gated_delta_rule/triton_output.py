@@ -1,7 +1,7 @@
-"""The outputs of every block of 64 or 128 tokens, all at once, from the state S that entered it.
+"""The outputs of every block of 128 tokens, all at once, from the state S that entered it.
 
     first 64          O = scale gamma (Q S) + attention rho
-    last 64 of 128    O = scale gamma (gamma_64 Q S + (Q K_1^T) diag(write_1) rho_1) + attention rho
+    last 64           O = scale gamma (gamma_64 Q S + (Q K_1^T) diag(write_1) rho_1) + attention rho
 
 with K_1, write_1 and rho_1 of the first 64: what they add to the state that the others read. gamma_64 is what they
 leave of S.
@@ -11,32 +11,31 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule.triton_gradients import BLOCK
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
 from pallas_kernels.triton_dialect import BlockSpec
 
 
-def output(q, k, gamma, write, rho, kept, attention, *, scale, block, block_v, key_tile, warps, stages, interpret):
+def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile, warps, stages, interpret):
     """o [B,T,Hv,V] bf16.
 
     q, k [B,T,H,K]; gamma, write [B,Hv,T], attention [B,Hv,T/64,64,64] from prepare; rho [B,T,Hv,V] and kept
-    [B,Hv,T/block,V,K], the state that enters each block, from state. T is a multiple of `block`.
+    [B,Hv,T/128,V,K], the state that enters each block, from state. T is a multiple of 128.
     """
     B, T, H, K = k.shape
     Hv, V = rho.shape[2:]
-    columns, chunks = triton.tiles(K, key_tile), block // CHUNK
+    columns = triton.tiles(K, key_tile)
     first, last = triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)
 
     def gdn_output(q_ref, k_ref, gamma_ref, write_ref, rho_ref, kept_ref, attention_ref, o_ref):
-        halves = (first, last)[:chunks]
-        queries = [[triton.load_own(q_ref, rows, tile) for tile in columns] for rows in halves]
-        pairs = [attention_ref[number] for number in range(chunks)]
-        reads = [scale * gamma_ref[rows] for rows in halves]
-        if chunks > 1:
-            crossing = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-            for query, tile in zip(queries[1], columns, strict=True):
-                crossing += triton.dot(query, triton.load_own(k_ref, first, tile).T)
-            crossing = (reads[1][:, None] * crossing * write_ref[first][None, :]).astype(jnp.bfloat16)
-            left = gamma_ref[CHUNK - 1]
+        queries = [[triton.load_own(q_ref, rows, tile) for tile in columns] for rows in (first, last)]
+        pairs = [attention_ref[number] for number in (0, 1)]
+        reads = [scale * gamma_ref[rows] for rows in (first, last)]
+        crossing = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+        for query, tile in zip(queries[1], columns, strict=True):
+            crossing += triton.dot(query, triton.load_own(k_ref, first, tile).T)
+        crossing = (reads[1][:, None] * crossing * write_ref[first][None, :]).astype(jnp.bfloat16)
+        left = gamma_ref[CHUNK - 1]
 
         def part(_, tile):
             values = triton.ds(tile[0], tile[1])
@@ -50,20 +49,19 @@ def output(q, k, gamma, write, rho, kept, attention, *, scale, block, block_v, k
 
             early = rho_ref[first, values]
             o_ref[first, values] = (asked(0) + triton.dot(pairs[0], early)).astype(jnp.bfloat16)
-            if chunks > 1:
-                late = left * asked(1) + triton.dot(pairs[1], rho_ref[last, values])
-                o_ref[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
+            late = left * asked(1) + triton.dot(pairs[1], rho_ref[last, values])
+            o_ref[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
 
         triton.over_tiles(V, block_v, part, None)
 
-    key = BlockSpec((None, block, None, K), lambda n, h, b: (b, n, jax.lax.div(h, Hv // H), 0))
-    value = BlockSpec((None, block, None, V), lambda n, h, b: (b, n, h, 0))
-    gate = BlockSpec((None, None, block), lambda n, h, b: (b, h, n))
+    key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, jax.lax.div(h, Hv // H), 0))
+    value = BlockSpec((None, BLOCK, None, V), lambda n, h, b: (b, n, h, 0))
+    gate = BlockSpec((None, None, BLOCK), lambda n, h, b: (b, h, n))
     state = BlockSpec((None, None, None, V, K), lambda n, h, b: (b, h, n, 0, 0))
-    pair = BlockSpec((None, None, chunks, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
+    pair = BlockSpec((None, None, BLOCK // CHUNK, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
     (o,) = triton.call(
         gdn_output, q, k, gamma, write, rho, kept, attention,
-        grid=(T // block, Hv, B), in_specs=[key, key, gate, gate, value, state, pair], out_specs=[value],
+        grid=(T // BLOCK, Hv, B), in_specs=[key, key, gate, gate, value, state, pair], out_specs=[value],
         out_shape=[jax.ShapeDtypeStruct(rho.shape, jnp.bfloat16)], warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
     return o

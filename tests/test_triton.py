@@ -107,6 +107,8 @@ def test_every_entry_of_the_table_lowers_to_cuda(kind, entry, packed, only, monk
     assert bool(ahead) == configs["reverse"]["ahead"]
     (gradients,) = set(waiting) - set(ahead)
     assert "gdn_tokens" in gradients or "gdn_chunks" in gradients
+    # M1 and M2 go through memory, from all threads of the program to all
+    assert [line for line in kernels if "gpu.barrier" in line] == [line for line in kernels if "gdn_chunks" in line]
 
 
 def test_tiles_cover_every_column_once():
@@ -116,6 +118,14 @@ def test_tiles_cover_every_column_once():
                      for c in range(start + width - fresh, start + width)]  # fmt: skip
             assert owned == list(range(size))
             assert all(start >= 0 and width >= 16 for start, width, _ in triton_dialect.tiles(size, widest))
+            counts = triton_dialect.over_tiles(size, widest, owners, jnp.zeros(size, jnp.int32), interpret=True)
+            assert counts.tolist() == [1] * size
+
+
+def owners(counts, tile):
+    start, width, fresh = tile
+    column = jnp.arange(counts.size)
+    return counts + ((start + width - fresh <= column) & (column < start + width))
 
 
 def test_auto_leaves_wider_inputs_exact():

@@ -12,8 +12,8 @@ what the leaving state has of token j,
 
 dR is what token i reads of keys before it, dW what it wrote for those after. A pair after m is in both and cancels in
 dg, which under strong decay is small beside it: so both have it from one rounded entry of M1 or M2, with beta in it,
-and no beta is smaller than LEAST. M1^T and M2^T are products of their own: a transposed accumulator must not feed a
-product (some Triton releases miscompile it on Hopper).
+and no beta is smaller than LEAST. M1 and M2 go through memory, since a transposed accumulator must not feed a product
+(some Triton releases miscompile it on Hopper): they lie where dQ and dK will be until those take their place.
 
 Heads of at most `block_v` value columns have dO, dV and rho in shared memory from the start, and the loop over key
 tiles is the one whose loads the compiler pipelines. Wider ones run over value columns within each key tile.
@@ -48,15 +48,6 @@ def shared(state, d_state, tile, size):
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (size,), 0) == 0, jnp.sum(sums), 0.0)
 
 
-def over_values(V, block_v, step, *zeros):
-    """The sums that step(columns, *sums) returns, over all tiles of value columns."""
-
-    def with_columns(sums, tile):
-        return step(triton.ds(tile[0], tile[1]), *sums)
-
-    return triton.over_tiles(V, block_v, with_columns, zeros)
-
-
 def chunks(
     q, k, total, gamma, leaving, beta, runs, do, dv, rho, kept, d_kept,
     *, scale, dtype, block_v, key_tile, warps, stages, interpret,
@@ -80,62 +71,57 @@ def chunks(
         b = nonzero(b)
         held = {name: ref[...] for name, ref in refs.items()} if block_v >= V else {}
         after = square(0) - square(1)  # rows after columns
-        lower, upper = after >= 0, after <= 0
+        allowed = after >= 0
         if runs is not None:
-            same = run_refs[0][...][:, None] == run_refs[0][...][None, :]
-            lower, upper = lower & same, upper & same
+            allowed = allowed & (run_refs[0][...][:, None] == run_refs[0][...][None, :])
 
-        def values(name, columns):
-            return held[name] if held else refs[name][rows, columns]
+        def over_values(step, *sums):
+            return triton.over_tiles(V, block_v, lambda sums, part: step(part, *sums), sums, interpret=interpret)
 
-        def written_pairs(columns, m1, m2):
-            rho = values("rho", columns)
-            return m1 + triton.dot(rho, values("do", columns).T), m2 + triton.dot(rho, values("dv", columns).T)
+        def values(name, part):
+            return held[name] if held else triton.load_own(refs[name], rows, part)
 
-        def read_pairs(columns, m1, m2):
-            rho = values("rho", columns).T
-            return m1 + triton.dot(values("do", columns), rho), m2 + triton.dot(values("dv", columns), rho)
+        def pairs(part, m1, m2):
+            rho = values("rho", part).T
+            return m1 + triton.dot(values("do", part), rho), m2 + triton.dot(values("dv", part), rho)
 
-        def rounded(decay, m1, m2):
-            m1, m2 = scale * decay * m1, jnp.where(after == 0, 0.0, -decay * m2)
-            return m1.astype(jnp.bfloat16), m2.astype(jnp.bfloat16)
-
-        zero = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        decay = pair_decay(-total, -total, upper, interpret) * b[:, None]
-        m1_t, m2_t = rounded(decay, *over_values(V, block_v, written_pairs, zero, zero))
-        decay = pair_decay(total, total, lower, interpret) * b[None, :]
-        m1, m2 = rounded(decay, *over_values(V, block_v, read_pairs, zero, zero))
+        m1, m2 = over_values(pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        decay = pair_decay(total, total, allowed, interpret) * b[None, :]
+        for ref, m in ((dq_ref, scale * decay * m1), (dk_ref, jnp.where(after == 0, 0.0, -decay * m2))):
+            ref[rows, rows] = m.astype(jnp.bfloat16).astype(dtype)
+        triton.barrier(interpret)
+        m1, m2 = (ref[rows, rows].astype(jnp.bfloat16) for ref in (dq_ref, dk_ref))
 
         def key_columns(sums, tile):
             start, width, _ = tile
             columns = triton.ds(start, width)
             moved, written_sum, ends, inner = sums
 
-            def states(values_at, asked, read, written, inner):
-                state, d_state = kept_ref[values_at, columns], d_kept_ref[values_at, columns]
+            def states(part, asked, read, written, inner):
+                state, d_state = (triton.load_own_rows(ref, part, columns) for ref in (kept_ref, d_kept_ref))
                 inner = inner + shared(state, d_state, tile, inner.size)
-                asked = asked + triton.dot(values("do", values_at), state)
-                read = read + triton.dot(values("dv", values_at), state)
-                written = written + triton.dot(values("rho", values_at), d_state)
+                asked = asked + triton.dot(values("do", part), state)
+                read = read + triton.dot(values("dv", part), state)
+                written = written + triton.dot(values("rho", part), d_state)
                 return asked, read, triton.finished(written, interpret), inner
 
             key, query = triton.load_own(k_ref, rows, tile), triton.load_own(q_ref, rows, tile)
             zero = jnp.zeros((CHUNK, width), jnp.float32)
-            asked, read, written, inner = over_values(V, block_v, states, zero, zero, zero, inner)
+            asked, read, written, inner = over_values(states, zero, zero, zero, inner)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
             triton.store_own(dq_ref, rows, tile, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
             moved += jnp.sum(query.astype(jnp.float32) * dq + key.astype(jnp.float32) * read, axis=1)
             written = (b * leaving)[:, None] * written
             ends += jnp.sum(key.astype(jnp.float32) * written, axis=1)
-            written = written + triton.dot(m2_t, key) + triton.dot(m1_t, query)
+            written = written + triton.dot(m2.T, key) + triton.dot(m1.T, query)
             written_sum += jnp.sum(key.astype(jnp.float32) * written, axis=1)
             triton.store_own(dk_ref, rows, tile, read + where_written(b, written))
             return moved, written_sum, ends, inner
 
         none = jnp.zeros((CHUNK,), jnp.float32)
         sums = none, none, none, jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
-        moved, written_sum, ends, inner = triton.over_tiles(K, key_tile, key_columns, sums)
+        moved, written_sum, ends, inner = triton.over_tiles(K, key_tile, key_columns, sums, interpret=interpret)
         dbeta_ref[...] = written_sum / b
         moved -= written_sum
         ends = jnp.sum(ends) + gamma_ref[CHUNK - 1] * jnp.sum(inner)

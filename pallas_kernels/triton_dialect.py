@@ -131,23 +131,17 @@ def full_and_rest(size: int, widest: int) -> tuple[int, int, tuple[tuple[int, in
     return width, count, tuple((count * width + start, wide, fresh) for start, wide, fresh in rest)
 
 
-def over_tiles(size: int, widest: int, step: Callable[[Any, tuple], Any], carry: Any, *, interpret: bool) -> Any:
-    """carry after step(carry, tile) for tiles of one width that cover [0, size), in a loop, which the compiler
-    pipelines, unless there is only one. Where the width does not divide `size` the last tile begins earlier, and how
-    much of it is `fresh` is known on the device alone."""
-    width = full_and_rest(size, widest)[0]
-    count = -(-size // width)
+def over_tiles(size: int, widest: int, step: Callable[[Any, tuple], Any], carry: Any) -> Any:
+    """carry after step(carry, tile) for every tile of `full_and_rest`: the full ones in a loop, which the compiler
+    pipelines, unless there is only one."""
+    width, count, rest = full_and_rest(size, widest)
     if count == 1:
-        return step(carry, (0, width, width))
-
-    def turn(i, carry):
-        start = i * width
-        if size % width == 0:
-            return step(carry, (start, width, width))
-        inside = aligned(jnp.minimum(start, size - width), 8, interpret)
-        return step(carry, (inside, width, width + inside - start))
-
-    return jax.lax.fori_loop(0, count, turn, carry)
+        carry = step(carry, (0, width, width))
+    else:
+        carry = jax.lax.fori_loop(0, count, lambda i, carry: step(carry, (i * width, width, width)), carry)
+    for tile in rest:
+        carry = step(carry, tile)
+    return carry
 
 
 def count_of_tiles(size: int, widest: int) -> int:
@@ -167,52 +161,47 @@ def for_tile(index: Any, size: int, widest: int, body: Callable[[tuple], None]) 
         when(index == count + number)(partial(body, tile))
 
 
-Tile = tuple[Any, int, Any]  # (start, width, fresh); start and fresh may be known on the device alone
-
-
-def _all_own(tile):
+def own(x: jax.Array, tile: tuple[Any, int, Any]) -> jax.Array:
+    """x with zeros in the columns that the tile before it owns; `fresh` may be known on the device alone."""
     _, width, fresh = tile
-    return isinstance(fresh, int) and fresh == width
+    if isinstance(fresh, int) and fresh == width:
+        return x
+    return jnp.where(_own(x.shape, 1, tile), x, 0)
 
 
-def own(x: jax.Array, tile: Tile) -> jax.Array:
-    """x with zeros in the columns that the tile before it owns."""
-    return x if _all_own(tile) else jnp.where(_own(x.shape, 1, tile), x, 0)
-
-
-def load_own(ref: Any, rows: Any, tile: Tile, leading: tuple = ()) -> jax.Array:
+def load_own(ref: Any, rows: Any, tile: tuple[Any, int, int], leading: tuple = ()) -> jax.Array:
     """ref[*leading, rows, tile], with zeros in the columns that the tile before it owns."""
-    start, width, _ = tile
+    start, width, fresh = tile
     index = (*leading, rows, ds(start, width))
-    if _all_own(tile):
+    if fresh == width:
         return ref[index]
     return plt.load(ref.at[index], mask=_own((rows.size, width), 1, tile), other=0)
 
 
-def store_own(ref: Any, rows: Any, tile: Tile, value: jax.Array, leading: tuple = ()) -> None:
+def store_own(ref: Any, rows: Any, tile: tuple[Any, int, int], value: jax.Array, leading: tuple = ()) -> None:
     """ref[*leading, rows, tile] = value, leaving the columns of the tile before it alone."""
-    start, width, _ = tile
+    start, width, fresh = tile
     index = (*leading, rows, ds(start, width))
-    if _all_own(tile):
+    if fresh == width:
         ref[index] = value.astype(ref.dtype)
     else:
         plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((rows.size, width), 1, tile))
 
 
-def load_own_rows(ref: Any, tile: Tile, columns: Any, leading: tuple = ()) -> jax.Array:
+def load_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, leading: tuple = ()) -> jax.Array:
     """ref[*leading, tile, columns], with zeros in the rows that the tile before it owns."""
-    start, width, _ = tile
+    start, width, fresh = tile
     index = (*leading, ds(start, width), columns)
-    if _all_own(tile):
+    if fresh == width:
         return ref[index]
     return plt.load(ref.at[index], mask=_own((width, columns.size), 0, tile), other=0)
 
 
-def store_own_rows(ref: Any, tile: Tile, columns: Any, value: jax.Array, leading: tuple = ()) -> None:
+def store_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, value: jax.Array, leading: tuple = ()) -> None:
     """ref[*leading, tile, columns] = value, leaving the rows of the tile before it alone."""
-    start, width, _ = tile
+    start, width, fresh = tile
     index = (*leading, ds(start, width), columns)
-    if _all_own(tile):
+    if fresh == width:
         ref[index] = value.astype(ref.dtype)
     else:
         plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((width, columns.size), 0, tile))

@@ -118,7 +118,7 @@ def test_tiles_cover_every_column_once():
                      for c in range(start + width - fresh, start + width)]  # fmt: skip
             assert owned == list(range(size))
             assert all(start >= 0 and width >= 16 for start, width, _ in triton_dialect.tiles(size, widest))
-            counts = triton_dialect.over_tiles(size, widest, owners, jnp.zeros(size, jnp.int32), interpret=True)
+            counts = triton_dialect.over_tiles(size, widest, owners, jnp.zeros(size, jnp.int32))
             assert counts.tolist() == [1] * size
 
 

@@ -48,6 +48,15 @@ def shared(state, d_state, tile, size):
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (size,), 0) == 0, jnp.sum(sums), 0.0)
 
 
+def over_values(V, block_v, step, *zeros):
+    """The sums that step(columns, *sums) returns, over all tiles of value columns."""
+
+    def with_columns(sums, tile):
+        return step(triton.ds(tile[0], tile[1]), *sums)
+
+    return triton.over_tiles(V, block_v, with_columns, zeros)
+
+
 def chunks(
     q, k, total, gamma, leaving, beta, runs, do, dv, rho, kept, d_kept,
     *, scale, dtype, block_v, key_tile, warps, stages, interpret,
@@ -75,17 +84,14 @@ def chunks(
         if runs is not None:
             allowed = allowed & (run_refs[0][...][:, None] == run_refs[0][...][None, :])
 
-        def over_values(step, *sums):
-            return triton.over_tiles(V, block_v, lambda sums, part: step(part, *sums), sums, interpret=interpret)
+        def values(name, columns):
+            return held[name] if held else refs[name][rows, columns]
 
-        def values(name, part):
-            return held[name] if held else triton.load_own(refs[name], rows, part)
+        def pairs(columns, m1, m2):
+            rho = values("rho", columns).T
+            return m1 + triton.dot(values("do", columns), rho), m2 + triton.dot(values("dv", columns), rho)
 
-        def pairs(part, m1, m2):
-            rho = values("rho", part).T
-            return m1 + triton.dot(values("do", part), rho), m2 + triton.dot(values("dv", part), rho)
-
-        m1, m2 = over_values(pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = over_values(V, block_v, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret) * b[None, :]
         for ref, m in ((dq_ref, scale * decay * m1), (dk_ref, jnp.where(after == 0, 0.0, -decay * m2))):
             ref[rows, rows] = m.astype(jnp.bfloat16).astype(dtype)
@@ -97,17 +103,17 @@ def chunks(
             columns = triton.ds(start, width)
             moved, written_sum, ends, inner = sums
 
-            def states(part, asked, read, written, inner):
-                state, d_state = (triton.load_own_rows(ref, part, columns) for ref in (kept_ref, d_kept_ref))
+            def states(values_at, asked, read, written, inner):
+                state, d_state = kept_ref[values_at, columns], d_kept_ref[values_at, columns]
                 inner = inner + shared(state, d_state, tile, inner.size)
-                asked = asked + triton.dot(values("do", part), state)
-                read = read + triton.dot(values("dv", part), state)
-                written = written + triton.dot(values("rho", part), d_state)
+                asked = asked + triton.dot(values("do", values_at), state)
+                read = read + triton.dot(values("dv", values_at), state)
+                written = written + triton.dot(values("rho", values_at), d_state)
                 return asked, read, triton.finished(written, interpret), inner
 
             key, query = triton.load_own(k_ref, rows, tile), triton.load_own(q_ref, rows, tile)
             zero = jnp.zeros((CHUNK, width), jnp.float32)
-            asked, read, written, inner = over_values(states, zero, zero, zero, inner)
+            asked, read, written, inner = over_values(V, block_v, states, zero, zero, zero, inner)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
             triton.store_own(dq_ref, rows, tile, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
@@ -121,7 +127,7 @@ def chunks(
 
         none = jnp.zeros((CHUNK,), jnp.float32)
         sums = none, none, none, jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
-        moved, written_sum, ends, inner = triton.over_tiles(K, key_tile, key_columns, sums, interpret=interpret)
+        moved, written_sum, ends, inner = triton.over_tiles(K, key_tile, key_columns, sums)
         dbeta_ref[...] = written_sum / b
         moved -= written_sum
         ends = jnp.sum(ends) + gamma_ref[CHUNK - 1] * jnp.sum(inner)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_chunks import nonzero, shared, where_written
+from pallas_kernels.gated_delta_rule.triton_chunks import nonzero, over_values, shared, where_written
 from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
 
@@ -36,11 +36,10 @@ def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, inte
 
         def products(sums, tile):
             values = triton.ds(tile[0], tile[1])
-            early = triton.load_own(rho_ref, rows, tile).T
+            early = rho_ref[rows, values].T
             return sums[0] + triton.dot(do_ref[rows, values], early), sums[1] + triton.dot(dv_ref[rows, values], early)
 
-        zero = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        m1, m2 = triton.over_tiles(V, block_v, products, (zero, zero), interpret=interpret)
+        m1, m2 = triton.over_tiles(V, block_v, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         until = total_ref[...] - jnp.where(same, 0.0, total_ref[CHUNK - 1])
         decay = pair_decay(late_total_ref[...], until, allowed, interpret) * nonzero(beta_ref[...])[None, :]
         late = triton.ds(jax.lax.div(number + 1, 2) * CHUNK, CHUNK)
@@ -94,9 +93,6 @@ def tokens(
     ):  # fmt: skip
         rows = triton.ds(0, BLOCK)
 
-        def over_values(step, *sums):
-            return triton.over_tiles(V, block_v, lambda sums, part: step(part, *sums), sums, interpret=interpret)
-
         def over_pairs(step, *sums):
             def with_part(i, sums):
                 return step(triton.ds(i * pair_tile, pair_tile), *sums)
@@ -108,9 +104,8 @@ def tokens(
             columns = triton.ds(start, width)
             zero = jnp.zeros((BLOCK, width), jnp.float32)
 
-            def states(part, read, written, inner):
-                values = triton.ds(part[0], part[1])
-                state, d_state = (triton.load_own_rows(ref, part, columns) for ref in (kept_ref, d_kept_ref))
+            def states(values, read, written, inner):
+                state, d_state = kept_ref[values, columns], d_kept_ref[values, columns]
                 read = read + triton.dot(dv_ref[rows, values], state)
                 inner = inner + shared(state, d_state, tile, inner.size)
                 written = written + triton.dot(rho_ref[rows, values], d_state)
@@ -128,9 +123,8 @@ def tokens(
                 written = written + triton.dot(m1_ref[part, rows].T, q_ref[part, columns])
                 return read + triton.dot(m2_ref[rows, part], key), written
 
-            def asked_states(part, asked):
-                values = triton.ds(part[0], part[1])
-                return (asked + triton.dot(do_ref[rows, values], triton.load_own_rows(kept_ref, part, columns)),)
+            def asked_states(values, asked):
+                return (asked + triton.dot(do_ref[rows, values], kept_ref[values, columns]),)
 
             def query_pairs(part, dq):
                 return (dq + triton.dot(m1_ref[rows, part], k_ref[part, columns]),)
@@ -138,14 +132,14 @@ def tokens(
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = gamma_ref[CHUNK - 1], gamma_ref[BLOCK - 1]  # what each half leaves
             gamma = gamma_ref[...] * jnp.where(late, first, 1.0)
-            (asked,) = over_values(asked_states, zero)
+            (asked,) = over_values(V, block_v, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
             query = triton.own(q_ref[rows, columns].astype(jnp.float32), tile)
             moved = jnp.sum(query * dq, axis=1)
             store(dq_ref, dq)
 
             none = jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
-            read, written, inner = over_values(states, zero, zero, none)
+            read, written, inner = over_values(V, block_v, states, zero, zero, none)
             written *= (nonzero(beta_ref[...]) * leaving_ref[...] * jnp.where(late, 1.0, last))[:, None]
             key = triton.own(k_ref[rows, columns].astype(jnp.float32), tile)
             ends_ref[0] = jnp.sum(jnp.sum(key * written, axis=1)) + first * last * jnp.sum(inner)

@@ -52,7 +52,7 @@ def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile
             late = left * asked(1) + triton.dot(pairs[1], rho_ref[last, values])
             o_ref[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
 
-        triton.over_tiles(V, block_v, part, None, interpret=interpret)
+        triton.over_tiles(V, block_v, part, None)
 
     key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, jax.lax.div(h, Hv // H), 0))
     value = BlockSpec((None, BLOCK, None, V), lambda n, h, b: (b, n, h, 0))

@@ -88,8 +88,7 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
             query, key = triton.load_own(q_ref, rows, tile), triton.load_own(k_ref, rows, tile)
             return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
 
-        zero = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        kk, qk = triton.over_tiles(K, key_tile, products, (zero, zero), interpret=interpret)
+        kk, qk = triton.over_tiles(K, key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)
         attention_ref[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
         lower = jnp.where(square(0) > square(1), decay * kk * b[None, :], 0.0)

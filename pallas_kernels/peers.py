@@ -25,7 +25,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     # fla hands K = V = 128 to flash_qla where that is installed, which is measured by itself
-    "fla": Peer("fla", ("flash-linear-attention", "torch", "triton"), "torch", {"FLA_FLASH_QLA": "0"}),
+    "fla": Peer("fla", ("flash-linear-attention", "torch", "triton", "tilelang"), "torch", {"FLA_FLASH_QLA": "0"}),
     "flash_qla": Peer("flash_qla", ("flash-qla", "torch", "tilelang"), "torch", {}),
     "jla": Peer("jla", ("jax-linear-attention",), "jax", {}),
 }

@@ -146,6 +146,7 @@ def test_gate_gradients_through_the_parameterisation():
     got = jax.grad(loss)([jnp.asarray(x, jnp.float32) for x in raw], single, "chunked")
     with jax.enable_x64(True):
         want = jax.grad(loss)([jnp.asarray(x) for x in raw], [jnp.asarray(x) for x in arrays], "reference")
+        want = [np.asarray(x) for x in want]
     for name, x, y in zip(("A_log", "dt_bias", "a"), got, want, strict=True):
         error = np.linalg.norm(np.asarray(x) - y) / np.linalg.norm(y)
         assert error <= 1e-5, f"{name}: {error:.1e}"

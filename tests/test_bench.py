@@ -9,6 +9,7 @@ import time
 import typing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from experiments.run import main
@@ -116,11 +117,8 @@ def test_a_signal_ends_the_worker_too(tmp_path, name, code):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    if not children.exists():
-        process.kill()
-        pytest.skip("this system does not list a process's children")
-    while not (workers := children.read_text().split()) and process.poll() is None:
+    parent = psutil.Process(process.pid)
+    while not (workers := parent.children()) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
@@ -128,11 +126,19 @@ def test_a_signal_ends_the_worker_too(tmp_path, name, code):
     if name != "SIGKILL":
         assert err == "Stopped; what was not measured says so.\n"
         assert "| 4x8192,2,64,64 | chunked | not run | not run | not run | not run | not run |" in out
-    (worker,) = (Path(f"/proc/{pid}/cmdline") for pid in workers)
+    (worker,) = workers
     deadline = time.monotonic() + 30
-    while worker.exists() and worker.read_bytes() and time.monotonic() < deadline:  # a zombie's is empty
+    while _runs(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert time.monotonic() < deadline
+
+
+def _runs(process):
+    """Whether it has not ended; one that nobody has waited for yet has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_floor_of_an_h200():

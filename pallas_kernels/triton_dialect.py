@@ -82,12 +82,6 @@ def finished(x: jax.Array, interpret: bool) -> jax.Array:
     return _unseen(x, interpret)
 
 
-def barrier(interpret: bool) -> None:
-    """What any thread of the program wrote to memory before, all of them read after."""
-    if not interpret:  # the interpreter has one thread
-        plt.debug_barrier()
-
-
 def summand(x: jax.Array, interpret: bool) -> jax.Array:
     """x, a product to which something is added that a loop loads.
 
@@ -104,6 +98,12 @@ def _unseen(x, interpret):
         "mov.b32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[jax.typeof(x)]
     )
     return y
+
+
+def barrier(interpret: bool) -> None:
+    """What any thread of the program wrote to memory before, all of them read after."""
+    if not interpret:  # the interpreter has one thread
+        plt.debug_barrier()
 
 
 def tiles(size: int, widest: int) -> tuple[tuple[int, int, int], ...]:

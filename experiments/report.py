@@ -2,7 +2,7 @@
 
     python -m experiments.report README.md      rewrites the table between its two markers
 
-A result that is to be published is a copy of a run's result.json in experiments/results/, under any name.
+Which results count, and how they are kept: published.py.
 """
 
 import functools
@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import EXPERIMENTS
+from experiments import EXPERIMENTS, published
 from gdn_jax.config import Experiment, Model
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
+from gdn_jax.sources import BUILT_IN
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).parent / "results"
 # id -> {"numbers": {metric: value}, "source": where in the paper, "summary": the same of another reading of it}
 PAPER = Path(__file__).parent / "paper.json"
 HEADLINE = ("wiki_ppl", "average_ppl", "average")  # what README's table shows of the paper's row
@@ -30,26 +30,34 @@ EVALUATION = "evaluation.json"
 Row = dict[str, Any]
 
 
-def save_evaluation(run_dir: Path, numbers: Row, step: int) -> None:
-    """Keep what `gdn eval` measured beside the checkpoint it measured."""
-    write_json(run_dir / EVALUATION, {"step": step} | numbers)
+def save_evaluation(run_dir: Path, evaluation: Row) -> None:
+    """Keep what `gdn eval` measured in evaluation.json, beside other protocols' numbers of the same checkpoint."""
+    path = run_dir / EVALUATION
+    before = json.loads(path.read_text()) if path.exists() else []
+    kept = [
+        one
+        for one in before
+        if one["step"] == evaluation["step"] and published.protocol(one) != published.protocol(evaluation)
+    ]
+    write_json(path, [*kept, evaluation])
 
 
 def result_row(run_dir: Path) -> Row:
     """Everything that identifies and summarises a run; also written to its result.json.
 
     Reads config.json, env.json, metrics.jsonl and evaluation.json, and raises a UserError that names the file
-    which is missing and the command that writes it.
+    which is missing and the command that writes it. Of several evaluations the one without a mark stands for the run.
     """
     from gdn_jax.checkpoint import read_config
     from gdn_jax.metrics import read_rows
 
     experiment = read_config(run_dir)
     environment = json.loads(_read(run_dir, "env.json", "train"))
-    evaluation = json.loads(_read(run_dir, EVALUATION, "eval"))
+    evaluation = published.preferred(json.loads(_read(run_dir, EVALUATION, "eval")))
     row = {
         "id": experiment.id,
         "hash8": experiment.hash8,
+        "recipe8": experiment.recipe8,
         "parameters": parameters(experiment.model),
         "steps": evaluation["step"],
         "tokens": evaluation["step"] * experiment.optim.batch_size * experiment.data.seq_len,
@@ -97,6 +105,12 @@ def loss_figure(run_dir: Path) -> "Figure":
     if not train:
         raise UserError(f"{run_dir / 'metrics.jsonl'} holds no losses; `gdn train` writes them.")
 
+    windows = json.loads(_read(run_dir, "validation.json", "train"))
+    unigram, many = (
+        windows["unigram_nats_per_token"],
+        f"{len(windows['windows']):,} of {windows['of_windows']:,} windows",
+    )
+
     figure = Figure(figsize=(7, 4.3), layout="constrained")
     axes = figure.add_subplot()
     steps = sorted(train)
@@ -105,14 +119,13 @@ def loss_figure(run_dir: Path) -> "Figure":
     axes.plot(steps, smoothed(losses), color="tab:blue", linewidth=1.8, label="training, smoothed")
     if validation:
         steps = sorted(validation)
-        axes.plot(steps, [validation[step] for step in steps], "o-", color="tab:orange", label="validation")
-    if (run_dir / EVALUATION).exists():
-        unigram = json.loads((run_dir / EVALUATION).read_text())["unigram_nats_per_token"]
-        axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label="unigram model, validation")
+        axes.plot(steps, [validation[step] for step in steps], "o-", color="tab:orange", label=f"validation, {many}")
+    axes.axhline(unigram, color="gray", linestyle="--", linewidth=1, label="unigram model, the same windows")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(
-        f"{experiment.id}  {experiment.hash8}\n{device(environment)}, commit {commit(environment)}", fontsize=10
+        f"{experiment.id}  {experiment.hash8}\n{published.device(environment)}, commit {published.commit(environment)}",
+        fontsize=10,
     )
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
@@ -149,8 +162,9 @@ def validation_table(numbers: Row) -> str:
         ("bits per byte", f"{numbers['bits_per_byte']:.4f}"),
         ("word perplexity", "too large" if word is None else f"{word:.4g}"),
     ]
-    scored = f"{numbers['tokens']:,} tokens, window {numbers['window']}, stride {numbers['stride']}"
-    return f"held out, {scored}\n{aligned(rows)}"
+    scored = f"{numbers['tokens']:,} tokens of data {numbers['data'][:8]}, window {numbers['window']}"
+    why = ", ".join(published.marks(numbers))
+    return f"held out, {scored}{f', NOT the whole measure: {why}' if why else ''}\n{aligned(rows)}"
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:
@@ -168,27 +182,20 @@ def _columns(rows: list[tuple[str, ...]]) -> list[list[str]]:
 # --- README's table of IDs ---
 
 
-def published() -> dict[str, Row]:
-    """id -> result row of every file in experiments/results/."""
-    rows = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    return {row["id"]: row for row in rows}
-
-
 def ids_table() -> str:
     """README's Markdown table: every ID with its size, the paper's number, ours, and what ours came from."""
-    results = published()
     paper = json.loads(PAPER.read_text()) if PAPER.exists() else {}
     lines = ["| ID | parameters | tokens | paper | ours | status |", "|---|--:|--:|---|---|---|"]
     for experiment in EXPERIMENTS.values():
         optim = experiment.optim
-        cells = (
+        what = (
             f"`{experiment.id}`",
             f"{parameters(experiment.model):,}",
             short(optim.steps * optim.batch_size * experiment.data.seq_len),
             _paper_cell(paper.get(experiment.id)),
-            *_our_cells(experiment, results.get(experiment.id)),
         )
-        lines.append(f"| {' | '.join(cells)} |")
+        for ours in _our_cells(experiment):
+            lines.append(f"| {' | '.join([*what, *ours])} |")
     return "\n".join(lines)
 
 
@@ -200,14 +207,28 @@ def _paper_cell(entry: Row | None) -> str:
     return ", ".join(f"{metric} {value}" for metric, value in shown.items())
 
 
-def _our_cells(experiment: Experiment, row: Row | None) -> tuple[str, str]:
-    if row is None or row["hash8"] != experiment.hash8:
-        offline = experiment.data.source == "python-stdlib"
-        needs = "ready" if offline else f"needs `{experiment.data.source}`"
-        return "not run", needs if row is None else f"{needs}; an older configuration was run ({row['hash8']})"
-    numbers, environment = row["validation"], row["environment"]
-    ours = f"{numbers['nats_per_byte']:.4f} nats/byte (unigram {numbers['unigram_nats_per_byte']:.4f})"
-    return ours, f"{device(environment)}, {environment['date'][:10]}, {commit(environment)}"
+def _our_cells(experiment: Experiment) -> list[tuple[str, str]]:
+    """Number and status of each result; one "not run" where there is none."""
+    cells = []
+    for result in published.of_experiment(experiment):
+        ours, unigram = number(result, "nats_per_byte", 4), result.value("unigram_nats_per_byte")
+        cells.append((f"{ours} nats/byte (unigram {unigram:.4f})", result.origin()))
+    if cells:
+        return cells
+    source = experiment.data.source
+    status = "ready" if source in BUILT_IN else f"needs `{source}`"
+    if older := {row["recipe8"] for row in published.rows(experiment.id)}:
+        status += f"; an older recipe was run ({', '.join(sorted(older))})"
+    return [("not run", status)]
+
+
+def number(result: published.Result, metric: str, digits: int, group: str = "validation") -> str:
+    """A result's mean, with its spread over seeds, and a mark where it is not the ID's own number."""
+    value, spread = result.value(metric, group), result.spread(metric, group)
+    if value is None:
+        return "not run"
+    text = f"{value:.{digits}f}" if spread is None else f"{value:.{digits}f} ± {spread:.{digits}f}"
+    return text + (f" ({', '.join(result.marks)})" if result.marks else "")
 
 
 def readme_with_table(text: str) -> str:
@@ -251,16 +272,6 @@ def short(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return str(count)
-
-
-def device(environment: Row) -> str:
-    """The devices of env.json in a few words."""
-    return ", ".join(environment["devices"])
-
-
-def commit(environment: Row) -> str:
-    """Short commit of env.json, with "+" when the checkout had changes of its own."""
-    return f"{(environment['commit'] or 'unknown')[:9]}{'+' if environment['dirty'] else ''}"
 
 
 def _read(run_dir: Path, name: str, command: str) -> str:

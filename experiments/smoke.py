@@ -1,4 +1,4 @@
-"""Smoke: a two-block model learns Python source byte by byte, offline, in under 120 s on two CPU cores.
+"""Smoke: a two-block model learns English novels byte by byte, offline, in under 120 s on two CPU cores.
 
     gdn run smoke/gated-deltanet
 
@@ -15,8 +15,8 @@ EXPERIMENTS = tuple(
         id=f"smoke/{name}",
         model=model_config(name, "tiny"),
         optim=Optim(steps=150, batch_size=8, lr=3e-3, warmup=0.05, precision="fp32"),
-        data=Data(source="python-stdlib", tokenizer="byte", seq_len=128, validation=0.01),
-        run=Run(eval_every=75, save_every=150),
+        data=Data(source="english-novels", tokenizer="byte", seq_len=128, validation=0.05),
+        run=Run(eval_every=30, save_every=150),
     )
     for name in MODELS
     if "tiny" in MODELS[name]

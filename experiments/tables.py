@@ -8,9 +8,8 @@ from typing import Any, Literal
 import tyro
 
 import experiments
-from experiments import report
+from experiments import published, report
 from experiments.models import PAPER_MODELS
-from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError, nearest
 
 NOT_RUN = "not run"
@@ -43,41 +42,45 @@ def table(name: str, options: TableOptions) -> None:
 
 
 def rows(name: str, scale: str) -> list[Row]:
-    """For each model our numbers, each a value or "not run", the paper's or None, and what ours came from.
+    """Our numbers by model, each a value or "not run", beside the paper's or None, and what ours came from.
 
-    A run counts when its configuration is the ID's own: first one below runs/ here, then a published result.
+    A run counts when its recipe is the ID's own: those below runs/ here, then published results. A row is the mean over
+    the seeds of one recipe, data and kind of device, `spread` its standard deviation; other data or another device is
+    another row, and so is what was measured on less than the whole of the held-out text, which `marks` names.
     """
-    published = report.published()
     paper = json.loads(report.PAPER.read_text())
     out = []
     for model in PAPER_MODELS:
         experiment = experiments.get(f"{name}/{model}/{scale}")
-        run = _run(experiment, published)
-        zero_shot = {} if run is None else run.get("zero_shot", {})
-        ours = {metric: zero_shot.get(metric, NOT_RUN) for metric in TABLES[name]}
-        ours[STAND_IN] = NOT_RUN if run is None else run["validation"]["token_perplexity"]
         entry = paper.get(experiment.id)
-        out.append({
-            "id": experiment.id,
-            "model": model,
-            "ours": ours,
-            "paper": None if entry is None else entry["numbers"],
-            "source": None if entry is None else entry["source"],
-            "tokenizer": experiment.data.tokenizer,
-            "steps": None if run is None else run["steps"],
-            "from": NOT_RUN if run is None else _origin(run["environment"]),
-        })  # fmt: skip
+        for result in published.of_experiment(experiment, runs=Path("runs")) or [None]:
+            ours, spread = _numbers(name, result)
+            out.append({
+                "id": experiment.id,
+                "model": model,
+                "ours": ours,
+                "spread": spread,
+                "seeds": [] if result is None else [row["seed"] for row in result.rows],
+                "marks": [] if result is None else result.marks,
+                "data": None if result is None else result.rows[0]["validation"]["trained_on"],
+                "paper": None if entry is None else entry["numbers"],
+                "source": None if entry is None else entry["source"],
+                "tokenizer": experiment.data.tokenizer,
+                "steps": None if result is None else result.rows[0]["steps"],
+                "from": NOT_RUN if result is None else result.origin(),
+            })  # fmt: skip
     return out
 
 
-def _run(experiment: Experiment, published: dict[str, Row]) -> Row | None:
-    path = Path("runs") / experiment.id / experiment.hash8 / "result.json"
-    row = json.loads(path.read_text()) if path.exists() else published.get(experiment.id)
-    return row if row is not None and row["hash8"] == experiment.hash8 else None
-
-
-def _origin(environment: Row) -> str:
-    return f"{report.device(environment)}, {environment['date'][:10]}, {report.commit(environment)}"
+def _numbers(name: str, result: published.Result | None) -> tuple[Row, Row]:
+    """Mean and spread of every column."""
+    places = {metric: ("zero_shot", metric) for metric in TABLES[name]} | {STAND_IN: ("validation", "token_perplexity")}
+    ours, spread = {}, {}
+    for column, (group, metric) in places.items():
+        value = None if result is None else result.value(metric, group)
+        ours[column] = NOT_RUN if value is None else value
+        spread[column] = None if result is None else result.spread(metric, group)
+    return ours, spread
 
 
 def described(name: str, scale: str, found: list[Row]) -> str:
@@ -88,14 +91,19 @@ def described(name: str, scale: str, found: list[Row]) -> str:
         if row["paper"] is not None:
             numbers = (_cell(row["paper"].get(metric, "-")) for metric in columns)
             lines.append((row["model"], "paper", *numbers, "-", "paper"))
-        lines.append((row["model"], "ours", *map(_cell, row["ours"].values()), row["from"]))
+        numbers = (_cell(value, row["spread"][column]) for column, value in row["ours"].items())
+        whole = "".join(f"; MARKED: {mark}" for mark in row["marks"])
+        lines.append((row["model"], "ours", *numbers, row["from"] + whole))
     unit = "byte" if all(row["tokenizer"] == "byte" for row in found) else "token"
     return (
         f"{name} at {scale}\n{report.aligned(lines)}\n"
         f"* perplexity per {unit} of held-out text of the run's own data: a stand-in until the other columns are run; "
-        f"it compares the rows of this table alone, never with the paper."
+        f"it compares the rows of this table alone, never with the paper. Rows of other data or devices and MARKED "
+        f"ones compare with nothing."
     )
 
 
-def _cell(value: float | str) -> str:
-    return value if isinstance(value, str) else f"{value:.2f}"
+def _cell(value: float | str, spread: float | None = None) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:.2f}" if spread is None else f"{value:.2f} ± {spread:.2f}"

@@ -16,6 +16,7 @@ _HOME = {
     "Compute": "gdn_jax.layers",
     "next_token_loss": "gdn_jax.loss",
     "open_prepared": "gdn_jax.data",
+    "open_run": "gdn_jax.runs",
     "perplexity": "gdn_jax.evaluate.perplexity",
 }
 

@@ -1,28 +1,33 @@
-"""Orbax checkpoints of a run: parameters, optimizer state, step, data position and config, written asynchronously.
+"""Orbax checkpoints of a run: parameters, optimizer state, step, config and data identity, written asynchronously.
 
 A checkpoint of step n holds the state after n updates, so the next batch is number n: the data position is the step.
-A write that was cut off leaves no finished step behind; the one before it is the latest.
+A write that was cut off leaves no finished step behind; the one before it is the latest. Checksums of all arrays and of
+the metadata are written with it and verified whenever it is read.
 """
 
 import contextlib
 import gc
+import hashlib
 import io
 import json
 import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from gdn_jax.checksums import checksums
 from gdn_jax.config import Experiment, canonical, flat, from_dict, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
+from gdn_jax.fingerprint import Identity
 from gdn_jax.model import LM, abstract_model
 from gdn_jax.tree import named_leaves, with_leaves
 
+LAYOUT = 2  # of run directories and checkpoints; another one is refused
 MODEL = "model"
 OPTIMIZER = "optimizer"
 WRITE_BYTES = 1 << 27  # in flight to the disk, at least
@@ -30,12 +35,16 @@ QUIET_SECONDS = 0.3  # without a word from threads whose reads failed: they have
 
 
 class Checkpoints:
-    """The checkpoints below `directory`; `experiment` is what a save records and a load must agree with."""
+    """The checkpoints below `directory`; a save records `experiment` and `data`, and a load must agree with them.
 
-    def __init__(self, directory: Path, experiment: Experiment, *, writes: bool):
+    data    what the model is trained on; None for a reader, which may take parameters trained on any
+    """
+
+    def __init__(self, directory: Path, experiment: Experiment, *, writes: bool, data: Identity | None = None):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it touches
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and all reads that a failed one leaves behind
         self._experiment = experiment
+        self._data = data
         self._directory = directory
         self._checkpointer = ocp.training.Checkpointer(
             directory.resolve(),
@@ -55,13 +64,20 @@ class Checkpoints:
         Without an optimizer state it can be evaluated, not trained on.
         """
         state = {MODEL: named_leaves(model)} | ({} if optimizer is None else {OPTIMIZER: named_leaves(optimizer)})
+        metadata = {
+            "layout": LAYOUT,
+            "step": step,
+            "experiment": to_dict(self._experiment),
+            "data": self._data._asdict(),
+            "checksums": {name: checksums(leaves) for name, leaves in state.items()},
+        }
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
                 state,
                 force=True,
                 overwrite=True,
-                custom_metadata={"step": step, "batch": step, "experiment": to_dict(self._experiment)},
+                custom_metadata=metadata | {"sha256": _sha256(metadata)},
             )
         except (OSError, ValueError) as error:  # the write before it may be the one that failed
             raise self._no_write(error) from error
@@ -79,37 +95,67 @@ class Checkpoints:
         self._checkpointer.close()
 
     def load(self, step: int, model: Any, optimizer: Any) -> tuple[Any, Any]:
-        """(model, optimizer state) of `step`, placed like the given abstract ones (shapes with shardings)."""
-        return tuple(self._load(step, {MODEL: model, OPTIMIZER: optimizer}).values())
+        """(model, optimizer state) of `step` to go on from, placed like the given abstract ones.
 
-    def load_model(self, step: int, model: LM) -> LM:
-        """The parameters alone."""
-        return self._load(step, {MODEL: model})[MODEL]
+        Raises UserError where they were trained on other data.
+        """
+        saved = self.check(step)
+        if saved.fingerprint != self._data.fingerprint:
+            raise UserError(
+                f"{self._directory / str(step)} was trained on data {_short(saved.fingerprint)}, the data prepared now "
+                f"are {_short(self._data.fingerprint)}; prepare the former text again, or choose another run.dir."
+            )
+        return tuple(self._load(step, {MODEL: model, OPTIMIZER: optimizer})[1].values())
 
-    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    def load_model(self, step: int, model: LM) -> tuple[LM, Identity]:
+        """The parameters alone, and the data they were trained on."""
+        saved, found = self._load(step, {MODEL: model})
+        return found[MODEL], saved
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> tuple[Identity, dict[str, Any]]:
+        where = self._directory / str(step)
         names = {name: named_leaves(tree) for name, tree in wanted.items()}
         with _silent():
-            self.check(step)
+            saved = self._saved(step)
             try:
                 found = self._checkpointer.load_checkpointables(step, names)
-                return {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
+                trees = {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
             except (ValueError, KeyError, TypeError, OSError):
-                where = self._directory / str(step)
                 raise UserError(f"The checkpoint {where} is damaged; {self._way_out(step)}.") from None
+        for name, leaves in found.items():
+            if name in wanted:
+                now, then = checksums(leaves), saved.checksums.get(name, {})
+                if altered := [leaf for leaf in now if now[leaf] != then.get(leaf)]:
+                    raise UserError(
+                        f"The checkpoint {where} is damaged: {name}/{altered[0]} is not what was written "
+                        f"(checksum {now[altered[0]]}); {self._way_out(step)}."
+                    )
+        return saved.data, trees
 
-    def check(self, step: int) -> None:
-        """The checkpoint of `step` is one of this experiment, or a UserError."""
+    def check(self, step: int) -> Identity:
+        """What data the checkpoint of `step` was trained on; a UserError where it is not one of this experiment."""
+        return self._saved(step).data
+
+    def _saved(self, step: int) -> "_Saved":
         where = self._directory / str(step)
         try:
             with _silent():
-                saved = self._checkpointer.checkpointables_metadata(step).custom_metadata or {}
-            found = from_dict(Experiment, saved["experiment"])
+                metadata = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
+            if "experiment" in metadata and metadata.get("layout") != LAYOUT:
+                raise older(where, metadata.get("layout"))
+            if metadata.pop("sha256") != _sha256(metadata):
+                raise ValueError("altered metadata")
+            found = from_dict(Experiment, metadata["experiment"])
+            saved = _Saved(found, Identity(**metadata["data"]), metadata["checksums"])
         except ocp.training.errors.StepNotFoundError:
             steps = ", ".join(map(str, self._steps())) or "none"
             raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.") from None
+        except OlderLayout:
+            raise
         except (ValueError, KeyError, TypeError, OSError, UserError):
             raise UserError(f"{where} is another program's checkpoint or damaged; {self._way_out(step)}.") from None
-        check_same(found, self._experiment, where)
+        check_same(saved.experiment, self._experiment, where)
+        return saved
 
     def _steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
@@ -126,6 +172,34 @@ class Checkpoints:
             f"A checkpoint cannot be written to {self._directory} ({reason}); make room there and run the same "
             f"command again: it goes on from {'the start' if self.latest is None else f'step {self.latest}'}."
         )
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint says of itself."""
+
+    experiment: Experiment
+    data: Identity
+    checksums: dict[str, dict[str, str]]
+
+
+class OlderLayout(UserError):
+    """A file of another version of this library: it is not misread, and it is not damaged."""
+
+
+def older(where: Path, layout: object) -> OlderLayout:
+    """The refusal of a run or checkpoint of another layout; the first one had no number."""
+    return OlderLayout(
+        f"{where} is of layout {layout or 1}, and this version reads layout {LAYOUT} alone; train again in another "
+        f"run.dir, or use the version that wrote it."
+    )
+
+
+def _sha256(metadata: dict) -> str:
+    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()
+
+
+def _short(fingerprint: str | None) -> str:
+    return "of another program" if fingerprint is None else fingerprint[:8]
 
 
 @contextlib.contextmanager
@@ -160,20 +234,30 @@ def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
     )
 
 
+def write_config(run_dir: Path, experiment: Experiment) -> None:
+    """Writes config.json, which makes a directory a run."""
+    write_json(run_dir / "config.json", {"layout": LAYOUT} | to_dict(experiment))
+
+
 def read_config(run_dir: Path) -> Experiment:
     """The experiment that a run directory was made for."""
     path = run_dir / "config.json"
     if not path.exists():
         raise UserError(f"{run_dir} holds no run (there is no config.json); train it first with `gdn train ID`.")
     try:
-        return from_dict(Experiment, json.loads(path.read_text()))
+        tree = json.loads(path.read_text())
+        if isinstance(tree, dict) and "model" in tree and (layout := tree.pop("layout", None)) != LAYOUT:
+            raise older(path, layout)
+        return from_dict(Experiment, tree)
+    except OlderLayout:
+        raise
     except (ValueError, UserError) as error:
         reason = str(error).rstrip(".")
         raise UserError(f"{path} is damaged ({reason}); restore it, or choose another run.dir.") from None
 
 
-def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int]:
-    """(experiment, model, step) of a run's newest checkpoint, or of `step`, on the default device."""
+def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int, Identity]:
+    """(experiment, model, step, data trained on) of a run's newest checkpoint, or of `step`, on the default device."""
     experiment = read_config(run_dir)
     directory = run_dir / "checkpoints"
     none = UserError(f"{run_dir} holds no finished checkpoint; train it first with `gdn train {experiment.id}`.")
@@ -187,17 +271,18 @@ def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int]:
         step = checkpoints.latest if step is None else step
         if step is None:
             raise none
-        model = checkpoints.load_model(step, abstract)
-    return experiment, model, step
+        model, data = checkpoints.load_model(step, abstract)
+    return experiment, model, step, data
 
 
-def write(run_dir: Path, experiment: Experiment, model: LM, step: int) -> None:
+def write(run_dir: Path, experiment: Experiment, model: LM, step: int, data: Identity) -> None:
     """Makes a run of a model that was not trained here: config.json and one checkpoint, without optimizer state."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / "config.json", to_dict(experiment))
+    write_config(run_dir, experiment)
     # Without a limit the writer holds every array compressed, which is nearly the model once more.
     context = ocp.Context()
     largest = max(leaf.nbytes for leaf in named_leaves(model).values())
     context.memory.write_concurrent_bytes = max(largest + 1, WRITE_BYTES)  # less than one array is an error
-    with context, contextlib.closing(Checkpoints(run_dir / "checkpoints", experiment, writes=True)) as checkpoints:
+    directory = run_dir / "checkpoints"
+    with context, contextlib.closing(Checkpoints(directory, experiment, writes=True, data=data)) as checkpoints:
         checkpoints.save(step, model)

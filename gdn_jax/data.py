@@ -7,7 +7,7 @@ integer, and the number of processes may change.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,8 @@ import grain
 import numpy as np
 
 from gdn_jax.errors import UserError
-from gdn_jax.prepare import FORMAT, SPLITS
+from gdn_jax.fingerprint import SPLITS, Identity, ends_path, fingerprint
+from gdn_jax.prepare import FORMAT
 
 SHARD_FIELDS = {"file", "tokens", "documents", "bytes", "words", "sha256"}
 VERIFY_BYTES = 1 << 30  # hashing more than this at every start takes too long
@@ -63,6 +64,16 @@ class Prepared:
     manifest: dict[str, Any] = field(repr=False)
 
     @property
+    def fingerprint(self) -> str:
+        """sha256 of the content: tokens, document ends, split and tokenizer (see gdn_jax.fingerprint)."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def identity(self) -> Identity:
+        """What a checkpoint records of the data it was trained on."""
+        return Identity(self.fingerprint, self.manifest["tokenizer"]["hash8"])
+
+    @property
     def vocab(self) -> int:
         return self.manifest["tokenizer"]["vocab"]
 
@@ -82,16 +93,17 @@ class Prepared:
         """UTF-8 bytes of the split's text, the denominator of bits per byte."""
         return self.manifest["splits"][split]["bytes"]
 
-    def unigram_nats(self, split: str = "validation") -> float:
-        """Cross entropy of `split` in nats per token under token frequencies alone, a first milestone.
+    def unigram_nats(self, ranges: Iterable[range] | None = None, split: str = "validation") -> float:
+        """Cross entropy of the tokens in `ranges` of a split (None: all) under token frequencies alone, nats per token.
 
         p(v) = (n_v + 1) / (sum n + vocab) with n the counts in the train split.
         """
         train = np.load(self.directory / "unigram.npy")
         log_p = np.log(train + 1.0) - np.log(train.sum() + len(train))
         tokens, counts, block = self.tokens(split), np.zeros_like(train), 1 << 24
-        for start in range(0, len(tokens), block):
-            counts += np.bincount(tokens[start : start + block], minlength=len(train))
+        for part in [range(len(tokens))] if ranges is None else ranges:
+            for start in range(part.start, part.stop, block):
+                counts += np.bincount(tokens[start : min(start + block, part.stop)], minlength=len(train))
         return float(-(counts * log_p).sum() / counts.sum())
 
     @cached_property
@@ -114,7 +126,7 @@ class Prepared:
         for split in SPLITS:
             parts, start = [], 0
             for shard in self.manifest["splits"][split]["shards"]:
-                parts.append(np.load(_ends_path(self.directory / shard["file"])) + start)
+                parts.append(np.load(ends_path(self.directory / shard["file"])) + start)
                 start += shard["tokens"]
             ends[split] = np.concatenate(parts)
         return ends
@@ -154,7 +166,8 @@ def open_prepared(directory: str | Path, *, tokenizer_hash: str | None, verify: 
             f"--validation {manifest['validation']}"
         )
         shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
-        complete = {"hash8", "vocab", "eos"} <= set(made_by) and all(set(shard) >= SHARD_FIELDS for shard in shards)
+        complete = isinstance(manifest["fingerprint"], str)
+        complete &= {"hash8", "vocab", "eos"} <= set(made_by) and all(set(shard) >= SHARD_FIELDS for shard in shards)
     except (KeyError, TypeError):
         complete = False
     if not complete:
@@ -170,10 +183,10 @@ def open_prepared(directory: str | Path, *, tokenizer_hash: str | None, verify: 
         )
     for shard in shards:
         _check_size(directory / shard["file"], shard["tokens"] * width, again)
-        ends = _load(_ends_path(directory / shard["file"]), again)
+        ends = _load(ends_path(directory / shard["file"]), again)
         if (len(ends), int(ends[-1]) if len(ends) else 0) != (shard["documents"], shard["tokens"]):
             raise UserError(
-                f"{_ends_path(directory / shard['file'])} has {len(ends)} document ends, expected "
+                f"{ends_path(directory / shard['file'])} has {len(ends)} document ends, expected "
                 f"{shard['documents']} with the last at token {shard['tokens']}; {again}."
             )
     if len(_load(directory / "unigram.npy", again)) != made_by["vocab"]:
@@ -188,7 +201,13 @@ def open_prepared(directory: str | Path, *, tokenizer_hash: str | None, verify: 
                 f"{directory / shard['file']} was altered: its sha256 is {found[:8]}..., expected "
                 f"{shard['sha256'][:8]}...; {again}."
             )
-    return Prepared(directory, manifest)
+    prepared = Prepared(directory, manifest)
+    if verify and (found := fingerprint(directory, manifest)) != prepared.fingerprint:
+        raise UserError(
+            f"{directory} was altered: its fingerprint is {found[:8]}..., expected {prepared.fingerprint[:8]}...; "
+            f"{again}."
+        )
+    return prepared
 
 
 class TokenWindows:
@@ -255,21 +274,44 @@ def train_batches(
     return iterator
 
 
-def validation_batches(
-    prepared: Prepared, *, seq_len: int, batch_size: int, windows: int, with_segments: bool
-) -> Iterator[Batch]:
-    """The first `windows` held-out windows in order (all, when there are fewer), keyed as in training.
+@dataclass(frozen=True)
+class ValidationWindows:
+    """The held-out windows that a training run measures its loss on, always the same: spread evenly over the split."""
+
+    prepared: Prepared
+    seq_len: int
+    indices: tuple[int, ...]  # of `of` windows side by side
+    of: int
+
+    def described(self) -> dict[str, Any]:
+        """What a run records of them, with the cross entropy of a unigram model on their targets."""
+        starts = (index * self.seq_len + 1 for index in self.indices)
+        unigram = self.prepared.unigram_nats(range(start, start + self.seq_len) for start in starts)
+        return {
+            "data": self.prepared.fingerprint,
+            "seq_len": self.seq_len,
+            "windows": list(self.indices),
+            "of_windows": self.of,
+            "unigram_nats_per_token": unigram,
+        }
+
+
+def validation_windows(prepared: Prepared, seq_len: int, count: int) -> ValidationWindows:
+    """`count` of the W whole held-out windows, numbers floor((i + 1/2) W / count); all of them where W <= count."""
+    check_held_out(prepared, seq_len)
+    of = (len(prepared.tokens("validation")) - 1) // seq_len
+    count = min(count, of)
+    return ValidationWindows(prepared, seq_len, tuple((2 * i + 1) * of // (2 * count) for i in range(count)), of)
+
+
+def validation_batches(windows: ValidationWindows, *, batch_size: int, with_segments: bool) -> Iterator[Batch]:
+    """The windows in order, keyed as in training.
 
     "weights" float32 [batch_size] is 1 for a window and 0 for the rows of zeros that fill up the last batch.
     """
-    source = TokenWindows(prepared, "validation", seq_len, with_segments=with_segments)
-    check_held_out(prepared, seq_len)
-    return _padded(source, batch_size, min(windows, len(source)))
-
-
-def _padded(source: TokenWindows, batch_size: int, count: int) -> Iterator[Batch]:
-    for start in range(0, count, batch_size):
-        rows = [source[index] for index in range(start, min(start + batch_size, count))]
+    source = TokenWindows(windows.prepared, "validation", windows.seq_len, with_segments=with_segments)
+    for start in range(0, len(windows.indices), batch_size):
+        rows = [source[index] for index in windows.indices[start : start + batch_size]]
         missing = batch_size - len(rows)
         batch = {key: np.pad(np.stack([row[key] for row in rows]), ((0, missing), (0, 0))) for key in rows[0]}
         yield batch | {"weights": (np.arange(batch_size) < len(rows)).astype(np.float32)}
@@ -294,10 +336,6 @@ def check_held_out(prepared: Prepared, seq_len: int) -> None:
             f"{prepared.directory} has {found} held-out tokens, too few for one window of data.seq_len {seq_len} + 1; "
             f"lower it, or prepare with a larger --validation."
         )
-
-
-def _ends_path(shard: Path) -> Path:
-    return shard.with_suffix(".ends.npy")
 
 
 def _check_size(path: Path, expected: int, again: str) -> None:

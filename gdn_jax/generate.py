@@ -19,6 +19,7 @@ from gdn_jax.continuation import Continuation
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.model import LM
+from gdn_jax.progress import Progress
 from gdn_jax.tokenizer import Tokenizer
 
 PIECES = (1024, 128, 16, 1)  # a prompt of any length is a sum of these: four programs at most
@@ -105,7 +106,7 @@ def stream(
     stops: Sequence[str] = (),
     compute: Compute | None = None,
     chunk: int = 16,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[list[Completion]]:
     """Continues all prompts together and yields the growing completions after every `chunk` tokens.
 
@@ -113,7 +114,7 @@ def stream(
     max_tokens  the most tokens added to each; EOS ends a sequence earlier
     seeds       one for each prompt, in [0, 2^31); default 0. Token n of a prompt depends on its seed and n alone
     stops       strings that end a sequence where they would begin
-    progress    is told, in words, how much of the prompts is read
+    progress    where the reading of the prompts shows itself; None: on stderr
     Raises UserError for arguments outside these rules, a tokenizer larger than the model's vocabulary, and logits
     that are not finite.
     """
@@ -127,14 +128,15 @@ def stream(
     vocab = min(tokenizer.vocab, model.config.vocab)
     rows, total, read = [], sum(map(len, encoded)), 0
 
-    def say(tokens: int) -> None:
-        nonlocal read
-        read += tokens
-        if progress is not None:
-            progress(f"Read {read:,} of {total:,} prompt tokens.")
+    with progress or Progress() as display:
 
-    for ids, seed in zip(encoded, seeds, strict=True):
-        rows.append(_prefill(model, ids, seed, room, compute, say))
+        def say(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            display.show(f"Read {read:,} of {total:,} prompt tokens.")
+
+        for ids, seed in zip(encoded, seeds, strict=True):
+            rows.append(_prefill(model, ids, seed, room, compute, say))
     rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
     out = [Completion(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     texts = [Continuation(tokenizer, ids, stops) for ids in encoded]

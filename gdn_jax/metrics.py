@@ -1,6 +1,8 @@
 """What a run says of itself: its environment, one JSON line per logged step, and the optional sinks."""
 
 import datetime
+import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -15,18 +17,21 @@ from gdn_jax.config import Experiment, Run, flat, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_text
 
+HERE = Path(__file__).resolve().parent.parent
+SOURCES = ("gdn_jax", "pallas_kernels", "experiments")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # dense bf16 FLOP/s of one device, by the vendor's data sheet, for model FLOP utilisation
 PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit, devices and date: what a number must carry."""
+    """Versions, commit, hash of the source, devices and date: what a number must carry."""
     commit, dirty = _commit()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "dirty": dirty,
+        "source": source_hash(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "platform": platform.platform(),
@@ -36,15 +41,25 @@ def environment() -> dict[str, Any]:
     }
 
 
+@functools.cache
+def source_hash() -> str:
+    """Eight hex digits of every Python file of the three packages: a checkout, a copy without git and a wheel agree."""
+    digest = hashlib.sha256()
+    files = sorted(path.relative_to(HERE).as_posix() for name in SOURCES for path in (HERE / name).rglob("*.py"))
+    for name in files:
+        content = (HERE / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:8]
+
+
 def _commit() -> tuple[str, bool]:
     """(short hash, uncommitted changes) of the checkout this package lies in; ("unknown", False) outside one."""
-    here = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != here:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != HERE:
             return "unknown", False
         return git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):

@@ -7,7 +7,10 @@ depends on its text alone, so equal texts never lie on both sides. In the output
     {train,validation}-00000.bin        token ids, little endian uint16 (uint32 when vocab > 65536)
     {train,validation}-00000.ends.npy   int64, where each document ends in its shard
     unigram.npy                         int64[vocab], how often each token occurs in the train split
-    manifest.json                       written last: what it was made of, counts and hashes
+    manifest.json                       written last: what it was made of, counts, hashes and the fingerprint
+
+The fingerprint says which data it is: it is made of the tokens, where their documents end, the split and the tokenizer,
+and of nothing else, so that every machine that prepares the same text in the same way finds the same one.
 
 Until the manifest is written, plan.json says what is being made and shard-00000.json marks a finished shard.
 """
@@ -34,15 +37,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from gdn_jax import config, tokenizer
 from gdn_jax.errors import UserError
 from gdn_jax.files import explained
+from gdn_jax.fingerprint import SPLITS, ends_path, fingerprint
+from gdn_jax.progress import Progress
 from gdn_jax.sources import InputShard, documents, find_shards
 
-FORMAT = 1
-SPLITS = ("train", "validation")
+FORMAT = 2
 IN_PROCESS_BYTES = 64 << 20  # smaller sources are not worth starting processes for
 BATCH_CHARACTERS = 1 << 20  # of text tokenised, written and reported at once
 
@@ -63,15 +66,15 @@ def prepare(
     validation: float,
     text_column: str = "text",
     workers: int | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Tokenise `source` into the directory `out`; an interrupted preparation goes on where it stopped.
 
-    source       "python-stdlib" | a text file or folder | .jsonl[.gz|.zst] or .parquet, file or folder |
-                 "hf:owner/name[:config]"
+    source       "english-novels" | "python-stdlib" | a text file or folder | .jsonl[.gz|.zst] or .parquet, file or
+                 folder | "hf:owner/name[:config]"
     validation   fraction of documents held out, in (0, 1)
     workers      processes; None: one per core, or this one alone below 64 MiB. The output is always the same
-    progress     receives plain lines; None: one live line on a terminal, plain lines on stderr elsewhere
+    progress     where the work shows itself; None: on stderr
 
     Returns `out`. Raises UserError when the source, the tokenizer or the directory cannot be used, or a split
     is empty. Processes are spawned: a script calls this under `if __name__ == "__main__":`.
@@ -97,10 +100,10 @@ def prepare(
         "dtype": "uint16" if encoder.vocab <= 1 << 16 else "uint32",
         "validation": validation,
     }
-    with _Display(progress) as display, _locked(out, display):
+    with progress or Progress() as display, _locked(out, display):
         if (out / "manifest.json").exists():
             _check_agreement(out / "manifest.json", plan)
-            display.line(f"{out} is prepared already.")
+            display.say(f"{out} is prepared already.")
             return out
         if any(out.iterdir()) and not any(out.glob("plan.json*")):  # a temporary one of a killed preparation counts
             raise UserError(f"{out} holds files but no prepared data; choose another --out, or an empty one.")
@@ -112,14 +115,15 @@ def prepare(
         open_jobs = [job for job in jobs if not job.mark.exists()]
         workers = _worker_count(workers, open_jobs)
         try:
+            count = _Count(display)
             if workers == 1:
                 for job in open_jobs:
-                    _write_shard(job, display.add)
+                    _write_shard(job, count.add)
             else:
-                _run_pool(open_jobs, workers, display)
+                _run_pool(open_jobs, workers, count)
         except KeyboardInterrupt:
             finished = sum(job.mark.exists() for job in jobs)
-            display.line(f"Stopped with {finished} of {len(jobs)} shards finished; the same command goes on from here.")
+            display.say(f"Stopped with {finished} of {len(jobs)} shards finished; the same command goes on from here.")
             raise
         except BrokenProcessPool:
             raise UserError(
@@ -129,7 +133,7 @@ def prepare(
         finally:
             _remove_temporary(out)
         manifest = _finish(out, plan, jobs)
-        display.line(_summary(out, manifest))
+        display.say(_summary(out, manifest))
     return out
 
 
@@ -156,7 +160,7 @@ class _SplitWriter:
 
     def __init__(self, job: _Job, split: str):
         self._bin = job.out / f"{split}-{job.index:05}.bin"
-        self._ends_path = self._bin.with_suffix(".ends.npy")
+        self._ends_path = ends_path(self._bin)
         self._dtype = np.dtype(job.plan["dtype"]).newbyteorder("<")
         self._eos = np.array([job.plan["tokenizer"]["eos"]], np.int32)
         self._file = _temporary(self._bin).open("wb")
@@ -255,7 +259,7 @@ def _finish(out: Path, plan: dict, jobs: list[_Job]) -> dict:
     for split in SPLITS:
         if splits[split]["documents"] == 0:
             shards = [out / mark[name]["file"] for mark in marks for name in SPLITS]
-            for path in leftovers + shards + [shard.with_suffix(".ends.npy") for shard in shards]:
+            for path in leftovers + shards + [ends_path(shard) for shard in shards]:
                 path.unlink(missing_ok=True)
             total = sum(splits[name]["documents"] for name in SPLITS)
             raise UserError(
@@ -265,6 +269,7 @@ def _finish(out: Path, plan: dict, jobs: list[_Job]) -> dict:
             )
     _save_array(out / "unigram.npy", sum(np.load(job.counts) for job in jobs))
     manifest = plan | {"skipped": skipped, "splits": splits}
+    manifest["fingerprint"] = fingerprint(out, manifest)
     _write_json(out / "manifest.json", manifest)
     for path in leftovers:
         path.unlink()
@@ -302,7 +307,7 @@ class _Stopped(Exception):
 _worker: dict[str, Any] = {}  # what the initializer received, in a worker process only
 
 
-def _run_pool(jobs: list[_Job], workers: int, display: "_Display") -> None:
+def _run_pool(jobs: list[_Job], workers: int, count: "_Count") -> None:
     context = multiprocessing.get_context("spawn")
     totals, stop = context.Array("q", 3), context.Event()
     with ProcessPoolExecutor(workers, context, _start_worker, (totals, stop)) as pool:
@@ -317,7 +322,7 @@ def _run_pool(jobs: list[_Job], workers: int, display: "_Display") -> None:
                 done, pending = wait(pending, timeout=0.2)
                 for future in done:
                     future.result()
-                display.show(totals[:])
+                count.show(totals[:])
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -348,7 +353,7 @@ def _report_to_parent(*done: int) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out: Path, display: "_Display") -> Iterator[None]:
+def _locked(out: Path, display: Progress) -> Iterator[None]:
     """One preparation at a time in a directory; a second one waits and then finds the work done."""
     with _explained(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -362,7 +367,7 @@ def _locked(out: Path, display: "_Display") -> Iterator[None]:
                 raise UserError(
                     f"Another process prepares {out}; put the call under `if __name__ == '__main__':`."
                 ) from None
-            display.line(f"Waiting for another process that prepares {out}.")
+            display.say(f"Waiting for another process that prepares {out}.")
             fcntl.flock(handle, fcntl.LOCK_EX)
         with _explained(out):
             yield
@@ -403,43 +408,22 @@ def _write_json(path: Path, tree: dict) -> None:
 def _summary(out: Path, manifest: dict) -> str:
     train, held_out = (manifest["splits"][split] for split in SPLITS)
     return (
-        f"Prepared {out}: train {train['tokens']:,} tokens in {train['documents']:,} documents, validation "
-        f"{held_out['tokens']:,} in {held_out['documents']:,}; {manifest['skipped']:,} empty or unreadable "
-        f"ones left out."
+        f"Prepared {out}, fingerprint {manifest['fingerprint'][:8]}: train {train['tokens']:,} tokens in "
+        f"{train['documents']:,} documents, validation {held_out['tokens']:,} in {held_out['documents']:,}; "
+        f"{manifest['skipped']:,} empty or unreadable ones left out."
     )
 
 
-class _Display:
-    """One live line on a terminal; elsewhere, or to `say`, a plain line every ten seconds."""
+class _Count:
+    """Documents, tokens and bytes done so far, shown with their rate."""
 
-    def __init__(self, say: Callable[[str], None] | None):
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._say = say or console.print
-        self._live = console.status("Preparing") if say is None and console.is_terminal else None
-        self._totals = [0, 0, 0]
-        self._start = self._last = time.monotonic()
-
-    def __enter__(self) -> "_Display":
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def line(self, text: str) -> None:
-        self._say(text)
+    def __init__(self, progress: Progress):
+        self._progress, self._totals, self._start = progress, [0, 0, 0], time.monotonic()
 
     def add(self, *done: int) -> None:
         self.show([total + value for total, value in zip(self._totals, done, strict=True)])
 
     def show(self, totals: list[int]) -> None:
         self._totals = totals
-        now = time.monotonic()
-        if now - self._last < (0.2 if self._live else 10):
-            return
-        self._last = now
-        rate = totals[2] / 1e6 / (now - self._start)
-        text = f"{totals[0]:,} documents, {totals[1]:,} tokens, {rate:.1f} MB/s"
-        (self._live.update if self._live else self._say)(text)
+        rate = totals[2] / 1e6 / max(time.monotonic() - self._start, 1e-9)
+        self._progress.show(f"{totals[0]:,} documents, {totals[1]:,} tokens, {rate:.1f} MB/s")

@@ -18,6 +18,8 @@ from gdn_jax.errors import UserError
 TEXT_SHARD_BYTES = 16 << 20
 HF_SHARD_ROWS = 100_000
 JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+NOVELS = Path(__file__).parent / "corpus" / "english_novels.jsonl.gz"
+BUILT_IN = ("english-novels", "python-stdlib")  # sources that are everywhere: they prepare themselves
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ def find_shards(source: str) -> list[InputShard]:
         rows = len(_load_hf(source))
         starts = range(0, rows, HF_SHARD_ROWS)
         return [InputShard("hf", source, (), 0, (start, min(start + HF_SHARD_ROWS, rows))) for start in starts]
+    if source == "english-novels":
+        return [InputShard("jsonl", str(NOVELS.parent), (NOVELS.name,), NOVELS.stat().st_size)]
     if source == "python-stdlib":
         root = Path(sysconfig.get_path("stdlib"))
         return _text_shards(source, root, (name for name in _walk(root) if name.endswith(".py")))
     path = Path(source)
     if not path.exists():
-        raise UserError(f"Source {source!r} is no file, folder, 'python-stdlib' or 'hf:owner/name'; check the path.")
+        built_in = " or ".join(map(repr, BUILT_IN))
+        raise UserError(f"Source {source!r} is no file or folder, nor {built_in}, nor 'hf:owner/name'; check the path.")
     root, names = (path, list(_walk(path))) if path.is_dir() else (path.parent, [path.name])
     tables = [name for name in names if name.endswith(".parquet")]
     lines = [name for name in names if name.endswith(JSONL)]

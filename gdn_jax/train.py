@@ -1,14 +1,11 @@
 """Training, top to bottom: prepare or resume, one jitted step, a loop that never waits for its own metrics.
 
-    runs/<id>/<hash8>/   config.json  env.json  metrics.jsonl  checkpoints/<step>  result.json  loss.png
-
 `train` goes on from the newest checkpoint by itself, and the resumed run repeats the uninterrupted one exactly: the
 checkpoint holds parameters and optimizer state, and batch number n is a function of the seed and n alone.
 """
 
 import contextlib
 import dataclasses
-import fcntl
 import math
 import signal
 import threading
@@ -21,39 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.console import Console
-from rich.live import Live
 
-from gdn_jax import data, prepare, sharding, tokenizer
-from gdn_jax.checkpoint import Checkpoints, check_same, read_config
-from gdn_jax.config import DeltaNetConfig, Experiment, GatedDeltaNetConfig, to_dict
+from gdn_jax import data, sharding
+from gdn_jax.checkpoint import Checkpoints, write_config
+from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.flops import train_flops_per_token
+from gdn_jax.implementations import chosen_impls
 from gdn_jax.layers import compute_for
 from gdn_jax.loss import next_token_loss
 from gdn_jax.metrics import Writer, check_sinks, environment, peak_flops
 from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
-from pallas_kernels import gated_delta_rule, linear_attention, selective_scan
-
-
-def _delta_rule(experiment: Experiment, mixer: GatedDeltaNetConfig | DeltaNetConfig):
-    dtype = compute_for(experiment).dtype
-    return gated_delta_rule.resolve(
-        experiment.run.impl, key_dim=mixer.key_dim, value_dim=mixer.value_dim, chunk=experiment.run.chunk, dtype=dtype
-    )
-
-
-# mixer -> its op and how impl resolves
-OPS = {
-    "gated_deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.gated_deltanet)),
-    "deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.deltanet)),
-    "mamba": ("selective_scan", lambda run: selective_scan.resolve(run.run.impl)),
-    **dict.fromkeys(
-        ("retnet", "hgrn2", "mamba2"), ("linear_attention", lambda run: linear_attention.resolve(run.run.impl))
-    ),
-}
+from gdn_jax.progress import Progress
+from gdn_jax.runs import own, prepared_data, run_directory
 
 
 class Interrupted(Exception):
@@ -62,54 +41,6 @@ class Interrupted(Exception):
     def __init__(self, step: int, number: int):
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}, which is saved")
         self.step, self.signal = step, number
-
-
-def run_directory(experiment: Experiment) -> Path:
-    """run.dir, or runs/<id>/<hash8> below the current directory."""
-    return Path(experiment.run.dir or Path("runs") / experiment.id / experiment.hash8)
-
-
-def chosen_impls(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """{op: {"impl", "refused"}} for the ops of the pattern, or a UserError when run.impl cannot run here."""
-    run, found = experiment.run, {}
-    for mixer in dict.fromkeys(experiment.model.pattern):
-        if mixer in OPS:
-            op, resolve = OPS[mixer]
-            try:
-                found[op] = resolve(experiment)._asdict()
-            except NotImplementedError as error:
-                reason = str(error).rpartition("cannot run: ")[2].partition(";")[0].rstrip(".")
-                raise UserError(
-                    f"run.impl is {run.impl!r}, which cannot run {op} here ({reason}); use 'auto'."
-                ) from None
-    return found
-
-
-def prepared_data(experiment: Experiment, progress: Callable[[str], None] | None = None) -> data.Prepared:
-    """The experiment's prepared data; Python's standard library prepares itself, other sources are asked for."""
-    group = experiment.data
-    directory = prepare.default_directory(group, experiment.run.data_root)
-    if group.source == "python-stdlib" and not (directory / "manifest.json").exists():
-        prepare.prepare(group.source, directory, group.tokenizer, validation=group.validation, progress=progress)
-    if not any((directory / name).exists() for name in ("manifest.json", "plan.json")):
-        raise UserError(
-            f"data.source {group.source!r} is not prepared in {directory}; run: gdn data prepare "
-            f"{group.source if Path(group.source).exists() else 'SOURCE'} --out {directory} --tokenizer "
-            f"{group.tokenizer} --validation {group.validation}."
-        )
-    tokens = tokenizer.load(group.tokenizer)
-    prepared = data.open_prepared(directory, tokenizer_hash=tokens.hash8)
-    if prepared.vocab > experiment.model.vocab:
-        raise UserError(
-            f"model.vocab is {experiment.model.vocab}; it must be at least {prepared.vocab}, the tokens of "
-            f"data.tokenizer {group.tokenizer!r}."
-        )
-    if not math.isclose(prepared.manifest["validation"], group.validation):
-        raise UserError(
-            f"data.validation is {group.validation} but {directory} was prepared with "
-            f"{prepared.manifest['validation']}; use that, or prepare into another run.data_root."
-        )
-    return prepared
 
 
 def make_train_step(experiment: Experiment, transform: optax.GradientTransformation) -> Callable:
@@ -180,15 +111,13 @@ class Trainer:
             out_shardings=everywhere,
         )
 
-    def validation_loss(self, model: LM, prepared: data.Prepared) -> float:
-        """Mean nats per token over the first run.eval_windows held-out windows."""
-        group, run = self.experiment.data, self.experiment.run
+    def validation_loss(self, model: LM, windows: data.ValidationWindows) -> float:
+        """Mean nats per token over the held-out windows."""
+        experiment = self.experiment
         batches = data.validation_batches(
-            prepared,
-            seq_len=group.seq_len,
-            batch_size=self.experiment.optim.batch_size // run.micro_batches,
-            windows=run.eval_windows,
-            with_segments=group.reset_at_documents,
+            windows,
+            batch_size=experiment.optim.batch_size // experiment.run.micro_batches,
+            with_segments=experiment.data.reset_at_documents,
         )
         total = count = 0.0
         for batch in batches:
@@ -210,28 +139,30 @@ def train(experiment: Experiment) -> Path:
     trainer = Trainer(experiment, sharding.make_mesh(experiment.run.fsdp))
     prepared = prepared_data(experiment)
     data.check_length(prepared, experiment.data.seq_len, experiment.optim.batch_size)
-    with _own(directory, experiment):
+    windows = data.validation_windows(prepared, experiment.data.seq_len, experiment.run.eval_windows)
+    with own(directory, experiment):
         if experiment.run.compile_cache:
             jax.config.update("jax_compilation_cache_dir", str(Path(experiment.run.compile_cache).resolve()))
-        checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True)
-        with jax.set_mesh(trainer.mesh), _Line() as line, _stop_signals() as stop, contextlib.closing(checkpoints):
+        checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True, data=prepared.identity)
+        progress, closing = Progress(seconds=0), contextlib.closing(checkpoints)
+        with jax.set_mesh(trainer.mesh), progress, _stop_signals() as stop, closing:
             start = checkpoints.latest or 0
             if start >= experiment.optim.steps:
                 checkpoints.check(start)
-                line.say(f"{experiment.id}: all {start} steps are done, in {directory}")
+                progress.say(f"{experiment.id}: all {start} steps are done, in {directory}")
                 return directory
             if start:
                 model, opt_state = checkpoints.load(start, *trainer.abstract)
             else:
                 model, opt_state = trainer.begin(experiment.run.seed)
-            write_json(directory / "config.json", to_dict(experiment))
-            env = environment() | {"impl": impls}
+            write_config(directory, experiment)
+            env = environment() | {"impl": impls, "data": prepared.identity._asdict()}
             write_json(directory / "env.json", env)
-            writer = Writer(directory, experiment, start)
-            with contextlib.closing(writer):
-                line.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}")
+            write_json(directory / "validation.json", windows.described())
+            with contextlib.closing(Writer(directory, experiment, start)) as writer:
+                progress.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}")
                 writer.write({"step": start, "event": "start"} | env)
-                loop = _Loop(trainer, prepared, checkpoints, writer, line, directory)
+                loop = _Loop(trainer, prepared, windows, checkpoints, writer, progress, directory)
                 loop.run(model, opt_state, start, stop)
     return directory
 
@@ -239,9 +170,12 @@ def train(experiment: Experiment) -> Path:
 class _Loop:
     """The steps. Step n is dispatched before the metrics of step n - 1 are fetched."""
 
-    def __init__(self, trainer, prepared, checkpoints, writer, line, directory):
-        self.trainer, self.prepared, self.checkpoints = trainer, prepared, checkpoints
-        self.writer, self.line, self.directory = writer, line, directory
+    def __init__(
+        self, trainer: Trainer, prepared: data.Prepared, windows: data.ValidationWindows, checkpoints: Checkpoints,
+        writer: Writer, progress: Progress, directory: Path,
+    ):  # fmt: skip
+        self.trainer, self.prepared, self.windows, self.checkpoints = trainer, prepared, windows, checkpoints
+        self.writer, self.progress, self.directory = writer, progress, directory
         self.experiment = experiment = trainer.experiment
         self.schedule = schedule(experiment.optim)
         self.tokens_per_step = experiment.optim.batch_size * experiment.data.seq_len
@@ -324,74 +258,17 @@ class _Loop:
         self.writer.write(row)
         left = (optim.steps - step) * self.tokens_per_step / max(rate, 1e-9)
         validation = "-" if math.isnan(self.validation) else f"{self.validation:.4f}"
-        self.line.show(
+        self.progress.show(
             f"step {step}/{optim.steps}  loss {loss:.4f}  val {validation}  lr {row['lr']:.2e}  "
             f"|g| {norm:.2f}  {rate:,.0f} tokens/s  MFU {'-' if mfu is None else f'{mfu:.1%}'}  {left:,.0f} s left"
         )
 
     def _validate(self, step: int, model: LM) -> None:
-        self.validation = self.trainer.validation_loss(model, self.prepared)
+        self.validation = self.trainer.validation_loss(model, self.windows)
         self.writer.write({"step": step, "validation_loss": self.validation})
-        self.line.say(
+        self.progress.say(
             f"step {step}/{self.experiment.optim.steps}  validation loss {self.validation:.4f} nats per token"
         )
-
-
-class _Line:
-    """One live line on a terminal, plain lines elsewhere."""
-
-    def __init__(self):
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.live = Live(console=self.console, refresh_per_second=4) if self.console.is_terminal else None
-
-    def __enter__(self):
-        if self.live:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_):
-        if self.live:
-            self.live.stop()
-
-    def show(self, text: str) -> None:
-        self.live.update(text) if self.live else self.say(text)
-
-    def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
-
-
-@contextlib.contextmanager
-def _own(directory: Path, experiment: Experiment) -> Iterator[None]:
-    """The run's directory, made or checked, held by this process alone."""
-    config = directory / "config.json"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in directory.iterdir()}
-        if names and not names & {"config.json", "lock"}:
-            raise _no_run(directory)
-        lock = (directory / "lock").open("w")
-    except OSError as error:
-        raise UserError(
-            f"The run's directory {directory} cannot be written ({error.strerror}); choose another run.dir."
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another process is training in {directory}; wait for it, or choose another run.dir."
-            ) from None
-        if config.exists():
-            check_same(read_config(directory), experiment, directory)
-        elif {path.name for path in directory.iterdir()} - {"lock", "config.json.new"}:
-            raise _no_run(directory)
-        else:
-            write_json(config, to_dict(experiment))
-        yield
-
-
-def _no_run(directory: Path) -> UserError:
-    return UserError(f"{directory} holds files but no run; choose another run.dir, or an empty one.")
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from gdn_jax import prepare
 from gdn_jax.config import Data, Experiment, GatedDeltaNetConfig, Model, Optim, Run
 from gdn_jax.metrics import read_rows
 from gdn_jax.model import LM, init_model
+from gdn_jax.progress import SILENT
 
 TEXT = Path(__file__).resolve().parent.parent
 
@@ -52,7 +53,7 @@ def prepare_text(directory: Path) -> None:
         (text / path.name).write_text(path.read_text())
     group = experiment(directory).data
     out = prepare.default_directory(group, str(directory / "data"))
-    prepare.prepare(group.source, out, group.tokenizer, validation=group.validation, progress=lambda line: None)
+    prepare.prepare(group.source, out, group.tokenizer, validation=group.validation, progress=SILENT)
 
 
 def losses(directory: Path) -> dict[int, float]:

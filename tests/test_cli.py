@@ -90,7 +90,7 @@ MISTAKES = [
     (f"show {ID} --run.micro_batches 3", "run.micro_batches is 3; it must divide optim.batch_size 8."),
     (f"show {ID} --model.pattern gated_deltnet", "(did you mean 'gated_deltanet'?)"),
     (f"show {ID} --model.pattern swa", "uses 'swa' but model.attention is not set"),
-    ("data prepare nowhere", "Source 'nowhere' is no file, folder"),
+    ("data prepare nowhere", "Source 'nowhere' is no file or folder, nor 'english-novels'"),
     ("data prepare . --validation 2", "validation is 2.0; it must be"),
     ("data prepare . --tokenizer bite", "Tokenizer 'bite' is neither 'byte' nor the path"),
     ("data verify nowhere", "nowhere holds no prepared data"),

@@ -16,17 +16,20 @@ from test_tokenizer import json_file  # noqa: F401  fixture
 
 from experiments import get
 from gdn_jax import checkpoint
-from gdn_jax.config import Data, Experiment, Model, Optim, to_dict
+from gdn_jax.config import Data, Experiment, Model, Optim
 from gdn_jax.convert import fla, lit
 from gdn_jax.convert.exchange import export_checkpoint, import_checkpoint
 from gdn_jax.convert.files import INDEX
 from gdn_jax.convert.tables import places, unused_keys
 from gdn_jax.errors import UserError
+from gdn_jax.fingerprint import Identity
 from gdn_jax.model import abstract_model
+from gdn_jax.tokenizer import ByteTokenizer
 from gdn_jax.tree import named_leaves, with_leaves
 
 MANIFEST = json.loads((Path(__file__).parent / "parity" / "fla_manifest.json").read_text())
 BYTES = Data(tokenizer="byte", seq_len=32)
+BYTE_DATA = Identity("0" * 64, ByteTokenizer.hash8)
 
 
 def small(id: str, **changes) -> Model:
@@ -52,7 +55,7 @@ def random_run(directory: Path, model: Model) -> dict[str, np.ndarray]:
     abstract = abstract_model(model)
     leaves = {name: random.standard_normal(leaf.shape, np.float32) for name, leaf in named_leaves(abstract).items()}
     experiment = Experiment(id="test/convert", model=model, optim=Optim(steps=1, batch_size=8), data=BYTES)
-    checkpoint.write(directory, experiment, with_leaves(abstract, jax.tree.map(jnp.asarray, leaves)), 0)
+    checkpoint.write(directory, experiment, with_leaves(abstract, jax.tree.map(jnp.asarray, leaves)), 0, BYTE_DATA)
     return leaves
 
 
@@ -358,7 +361,7 @@ def test_models_that_fla_has_no_words_for(tmp_path):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         (tmp_path / "run").mkdir()
         experiment = Experiment(id="test/x", model=model, optim=Optim(steps=1, batch_size=8), data=BYTES)
-        (tmp_path / "run" / "config.json").write_text(json.dumps(to_dict(experiment)))
+        checkpoint.write_config(tmp_path / "run", experiment)
         with pytest.raises(UserError) as error:
             export_checkpoint(tmp_path / "run", tmp_path / "out", form=form)
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -122,16 +122,17 @@ def test_start_far_away_costs_nothing(prepared):
 
 def test_validation_batches_are_in_order_and_padded(prepared):
     source = data.TokenWindows(prepared, "validation", T, with_segments=True)
-    options = {"seq_len": T, "batch_size": 4, "with_segments": True}
-    found = list(data.validation_batches(prepared, windows=10, **options))
+    options = {"batch_size": 4, "with_segments": True}
+    windows = data.validation_windows(prepared, T, 10)
+    found = list(data.validation_batches(windows, **options))
     assert [list(batch["weights"]) for batch in found] == [[1] * 4, [1] * 4, [1, 1, 0, 0]]
     assert found[0]["weights"].dtype == np.float32
     for key in ("tokens", "segment_ids"):
         rows = np.concatenate([batch[key] for batch in found])
         assert rows.shape == (12, T + 1) and rows.dtype == np.int32
-        np.testing.assert_array_equal(rows[:10], [source[i][key] for i in range(10)])
+        np.testing.assert_array_equal(rows[:10], [source[i][key] for i in windows.indices])
         assert not rows[10:].any()
-    every = list(data.validation_batches(prepared, windows=10**6, **options))
+    every = list(data.validation_batches(data.validation_windows(prepared, T, 10**6), **options))
     assert sum(batch["weights"].sum() for batch in every) == len(source)
 
 
@@ -142,7 +143,7 @@ def test_unigram_nats_by_hand(tmp_path, directory, prepared):
         expected -= np.log((np.sum(train == token) + 1) / (len(train) + 257)) / len(held_out)
     assert prepared.unigram_nats() == pytest.approx(expected, rel=1e-12)
     assert 1 < expected < np.log(257)
-    assert prepared.unigram_nats("train") < prepared.unigram_nats()
+    assert prepared.unigram_nats(split="train") < prepared.unigram_nats()
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def test_other_tokenizer_or_no_data(fresh, tmp_path):
     assert "No such file" in refusal(tmp_path / "absent")
     manifest = json.loads((fresh / "manifest.json").read_text())
     (fresh / "manifest.json").write_text(json.dumps(manifest | {"format": 99}))
-    assert "is not of format 1" in refusal(fresh)
+    assert "is not of format 2" in refusal(fresh)
     (fresh / "manifest.json").write_text("{")
     assert "manifest.json is damaged" in refusal(fresh)
     (fresh / "manifest.json").rename(fresh / "plan.json")
@@ -209,4 +210,4 @@ def test_batch_user_errors(prepared):
     with pytest.raises(UserError, match="process 2 of 2"):
         batches(prepared, 1, process=(2, 2))
     with pytest.raises(UserError, match="too few for one window"):
-        data.validation_batches(prepared, seq_len=10**6, batch_size=1, windows=1, with_segments=False)
+        data.validation_windows(prepared, 10**6, 1)

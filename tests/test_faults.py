@@ -201,7 +201,7 @@ FAULTS = [
         "manifest without fields",
         TRAIN,
         ("manifest.json is damaged", f"delete {DATA}"),
-        file(DATA / "manifest.json", b'{"format": 1}'),
+        file(DATA / "manifest.json", b'{"format": 2}'),
     ),
     Fault(
         "damaged manifest when preparing",

@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from gdn_jax import checkpoint
+from gdn_jax import checkpoint, tokenizer
 from gdn_jax.config import Data, GatedDeltaNetConfig, Mamba2Config, MambaConfig, Model
 from gdn_jax.convert.exchange import import_checkpoint
 from gdn_jax.layers import Compute
@@ -127,9 +127,9 @@ def test_logits_are_those_of_fla(name, tmp_path, monkeypatch):
     kept = arrays(f"fla_{name}")
     checkpoint_directory(kept, tmp_path / "fla")
     # 64 tokens are no tokenizer's vocabulary; logits need none
-    monkeypatch.setattr("gdn_jax.convert.exchange._tokenizer", lambda *_: "byte")
+    monkeypatch.setattr("gdn_jax.convert.exchange._tokenizer", lambda *_: ("byte", tokenizer.load("byte")))
     import_checkpoint(tmp_path / "fla", tmp_path / "run", data=Data(tokenizer="byte", seq_len=32))
-    experiment, imported, step = checkpoint.load(tmp_path / "run")
+    experiment, imported, step, _ = checkpoint.load(tmp_path / "run")
     assert experiment.optim.precision == "fp32" and step == 0
     assert 0.5 < kept["logits"].std() < 10
     run = jax.jit(lambda model, tokens, compute: model(tokens, compute=compute)[0], static_argnums=2)

@@ -17,6 +17,7 @@ from gdn_jax.evaluate import perplexity as module
 from gdn_jax.layers import Compute
 from gdn_jax.model import init_model
 from gdn_jax.prepare import prepare
+from gdn_jax.progress import SILENT
 
 T = 24
 VOCAB = 320
@@ -36,7 +37,7 @@ def prepared(tmp_path_factory):
     lines = [{"text": f"{i} " + " ".join(rng.choice(words, rng.integers(1, 9)))} for i in range(200)]
     source = root / "in.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)))
-    prepare(str(source), root / "out", "byte", validation=0.5, workers=1, progress=lambda line: None)
+    prepare(str(source), root / "out", "byte", validation=0.5, workers=1, progress=SILENT)
     return open_prepared(root / "out", tokenizer_hash=None)
 
 
@@ -160,10 +161,13 @@ def test_unigram_numbers_and_one_compilation(model, prepared):
     before = module._nll._cache_size()
     found = measure(model, prepared, batch_size=7)
     assert module._nll._cache_size() == before + 1
-    unigram = prepared.unigram_nats("validation")
-    assert found["unigram_nats_per_token"] == unigram
-    tokens, size = len(prepared.tokens("validation")), prepared.text_bytes("validation")
-    assert found["unigram_nats_per_byte"] == pytest.approx(unigram * tokens / size, rel=1e-12)
+    scored = found["tokens"]
+    unigram = prepared.unigram_nats([range(1, 1 + scored)])  # the same tokens, not the whole split
+    assert found["unigram_nats_per_token"] == unigram != prepared.unigram_nats()
+    assert found["unigram_nats_per_byte"] == pytest.approx(unigram * scored / found["bytes"], rel=1e-12)
+    assert (found["data"], found["windows"], found["of_windows"]) == (prepared.fingerprint, scored // T, scored // T)
+    part = measure(model, prepared, windows=3, stride=5)
+    assert (part["windows"], part["of_windows"]) == (3, (len(prepared.tokens("validation")) - 1 - T) // 5 + 1)
     assert set(json.loads(json.dumps(found, allow_nan=False))) == set(found)
 
 

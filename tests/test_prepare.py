@@ -14,6 +14,7 @@ from test_tokenizer import save_json_tokenizer
 
 from gdn_jax import config, prepare, sources
 from gdn_jax.errors import UserError
+from gdn_jax.progress import SILENT
 from gdn_jax.tokenizer import ByteTokenizer
 
 FRACTION = 0.2
@@ -21,6 +22,7 @@ KILLED = """
 import os, signal, sys, threading, time
 from pathlib import Path
 from gdn_jax.prepare import prepare
+from gdn_jax.progress import Progress
 
 def end_midway():
     while sum(1 for _ in Path(sys.argv[2]).glob("shard-*.json")) < 3:
@@ -31,7 +33,7 @@ def end_midway():
         os.kill(os.getpid(), signal.SIGKILL)
 
 threading.Thread(target=end_midway, daemon=True).start()
-prepare(sys.argv[1], Path(sys.argv[2]), "byte", validation=0.2, workers=int(sys.argv[3]), progress=print)
+prepare(sys.argv[1], Path(sys.argv[2]), "byte", validation=0.2, workers=int(sys.argv[3]), progress=Progress(say=print))
 """
 
 
@@ -53,7 +55,7 @@ def make_jsonl_folder(folder, files, count, words=60):
 
 
 def run(source, out, name="byte", **options):
-    options = {"validation": FRACTION, "workers": 1, "progress": lambda line: None} | options
+    options = {"validation": FRACTION, "workers": 1, "progress": SILENT} | options
     return prepare.prepare(str(source), out, name, **options)
 
 
@@ -239,7 +241,7 @@ def test_user_errors(tmp_path):
 
     (tmp_path / "empty").mkdir()
     good = file("good.jsonl", b'{"text": "a"}\n')
-    assert "is no file, folder" in sentence(tmp_path / "absent")
+    assert "is no file or folder" in sentence(tmp_path / "absent")
     assert "holds no text files" in sentence(tmp_path / "empty")
     assert "bad.jsonl, line 3: not valid JSON" in sentence(file("bad.jsonl", b'{"text": "a"}\n\n{"text": \n'), "o1")
     assert "line 1: not valid JSON" in sentence(file("latin.jsonl", b'{"text": "\xe9"}\n'), "o2")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import EXPERIMENTS, get, report
-from gdn_jax.config import to_dict
+from experiments import EXPERIMENTS, get, published, report
+from gdn_jax.checkpoint import write_config
 from gdn_jax.errors import UserError
 from gdn_jax.model import count_parameters
 
@@ -22,10 +22,12 @@ ENVIRONMENT = {
     "versions": {"jax": "0.10.2"},
     "impl": {"gated_delta_rule": {"impl": "chunked", "refused": "triton: no CUDA device"}},
 }
+DATA = "1a2b3c4d" + "0" * 56
 NUMBERS = {
+    "step": 40, "trained_on": DATA, "trained_window": 128, "data": DATA, "windows": 70, "of_windows": 70,
     "token_nll": 2.0, "token_perplexity": math.exp(2.0), "nats_per_byte": 2.1, "bits_per_byte": 2.1 / math.log(2),
     "byte_perplexity": math.exp(2.1), "word_perplexity": 4e5, "tokens": 1000, "bytes": 950, "words": 160,
-    "window": 128, "stride": 64, "unigram_nats_per_token": 3.2, "unigram_nats_per_byte": 3.3,
+    "window": 128, "stride": 128, "unigram_nats_per_token": 3.2, "unigram_nats_per_byte": 3.3,
 }  # fmt: skip
 
 
@@ -39,22 +41,27 @@ def run_dir(tmp_path):
     rows += [{"step": 40, "validation_loss": 2.5}]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 50, "lo')  # killed while writing
-    (tmp_path / "config.json").write_text(json.dumps(to_dict(get(ID))))
+    write_config(tmp_path, get(ID))
+    windows = {"windows": [1, 5, 9], "of_windows": 70, "unigram_nats_per_token": 3.25}
+    (tmp_path / "validation.json").write_text(json.dumps(windows))
     (tmp_path / "env.json").write_text(json.dumps(ENVIRONMENT))
     return tmp_path
 
 
 def test_a_result_row(run_dir):
-    report.save_evaluation(run_dir, NUMBERS, 40)
+    report.save_evaluation(run_dir, NUMBERS)
     row = report.result_row(run_dir)
     assert json.loads((run_dir / "result.json").read_text()) == row
     experiment = get(ID)
-    assert (row["id"], row["hash8"], row["steps"]) == (ID, experiment.hash8, 40)
+    assert (row["id"], row["hash8"], row["recipe8"], row["steps"]) == (ID, experiment.hash8, experiment.recipe8, 40)
     assert row["parameters"] == count_parameters(experiment.model)
     assert row["tokens"] == 40 * 8 * 128 and row["seq_len"] == 128
     assert row["train_seconds"] == pytest.approx(12 + 10)
     assert row["impl"] == {"gated_delta_rule": "chunked"}
-    assert row["validation"] == NUMBERS and row["environment"] == ENVIRONMENT
+    assert (
+        row["validation"] == {key: x for key, x in NUMBERS.items() if key != "step"}
+        and row["environment"] == ENVIRONMENT
+    )
     table = report.summary(row).splitlines()
     assert any(line.split() == ["nats", "per", "byte", "2.1000", "3.3000"] for line in table)
 
@@ -68,28 +75,24 @@ def test_a_result_row(run_dir):
     ],
 )
 def test_a_missing_file_names_its_command(run_dir, name, sentence):
-    report.save_evaluation(run_dir, NUMBERS, 40)
+    report.save_evaluation(run_dir, NUMBERS)
     (run_dir / name).unlink()
     with pytest.raises(UserError, match=sentence):
         report.result_row(run_dir)
 
 
 def test_the_loss_curve(run_dir):
-    without = report.draw_loss(run_dir).read_bytes()
-    report.save_evaluation(run_dir, NUMBERS, 40)
     image = report.draw_loss(run_dir).read_bytes()
     assert image[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", image[16:24]) == (1050, 645)
-    assert image != without  # the unigram line
 
 
 def test_what_the_loss_curve_shows(run_dir):
-    report.save_evaluation(run_dir, NUMBERS, 40)
     axes = report.loss_figure(run_dir).axes[0]
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
     assert lines["training"] == ([10, 20, 30, 40], [5.0, 4.0, 2.0, 1.0])
-    assert lines["validation"] == ([40], [2.5])
-    assert lines["unigram model, validation"][1] == [3.2, 3.2]
+    assert lines["validation, 3 of 70 windows"] == ([40], [2.5])
+    assert lines["unigram model, the same windows"][1] == [3.25, 3.25]
     assert axes.get_ylabel() == "loss (nats per token)" and axes.get_xlabel() == "optimizer step"
     assert axes.get_title() == f"{ID}  {get(ID).hash8}\nNVIDIA H200, commit 012345678"
 
@@ -115,7 +118,7 @@ def table_rows():
 
 
 def test_the_table_never_leaves_a_cell_blank(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(published, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "PAPER", tmp_path / "none.json")
     rows = table_rows()
     assert list(rows) == list(EXPERIMENTS)
@@ -125,19 +128,19 @@ def test_the_table_never_leaves_a_cell_blank(monkeypatch, tmp_path):
 
 def test_published_results_and_the_papers_numbers(monkeypatch, tmp_path, run_dir):
     results = tmp_path / "results"
-    results.mkdir()
     paper = {"table3/gated-deltanet/1.3b": {"numbers": {"wikitext": 16.42}, "source": "Table 3"}}
     (tmp_path / "paper.json").write_text(json.dumps(paper))
-    monkeypatch.setattr(report, "RESULTS", results)
+    monkeypatch.setattr(published, "RESULTS", results)
     monkeypatch.setattr(report, "PAPER", tmp_path / "paper.json")
-    report.save_evaluation(run_dir, NUMBERS, 40)
+    report.save_evaluation(run_dir, NUMBERS)
     row = report.result_row(run_dir)
-    (results / "any.json").write_text(json.dumps(row))
+    path = published.publish(run_dir)
+    assert path == results / ID / get(ID).recipe8 / "3407-1a2b3c4d-nvidia-h200.json"
     rows = table_rows()
-    assert rows[ID][3:] == ["2.1000 nats/byte (unigram 3.3000)", "NVIDIA H200, 2026-01-02, 012345678"]
+    assert rows[ID][3:] == ["2.1000 nats/byte (unigram 3.3000)", "NVIDIA H200, 2026-01-02, 012345678, data 1a2b3c4d"]
     assert rows["table3/gated-deltanet/1.3b"][2:4] == ["wikitext 16.42", "not run"]
-    (results / "any.json").write_text(json.dumps(row | {"hash8": "00000000"}))
-    assert table_rows()[ID][3:] == ["not run", "ready; an older configuration was run (00000000)"]
+    path.write_text(json.dumps(row | {"recipe8": "00000000"}))
+    assert table_rows()[ID][3:] == ["not run", "ready; an older recipe was run (00000000)"]
 
 
 def test_rewriting_a_readme(tmp_path):

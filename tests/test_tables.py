@@ -1,12 +1,14 @@
 """`gdn table`: every model a row, ours only from runs of the ID's own configuration, the paper's never as ours."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from experiments import get, report, tables
+from experiments import get, published, report, tables
 from experiments.models import PAPER_MODELS
 from experiments.run import main
+from gdn_jax.errors import UserError
 
 SUMMARY_DIFFERS = {
     "hgrn2",
@@ -20,22 +22,33 @@ SUMMARY_DIFFERS = {
 }
 
 
+DATA, OTHER = "1a2b3c4d" + "0" * 56, "5e6f7a8b" + "0" * 56
+
+
 @pytest.fixture(autouse=True)
 def nothing_published(monkeypatch, tmp_path):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(published, "RESULTS", tmp_path / "results")
     monkeypatch.chdir(tmp_path)
 
 
-def write_run(id, hash8=None, perplexity=7.5, **more):
+def row_of(id, perplexity=7.5, seed=3407, data=DATA, device="cpu", measured=None, **more):
+    """A result row of the ID's own recipe; `measured` changes what its evaluation says it measured."""
     experiment = get(id)
-    row = {
-        "id": id, "hash8": hash8 or experiment.hash8, "steps": 5, "validation": {"token_perplexity": perplexity},
-        "environment": {"devices": ["cpu"], "date": "2026-01-02T03:04:05", "commit": "abcdef0", "dirty": False},
-    }  # fmt: skip
-    directory = report.RESULTS / "runs" / id / experiment.hash8
+    window = experiment.data.seq_len
+    protocol = {"data": data, "window": window, "stride": window, "windows": 9, "of_windows": 9}
+    trained = {"trained_on": data, "trained_window": window, "token_perplexity": perplexity}
+    return {
+        "id": id, "hash8": experiment.hash8, "recipe8": experiment.recipe8, "seed": seed, "steps": 5,
+        "validation": trained | protocol | (measured or {}),
+        "environment": {"devices": [device], "date": "2026-01-02T03:04:05", "commit": "abcdef0", "dirty": False},
+    } | more  # fmt: skip
+
+
+def write_run(row):
+    directory = Path("runs") / row["id"] / f"{row['seed']}-{row['environment']['devices'][0]}"
     directory.mkdir(parents=True)
-    (directory / "result.json").write_text(json.dumps(row | more))
-    return row
+    (directory / "result.json").write_text(json.dumps(row))
+    return directory
 
 
 def printed(capsys, *words):
@@ -53,12 +66,13 @@ def test_nothing_run(capsys):
 
 
 def test_a_run_fills_its_own_row(capsys):
-    write_run("table3/hgrn2/tiny", zero_shot={"piqa": 51.25})
+    write_run(row_of("table3/hgrn2/tiny", zero_shot={"piqa": 51.25}))
     rows = json.loads(printed(capsys, "--scale", "tiny", "--json"))
     by_model = {row["model"]: row for row in rows}
     assert by_model["hgrn2"]["ours"]["held_out_ppl"] == 7.5 and by_model["hgrn2"]["ours"]["piqa"] == 51.25
     assert (
-        by_model["hgrn2"]["ours"]["wiki_ppl"] == "not run" and by_model["hgrn2"]["from"] == "cpu, 2026-01-02, abcdef0"
+        by_model["hgrn2"]["ours"]["wiki_ppl"] == "not run"
+        and by_model["hgrn2"]["from"] == "cpu, 2026-01-02, abcdef0, data 1a2b3c4d"
     )
     others = [row for model, row in by_model.items() if model != "hgrn2"]
     assert {value for row in others for value in row["ours"].values()} == {"not run"}
@@ -67,13 +81,73 @@ def test_a_run_fills_its_own_row(capsys):
     assert "7.50" in line and "51.25" in line and line.count("not run") == 10
 
 
-def test_a_published_result_counts_when_its_configuration_is_the_ids(capsys):
-    row = write_run("table3/retnet/tiny")
-    (report.RESULTS / "runs").rename(report.RESULTS / "elsewhere")
-    (report.RESULTS / "one.json").write_text(json.dumps(row))
+def test_a_published_result_counts_when_its_recipe_is_the_ids():
+    directory = write_run(row_of("table3/retnet/tiny"))
+    path = published.publish(directory)
+    (directory / "result.json").unlink()
     assert tables.rows("table3", "tiny")[0]["ours"]["held_out_ppl"] == 7.5
-    (report.RESULTS / "one.json").write_text(json.dumps(row | {"hash8": "00000000"}))
+    path.write_text(json.dumps(row_of("table3/retnet/tiny", recipe8="00000000")))
     assert tables.rows("table3", "tiny")[0]["ours"]["held_out_ppl"] == "not run"
+
+
+def test_a_row_is_mean_and_spread_over_seeds_of_the_same_data_and_device(capsys):
+    for seed, perplexity in ((1, 7.0), (2, 8.0), (3, 9.0)):
+        write_run(row_of("table3/retnet/tiny", perplexity, seed))
+    write_run(row_of("table3/retnet/tiny", 70.0, 4, device="NVIDIA H100"))
+    write_run(row_of("table3/retnet/tiny", 700.0, 5, data=OTHER))
+    found = [row for row in tables.rows("table3", "tiny") if row["model"] == "retnet"]
+    assert {(row["ours"]["held_out_ppl"], row["spread"]["held_out_ppl"], len(row["seeds"])) for row in found} == {
+        (8.0, 1.0, 3), (70.0, None, 1), (700.0, None, 1),
+    }  # fmt: skip
+    lines = [line for line in printed(capsys, "--scale", "tiny").splitlines() if line.startswith("retnet")]
+    assert sum("8.00 ± 1.00" in line and "data 1a2b3c4d, 3 seeds" in line for line in lines) == 1
+    assert sum("NVIDIA H100" in line for line in lines) == sum("data 5e6f7a8b" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("measured", "mark"),
+    [
+        ({"windows": 3}, "3 of 9 windows"),
+        ({"stride": 16}, "stride 16"),
+        ({"window": 512, "stride": 512}, "windows of 512, trained with 256"),
+        ({"data": OTHER}, "read on data 5e6f7a8b, trained on 1a2b3c4d"),
+    ],
+)
+def test_what_was_measured_otherwise_is_marked_and_never_averaged(capsys, measured, mark):
+    write_run(row_of("table3/retnet/tiny", 7.0, 1))
+    write_run(row_of("table3/retnet/tiny", 9.0, 2, measured=measured))
+    whole, marked = (row for row in tables.rows("table3", "tiny") if row["model"] == "retnet")
+    assert (whole["ours"]["held_out_ppl"], whole["spread"]["held_out_ppl"], whole["marks"]) == (7.0, None, [])
+    assert (marked["ours"]["held_out_ppl"], marked["marks"]) == (9.0, [mark])
+    assert f"MARKED: {mark}" in printed(capsys, "--scale", "tiny")
+    with pytest.raises(UserError, match="is not its ID's number"):
+        published.publish(Path("runs/table3/retnet/tiny/2-cpu"))
+
+
+def test_an_evaluation_of_fewer_windows_does_not_replace_the_whole(tmp_path):
+    whole = {"step": 4} | row_of("table3/retnet/tiny")["validation"]
+    for one in (whole, whole | {"windows": 3, "token_perplexity": 1.0}, whole | {"stride": 8, "token_perplexity": 2.0}):
+        report.save_evaluation(tmp_path, one)
+    kept = json.loads((tmp_path / report.EVALUATION).read_text())
+    assert len(kept) == 3 and published.preferred(kept) == whole
+    report.save_evaluation(tmp_path, whole | {"token_perplexity": 7.0})  # measured again: replaced
+    kept = json.loads((tmp_path / report.EVALUATION).read_text())
+    assert len(kept) == 3 and published.preferred(kept)["token_perplexity"] == 7.0
+    report.save_evaluation(tmp_path, whole | {"step": 8, "windows": 3})  # the others are of an older checkpoint
+    assert [one["step"] for one in json.loads((tmp_path / report.EVALUATION).read_text())] == [8]
+
+
+def test_a_result_of_uncommitted_files_is_not_published():
+    row = row_of("table3/retnet/tiny")
+    directory = write_run(row | {"environment": row["environment"] | {"dirty": True}})
+    with pytest.raises(UserError, match="uncommitted changes"):
+        published.publish(directory)
+
+
+def test_without_git_a_result_names_the_hash_of_the_source():
+    row = row_of("table3/retnet/tiny")
+    write_run(row | {"environment": row["environment"] | {"commit": "unknown", "source": "01234567"}})
+    assert tables.rows("table3", "tiny")[0]["from"] == "cpu, 2026-01-02, source 01234567, data 1a2b3c4d"
 
 
 def test_the_papers_rows_stand_beside_ours(capsys):

@@ -15,7 +15,8 @@ from small import experiment, prepare_text, scripted_model
 
 import experiments
 from experiments.run import main
-from gdn_jax import checkpoint, generate
+from gdn_jax import checkpoint, generate, tokenizer
+from gdn_jax.fingerprint import Identity
 from gdn_jax.generate import stream
 from gdn_jax.model import init_model
 
@@ -29,7 +30,7 @@ KANJI = dict(zip("漢".encode(), "漢".encode()[1:] + "漢".encode()[:1], strict
 def write(directory, model):
     small = experiment(Path())
     small = replace(small, id=ID, model=model.config, run=replace(small.run, dir="", compile_cache=""))
-    checkpoint.write(Path(directory), small, model, 0)
+    checkpoint.write(Path(directory), small, model, 0, Identity(None, tokenizer.load("byte").hash8))
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +148,12 @@ def test_there_and_back_generates_and_scores_the_same(capsys, tmp_path):
         as_json(capsys, "eval", back, "--windows", "9", *CHUNK),
     )
     assert before["token_nll"] == after["token_nll"] and after["step"] == 0
-    assert json.loads(Path(back, "evaluation.json").read_text())["token_nll"] == after["token_nll"]
+    assert before["marks"][1] == after["marks"][1] and after["marks"][1].endswith("trained on data of another program")
     other = as_json(capsys, "eval", back, "--windows", "9", "--data.seq_len", "16")
     assert other["token_nll"] != after["token_nll"] and other["window"] == 16
-    assert json.loads(Path(back, "evaluation.json").read_text())["window"] == 32, "only the run's own data is kept"
+    assert "windows of 16, trained with 32" in other["marks"]
+    kept = json.loads(Path(back, "evaluation.json").read_text())
+    assert [(one["window"], one["token_nll"]) for one in kept] == [(32, after["token_nll"]), (16, other["token_nll"])]
     assert main(["eval", back, "--model.norm_eps", "0.1"]) == 2
     assert "model.norm_eps (1e-05 there, 0.1 asked)" in capsys.readouterr().err
 

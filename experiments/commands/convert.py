@@ -1,17 +1,14 @@
 """`gdn convert import` and `gdn convert export`: checkpoints of other programs."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import experiments
 from experiments.commands import of_run, print_facts
 from experiments.options import Switch
 from gdn_jax.config import Data
 from gdn_jax.errors import UserError
-
-LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,9 +18,9 @@ class ImportOptions:
     out: str = ""  # the run's directory; it must not exist
     like: str = ""  # for lit-gpt tensors: the ID of an experiment with that model, table3/gated-deltanet/1.3b
     tokenizer: str = ""  # "byte", or a SentencePiece .model or tokenizers .json file; empty: the directory's own
-    source: str = "python-stdlib"  # data that `gdn eval` measures by default, as of data.source
+    source: str = "english-novels"  # data that `gdn eval` measures by default, as of data.source
     seq_len: int = 4096  # its windows
-    validation: float = 0.01  # its held-out fraction, as the data was prepared
+    validation: float = 0.05  # its held-out fraction, as the data was prepared
     precision: Literal["files", "bf16", "fp32"] = "files"  # of activations; files: that of the tensors
     json: Switch = False  # print one flat object
 
@@ -49,8 +46,7 @@ def import_run(source: str, options: ImportOptions) -> None:
     from gdn_jax.convert.exchange import import_checkpoint
 
     precision = None if options.precision == "files" else options.precision
-    with _Line() as line:
-        facts = import_checkpoint(Path(source), out, data=data, like=like, precision=precision, say=line.say)
+    facts = import_checkpoint(Path(source), out, data=data, like=like, precision=precision)
     print_facts(facts, options.json)
 
 
@@ -58,12 +54,11 @@ def export_run(name: str, options: ExportOptions) -> None:
     out = _out(options.out)
     experiment = of_run(name)
     from gdn_jax.convert.exchange import export_checkpoint
-    from gdn_jax.train import run_directory
+    from gdn_jax.runs import run_directory
 
-    with _Line() as line:
-        facts = export_checkpoint(
-            run_directory(experiment), out, form=options.format, dtype=options.dtype, step=options.step, say=line.say
-        )
+    facts = export_checkpoint(
+        run_directory(experiment), out, form=options.format, dtype=options.dtype, step=options.step
+    )
     print_facts(facts, options.json)
 
 
@@ -71,31 +66,3 @@ def _out(name: str) -> Path:
     if not name:
         raise UserError("--out is missing; give the directory to write.")
     return Path(name)
-
-
-class _Line:
-    """Progress on stderr: one live line on a terminal, a line now and then elsewhere."""
-
-    def __init__(self):
-        from rich.console import Console
-        from rich.live import Live
-
-        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self._live = Live(console=self._console, transient=True) if self._console.is_terminal else None
-        self._said = time.monotonic()
-
-    def __enter__(self) -> Self:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._live:
-            self._live.stop()
-
-    def say(self, line: str) -> None:
-        if self._live:
-            self._live.update(line)
-        elif time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
-            self._console.print(line, markup=False)

@@ -10,7 +10,7 @@ from gdn_jax.config import Data, Run
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """Tokenise text: a file or folder of text, .jsonl or .parquet, 'python-stdlib', or 'hf:owner/name'."""
+    """Tokenise text: a file or folder of text, .jsonl or .parquet, a built-in source, or 'hf:owner/name'."""
 
     out: str = ""  # directory to write; empty: data/<source>-<tokenizer hash>
     tokenizer: str = "byte"  # or the path of a SentencePiece .model or tokenizers .json file
@@ -21,7 +21,7 @@ class PrepareOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Check every hash of a prepared directory."""
+    """Check every hash of a prepared directory and print its fingerprint."""
 
     json: Switch = False  # print one flat object
 
@@ -43,6 +43,7 @@ def verify_data(directory: str, options: VerifyOptions) -> None:
 
     prepared = open_prepared(directory, tokenizer_hash=None, verify=True)
     facts = {"directory": directory, "source": prepared.manifest["source"]}
+    facts["fingerprint"] = prepared.fingerprint
     facts |= {f"tokenizer_{key}": value for key, value in prepared.manifest["tokenizer"].items()}
     for split, counts in prepared.manifest["splits"].items():
         facts |= {f"{split}_{key}": counts[key] for key in ("tokens", "documents", "bytes", "words")}

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import experiments
-from experiments import report
+from experiments import published, report
 from experiments.commands import Stopped, print_facts
 from experiments.options import Overrides, Switch
-from gdn_jax.config import IMPORTED, Experiment, flat, to_dict
+from gdn_jax.config import Experiment, flat, to_dict
 from gdn_jax.errors import UserError
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 parameters and AdamW's two moments
@@ -87,12 +87,13 @@ def _list_row(experiment: Experiment) -> dict[str, Any]:
 
 def show(experiment: Experiment, options: ShowOptions) -> None:
     from gdn_jax.flops import forward_flops_per_token, train_flops_per_token
-    from gdn_jax.train import run_directory
+    from gdn_jax.runs import run_directory
 
     parameters, seq_len = report.parameters(experiment.model), experiment.data.seq_len
     facts = {
         "id": experiment.id,
         "hash8": experiment.hash8,
+        "recipe8": experiment.recipe8,
         "model_hash8": experiment.model_hash8,
         "parameters": parameters,
         "layers": experiment.model.layers,
@@ -123,13 +124,15 @@ def run(experiment: Experiment, options: RunOptions) -> None:
 
     check_scoring(experiment.data.seq_len, options.stride, options.windows)  # before hours of training
     run_dir = _train(experiment)
-    _evaluate(experiment, options.stride, options.windows)
+    measured = _evaluate(experiment, options.stride, options.windows)
     row = report.result_row(run_dir)
     plot = report.draw_loss(run_dir)
     if options.json:
         print(json.dumps(row, indent=1))
     else:
         print(report.summary(row))
+        if measured["marks"] and not published.marks(row["validation"]):
+            print(f"Asked now\n{report.validation_table(measured)}")
         print(f"Wrote {run_dir / 'result.json'} and {plot}.")
 
 
@@ -147,32 +150,30 @@ def _train(experiment: Experiment) -> Path:
 def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -> dict[str, Any]:
     """Measure the run's last checkpoint and keep the numbers in its directory.
 
-    The model of an imported run may be measured on any data, for it was trained on none of ours; only the numbers on
-    the data that the run names are kept.
+    Its model may be measured on any data of its tokenizer, which the numbers then say.
     """
     from gdn_jax import checkpoint, tokenizer
     from gdn_jax.evaluate.perplexity import check_scoring, perplexity
+    from gdn_jax.implementations import chosen_impls
     from gdn_jax.layers import compute_for
-    from gdn_jax.train import chosen_impls, prepared_data, run_directory
+    from gdn_jax.runs import check_tokenizer, open_run, prepared_data, run_directory
 
     check_scoring(experiment.data.seq_len, stride, windows)
     chosen_impls(experiment)
-    run_dir = run_directory(experiment)
-    trained, model, step = checkpoint.load(run_dir)
-    imported = trained.id.startswith(IMPORTED)
-    checkpoint.check_same(
-        dataclasses.replace(trained, data=experiment.data) if imported else trained, experiment, run_dir
-    )
+    run = open_run(run_directory(experiment))
     data, optim = experiment.data, experiment.optim
+    checkpoint.check_same(dataclasses.replace(run.experiment, data=data), experiment, run.directory)
+    check_tokenizer(tokenizer.load(data.tokenizer), run.trained_on, run.directory)
     numbers = perplexity(
-        model, prepared_data(experiment, None), tokenizer.load(data.tokenizer),
+        run.model, prepared_data(experiment), run.tokenizer,
         seq_len=data.seq_len, stride=stride, windows=windows,
         batch_size=optim.batch_size // experiment.run.micro_batches,
         compute=compute_for(experiment), with_segments=data.reset_at_documents,
     )  # fmt: skip
-    if data == trained.data:
-        report.save_evaluation(run_dir, numbers, step)
-    return {"id": experiment.id, "hash8": experiment.hash8, "step": step} | numbers
+    trained = {"trained_on": run.trained_on.fingerprint, "trained_window": run.experiment.data.seq_len}
+    evaluation = {"step": run.step} | trained | numbers
+    report.save_evaluation(run.directory, evaluation)
+    return {"id": experiment.id, "hash8": experiment.hash8, "marks": published.marks(evaluation)} | evaluation
 
 
 def _tokens(experiment: Experiment) -> int:

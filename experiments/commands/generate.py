@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Literal
 from experiments.commands import Stopped, of_run
 from experiments.options import Switch
 from gdn_jax.errors import UserError
+from gdn_jax.progress import Progress
 
 if TYPE_CHECKING:
     from gdn_jax.generate import Completion
 
-LINE_SECONDS = 10.0  # between progress lines on stderr when the text itself is not shown as it comes
 BETWEEN = "\n---\n"  # what parts two completions
 # A model may write anything; on a terminal its control characters must not act.
 CONTROL = {code: "\ufffd" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
@@ -52,24 +51,25 @@ def generate_text(name: str, options: GenerateOptions) -> None:
     texts = [*options.prompt, *_lines(options.prompt_file)] or [""]
     prompts = [text for text in texts for _ in range(options.samples)]
     seeds = [options.seed + i for _ in texts for i in range(options.samples)]
-    progress = _Progress()
-    growing = _stream(name, options, sampling, prompts, seeds, progress.say)
-    if options.json:
-        _print_json(growing, options.max_tokens, progress)
-    else:
-        _print_text(growing, prompts)
+    progress = Progress(live=options.json)  # on a terminal the text itself is shown as it comes
+    growing = _stream(name, options, sampling, prompts, seeds, progress)
+    with progress:
+        if options.json:
+            _print_json(growing, options.max_tokens, progress)
+        else:
+            _print_text(growing, prompts)
 
 
-def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds: list[int], say):
+def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds: list[int], progress):
     """The growing completions of `gdn_jax.generate.stream` for a run's checkpoint."""
     import dataclasses
 
     import jax
 
-    from gdn_jax import checkpoint, tokenizer
     from gdn_jax.generate import stream
+    from gdn_jax.implementations import chosen_impls
     from gdn_jax.layers import compute_for
-    from gdn_jax.train import chosen_impls, run_directory
+    from gdn_jax.runs import open_run, run_directory
 
     experiment = of_run(name)
     run = dataclasses.replace(experiment.run, impl=options.impl)
@@ -78,13 +78,12 @@ def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds:
         optim = dataclasses.replace(optim, precision=options.precision)
     experiment = dataclasses.replace(experiment, run=run, optim=optim)
     chosen_impls(experiment)
-    text = tokenizer.load(experiment.data.tokenizer)
     if run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", str(Path(run.compile_cache).resolve()))
-    _, model, _ = checkpoint.load(run_directory(experiment), options.step)
+    opened = open_run(run_directory(experiment), step=options.step)
     return stream(
-        model, text, prompts, max_tokens=options.max_tokens, sampling=sampling, seeds=seeds, stops=options.stop,
-        compute=compute_for(experiment), progress=say,
+        opened.model, opened.tokenizer, prompts, max_tokens=options.max_tokens, sampling=sampling, seeds=seeds,
+        stops=options.stop, compute=compute_for(experiment), progress=progress,
     )  # fmt: skip
 
 
@@ -111,14 +110,14 @@ def _print_text(growing: Iterable[list["Completion"]], prompts: list[str]) -> No
             print(flush=True)
 
 
-def _print_json(growing: Iterable[list["Completion"]], max_tokens: int, progress: "_Progress") -> None:
+def _print_json(growing: Iterable[list["Completion"]], max_tokens: int, progress: "Progress") -> None:
     """All completions as one array; when stopped, those begun so far, and the exit code says so."""
     completions: list[Completion] = []
     interrupted = False
     try:
         for completions in growing:
             longest = max(len(completion.token_ids) for completion in completions)
-            progress.say(f"Generated {longest:,} of at most {max_tokens:,} tokens.")
+            progress.show(f"Generated {longest:,} of at most {max_tokens:,} tokens.")
     except KeyboardInterrupt:
         interrupted = True
     rows = [
@@ -135,18 +134,6 @@ def _print_json(growing: Iterable[list["Completion"]], max_tokens: int, progress
     print(json.dumps(rows, indent=1, ensure_ascii=False))
     if interrupted:
         raise Stopped("Stopped; the texts are as far as they came.", 128 + signal.SIGINT)
-
-
-class _Progress:
-    """A line on stderr now and then, for work that shows nothing else."""
-
-    def __init__(self):
-        self._said = time.monotonic()
-
-    def say(self, line: str) -> None:
-        if time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
-            print(line, file=sys.stderr)
 
 
 def _lines(path: str) -> list[str]:

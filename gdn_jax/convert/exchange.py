@@ -7,7 +7,6 @@ and one file's tensors.
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +21,11 @@ from gdn_jax.convert.files import FLOATS, SHARD_BYTES, Shards, Tensors, whole
 from gdn_jax.convert.tables import Layout, Place, places, unused_keys
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
+from gdn_jax.fingerprint import Identity
 from gdn_jax.metrics import environment
 from gdn_jax.model import LM, abstract_model
+from gdn_jax.progress import Progress
+from gdn_jax.runs import check_tokenizer
 from gdn_jax.tree import named_leaves, with_leaves
 
 HEAD = "lm_head.weight"  # of both formats; a tied model's file may hold it once more
@@ -31,8 +33,6 @@ NAMED = 8  # tensors named in a refusal
 STEP = 0  # of an imported run's checkpoint: it was trained for no step here
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # what a directory's own tokenizer is called
 DTYPES = {"fp32": (np.float32, "float32"), "bf16": (jnp.bfloat16, "bfloat16")}
-
-Say = Callable[[str], None]
 
 
 def import_checkpoint(
@@ -42,29 +42,31 @@ def import_checkpoint(
     data: Data,
     like: Model | None = None,
     precision: Literal["fp32", "bf16"] | None = None,
-    say: Say = lambda line: None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Makes the run `out` of a checkpoint's parameters, in fp32, and returns what it read.
 
     source      a FLA directory (config.json and .safetensors files); with `like`, lit-gpt .safetensors of that model
     data        what `gdn eval` measures by default. Empty tokenizer: the directory's own, copied into the run
     precision   of activations; None: bf16 for files of half precision, fp32 for others
-    Raises UserError, and leaves nothing behind, where tensors are missing, unknown, of another shape or no floats.
+    progress    where the work shows itself; None: on stderr
+    Raises UserError, and leaves nothing behind, where tensors are missing, unknown, of another shape, no floats or not
+    finite.
     """
-    with contextlib.ExitStack() as stack, whole(out) as directory:
+    with contextlib.ExitStack() as stack, whole(out) as directory, progress or Progress() as display:
         layout, cfg = _described(source, like)
         tensors = Tensors(source, stack)
         wanted = places(layout, cfg)
         dropped = _check(source, layout, cfg, tensors, wanted)
-        words = _tokenizer(source, out, directory, data.tokenizer, cfg)
+        name, words = _tokenizer(source, out, directory, data.tokenizer, cfg)
         half = {tensors.dtypes[key] for key in wanted} & {"BF16", "F16"}
         experiment = Experiment(
             id=f"{IMPORTED}{source.resolve().name.removesuffix('.safetensors')}",
             model=cfg,
             optim=Optim(steps=1, batch_size=8, precision=precision or ("bf16" if half else "fp32")),
-            data=Data(source=data.source, tokenizer=words, seq_len=data.seq_len, validation=data.validation),
+            data=Data(source=data.source, tokenizer=name, seq_len=data.seq_len, validation=data.validation),
         )
-        model = _read_model(tensors, cfg, wanted, say)
+        model = _read_model(source, tensors, cfg, wanted, display)
         facts = {
             "id": experiment.id,
             "format": layout.name,
@@ -74,8 +76,8 @@ def import_checkpoint(
             "dtypes": sorted({tensors.dtypes[key] for key in wanted}),
             "dropped": dropped,
         }
-        say("Writing the run.")
-        checkpoint.write(directory, experiment, model, STEP)
+        display.show("Writing the run.")
+        checkpoint.write(directory, experiment, model, STEP, Identity(None, words.hash8))
         write_json(directory / "import.json", facts | {"environment": environment()})
     return {"directory": str(out)} | facts
 
@@ -88,12 +90,13 @@ def export_checkpoint(
     dtype: Literal["fp32", "bf16"] = "fp32",
     step: int | None = None,
     shard_bytes: int = SHARD_BYTES,
-    say: Say = lambda line: None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Writes a run's newest checkpoint, or that of `step`, to the directory `out` and returns what it wrote.
 
     form    fla: config.json and .safetensors files as flash-linear-attention loads them; lit: the release's keys
     dtype   of the tensors; bf16 rounds, but for A_log and dt_bias, which stay fp32
+    progress    where the work shows itself; None: on stderr
     Raises UserError where the format has no key for a parameter or no word for a switch of the model.
     """
     config = None
@@ -105,15 +108,16 @@ def export_checkpoint(
     else:
         layout = lit.LAYOUT
     wanted = places(layout, experiment.model)
-    with whole(out) as directory:
-        _, model, step = checkpoint.load(run_dir, step)
+    with whole(out) as directory, progress or Progress() as display:
+        _, model, step, trained_on = checkpoint.load(run_dir, step)
+        check_tokenizer(words, trained_on, run_dir)
         leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
         shards = Shards(directory, shard_bytes)
         for i, (key, place) in enumerate(wanted.items()):
             parts = tuple(leaves[name] if place.repeat is None else leaves[name][place.repeat] for name in place.ours)
             tensor = place.transform.write(parts, experiment.model)
             shards.add(key, tensor if place.keeps_fp32 else tensor.astype(DTYPES[dtype][0], copy=False))
-            say(f"Wrote {i + 1:,} of {len(wanted):,} tensors.")
+            display.show(f"Wrote {i + 1:,} of {len(wanted):,} tensors.")
         files = shards.close()
         if config is not None:
             write_json(directory / "config.json", config)
@@ -195,8 +199,8 @@ def _listed(keys: list[str]) -> str:
     return ", ".join(sorted(keys)[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _tokenizer(source: Path, out: Path, directory: Path, name: str, cfg: Model) -> str:
-    """What the run's data.tokenizer becomes; a directory's own tokenizer is copied into the run."""
+def _tokenizer(source: Path, out: Path, directory: Path, name: str, cfg: Model) -> tuple[str, tokenizer.Tokenizer]:
+    """What the run's data.tokenizer becomes, loaded; a directory's own tokenizer is copied into the run."""
     own = next((source / file for file in TOKENIZERS if (source / file).is_file()), None)
     if not name and own is None:
         raise UserError(f"{source} holds no {' or '.join(TOKENIZERS)}; name its tokenizer with --tokenizer.")
@@ -207,24 +211,31 @@ def _tokenizer(source: Path, out: Path, directory: Path, name: str, cfg: Model) 
             "the tokenizer that it was trained with."
         )
     if name:
-        return name
+        return name, words
     shutil.copyfile(own, directory / own.name)
-    return str(out / own.name)
+    return str(out / own.name), words
 
 
-def _read_model(tensors: Tensors, cfg: Model, wanted: dict[str, Place], say: Say) -> LM:
-    """Our parameters, each stacked over its repeats from the tensors that hold it."""
+def _read_model(source: Path, tensors: Tensors, cfg: Model, wanted: dict[str, Place], progress: Progress) -> LM:
+    """Our parameters, each stacked over its repeats from the tensors that hold it; all finite, or a UserError."""
     abstract = abstract_model(cfg)
     holders: dict[str, list[tuple[str, Place]]] = {}
     for key, place in wanted.items():
         for name in place.ours:
             holders.setdefault(name, []).append((key, place))
-    leaves = {}
+    leaves, strange = {}, {}
     for name, leaf in named_leaves(abstract).items():
         array = np.empty(leaf.shape, np.float32)
         for key, place in holders[name]:
             part = place.transform.read(tensors.read(key), cfg)[place.ours.index(name)]
             array[... if place.repeat is None else place.repeat] = part
+            if not np.isfinite(array[... if place.repeat is None else place.repeat]).all():
+                strange[key] = None
         leaves[name] = jax.device_put(array)
-        say(f"Read {len(leaves):,} of {len(holders):,} parameters.")
+        progress.show(f"Read {len(leaves):,} of {len(holders):,} parameters.")
+    if strange:
+        raise UserError(
+            f"The tensors of {source} hold numbers that are not finite: {_listed(list(strange))}; take a checkpoint "
+            "from before the training diverged, or download it again."
+        )
     return with_leaves(abstract, leaves)

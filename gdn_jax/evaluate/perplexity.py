@@ -3,23 +3,18 @@
 import functools
 import itertools
 import math
-import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
-from rich.console import Console
-from rich.progress import Progress
 
 from gdn_jax.data import Prepared, check_held_out
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.model import LM
+from gdn_jax.progress import Progress
 from gdn_jax.tokenizer import Tokenizer
 from pallas_kernels.linear_cross_entropy import token_nll
-
-LINE_SECONDS = 10.0  # between progress lines where there is no terminal
 
 
 def perplexity(
@@ -33,7 +28,8 @@ def perplexity(
     batch_size: int,
     compute: Compute,
     with_segments: bool,
-) -> dict[str, float | int | None]:
+    progress: Progress | None = None,
+) -> dict[str, float | int | str | None]:
     """Cross entropy of the held-out tokens given at most seq_len tokens before each, in several units.
 
         token_nll = -1/N sum_i log p(x_i | x_{i-c_i} ... x_{i-1})         nats; N scored tokens
@@ -44,12 +40,13 @@ def perplexity(
                 window but the first only the last `stride` targets are scored, c > seq_len - stride
     windows     how many, from the start of the split; None: all whole ones. The tail after them is not scored
     with_segments   documents packed in a window do not see each other
+    progress    where the work shows itself; None: on stderr
 
-    Returns token_nll, token_perplexity, nats_per_byte, bits_per_byte, byte_perplexity, word_perplexity,
-    tokens, bytes, words, window, stride, and a unigram model's unigram_nats_per_token and
-    unigram_nats_per_byte on the whole split. bytes and words are those of the scored tokens' text: EOS is a
-    token and no text, words lie between white space and never span documents. word_perplexity is None where
-    it exceeds a float.
+    Returns token_nll, token_perplexity, nats_per_byte, bits_per_byte, byte_perplexity, word_perplexity, tokens, bytes,
+    words, a unigram model's unigram_nats_per_token and unigram_nats_per_byte on the same tokens, and what was measured:
+    data (fingerprint), window, stride, windows of of_windows. bytes and words are those of the scored tokens' text: EOS
+    is a token and no text, words lie between white space and never span documents. word_perplexity is None where it
+    exceeds a float.
     Raises UserError for a stride or a number of windows out of range, too little text, or a loss not finite.
     """
     check_scoring(seq_len, stride, windows)
@@ -61,28 +58,30 @@ def perplexity(
     ends = prepared.document_ends("validation") if with_segments else None
 
     total = 0.0
-    for first in _shown(range(0, count, batch_size), batch_size, count):
-        batch = range(first, min(first + batch_size, count))
-        # Rows that fill up the last batch repeat its first window, so that one program serves all batches.
-        starts = np.array([*batch, *[first] * (batch_size - len(batch))]) * stride
-        positions = starts[:, None] + np.arange(seq_len + 1)
-        tokens = np.stack([held_out[start : start + seq_len + 1] for start in starts]).astype(np.int32)
-        segments = None if ends is None else np.searchsorted(ends, positions, "right").astype(np.int32)
-        nll = np.asarray(_nll(model, tokens, segments, compute), np.float64)
-        for row, window in enumerate(batch):
-            part = float(nll[row, 0 if window == 0 else seq_len - stride :].sum())
-            if not math.isfinite(part):
-                raise UserError(
-                    f"The loss of held-out window {window} is {part}: the parameters have diverged; "
-                    f"train again with a smaller optim.lr."
-                )
-            total += part
+    with progress or Progress() as display:
+        for first in range(0, count, batch_size):
+            batch = range(first, min(first + batch_size, count))
+            # Rows that fill up the last batch repeat its first window, so that one program serves all batches.
+            starts = np.array([*batch, *[first] * (batch_size - len(batch))]) * stride
+            positions = starts[:, None] + np.arange(seq_len + 1)
+            tokens = np.stack([held_out[start : start + seq_len + 1] for start in starts]).astype(np.int32)
+            segments = None if ends is None else np.searchsorted(ends, positions, "right").astype(np.int32)
+            nll = np.asarray(_nll(model, tokens, segments, compute), np.float64)
+            for row, window in enumerate(batch):
+                part = float(nll[row, 0 if window == 0 else seq_len - stride :].sum())
+                if not math.isfinite(part):
+                    raise UserError(
+                        f"The loss of held-out window {window} is {part}: the parameters have diverged; "
+                        f"train again with a smaller optim.lr."
+                    )
+                total += part
+            display.show(f"Evaluated {batch.stop:,} of {count:,} windows.")
 
     scored = seq_len + (count - 1) * stride
     text_bytes, words = _text_size(prepared, tokenizer, 1, 1 + scored)
     if text_bytes == 0:
         raise UserError(f"The {scored} scored tokens of {prepared.directory} hold no text; use more windows.")
-    per_byte, unigram = total / text_bytes, prepared.unigram_nats("validation")
+    per_byte, unigram = total / text_bytes, prepared.unigram_nats([range(1, 1 + scored)])
     return {
         "token_nll": total / scored,
         "token_perplexity": _exp(total / scored),
@@ -93,10 +92,13 @@ def perplexity(
         "tokens": scored,
         "bytes": text_bytes,
         "words": words,
+        "unigram_nats_per_token": unigram,
+        "unigram_nats_per_byte": unigram * scored / text_bytes,
+        "data": prepared.fingerprint,
         "window": seq_len,
         "stride": stride,
-        "unigram_nats_per_token": unigram,
-        "unigram_nats_per_byte": unigram * len(held_out) / prepared.text_bytes("validation"),
+        "windows": count,
+        "of_windows": whole,
     }
 
 
@@ -132,18 +134,3 @@ def _text_size(prepared: Prepared, tokenizer: Tokenizer, start: int, stop: int) 
 
 def _exp(nats: float) -> float | None:
     return math.exp(nats) if nats < 700 else None  # e^709 is the largest float
-
-
-def _shown(starts: range, batch_size: int, count: int) -> Iterator[int]:
-    """The starts of the batches; their progress as a bar on a terminal, as lines on stderr elsewhere."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("Evaluating", total=count)
-        said = time.monotonic()
-        for start in starts:
-            yield start
-            done = min(start + batch_size, count)
-            bar.update(task, completed=done)
-            if not console.is_terminal and time.monotonic() - said > LINE_SECONDS:
-                said = time.monotonic()
-                console.print(f"Evaluated {done:,} of {count:,} windows.")

@@ -1,0 +1,150 @@
+"""Results that count: where they are kept, and which of them are one number.
+
+    python -m experiments.published runs/ID/HASH ...      keep the results of these runs in experiments/results/
+
+A result lies at results/<id>/<recipe8>/<seed>-<data8>-<device>.json: recipe8 is the hash of model, optimizer and data
+configuration without the seed, data8 the fingerprint of the tokens that it was trained on. Runs that differ in the seed
+alone are one row, mean and spread; another recipe, other data or another kind of device is another row.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gdn_jax.config import Experiment
+from gdn_jax.errors import UserError
+from gdn_jax.files import write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+Row = dict[str, Any]
+
+
+def marks(evaluation: Row) -> list[str]:
+    """What keeps an evaluation from being the number of its ID, in words: fewer windows, another stride, other data."""
+    found = []
+    if evaluation["windows"] < evaluation["of_windows"]:
+        found.append(f"{evaluation['windows']:,} of {evaluation['of_windows']:,} windows")
+    if evaluation["stride"] != evaluation["window"]:
+        found.append(f"stride {evaluation['stride']}")
+    if evaluation["window"] != evaluation["trained_window"]:
+        found.append(f"windows of {evaluation['window']}, trained with {evaluation['trained_window']}")
+    if evaluation["data"] != evaluation["trained_on"]:
+        trained_on = "data of another program" if evaluation["trained_on"] is None else evaluation["trained_on"][:8]
+        found.append(f"read on data {evaluation['data'][:8]}, trained on {trained_on}")
+    return found
+
+
+def protocol(evaluation: Row) -> tuple:
+    """What was measured: evaluations that agree in it replace each other."""
+    return tuple(evaluation[key] for key in ("data", "window", "stride", "windows"))
+
+
+def preferred(evaluations: list[Row]) -> Row:
+    """The evaluation that stands for a run: the newest without a mark, else the newest."""
+    return next((one for one in reversed(evaluations) if not marks(one)), evaluations[-1])
+
+
+@dataclass(frozen=True)
+class Result:
+    """The runs of one recipe on the same data and kind of device, one for each seed."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def marks(self) -> list[str]:
+        return marks(self.rows[0]["validation"])
+
+    def value(self, metric: str, group: str = "validation") -> float | None:
+        """Mean over the seeds of rows[group][metric]; None where a seed lacks it."""
+        values = self._values(metric, group)
+        return statistics.fmean(values) if values else None
+
+    def spread(self, metric: str, group: str = "validation") -> float | None:
+        """Standard deviation over the seeds (n - 1); None for one seed."""
+        values = self._values(metric, group)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def _values(self, metric: str, group: str) -> list[float]:
+        values = [row.get(group, {}).get(metric) for row in self.rows]
+        return [] if None in values else values
+
+    def origin(self) -> str:
+        """Device, date, commit and data, and how many seeds where there is more than one."""
+        newest = max(self.rows, key=lambda row: row["environment"]["date"])
+        trained_on = newest["validation"]["trained_on"]
+        commits = dict.fromkeys(commit(row["environment"]) for row in self.rows)
+        parts = [device(newest["environment"]), newest["environment"]["date"][:10], " ".join(commits)]
+        parts.append("imported" if trained_on is None else f"data {trained_on[:8]}")
+        return ", ".join(parts + ([f"{len(self.rows)} seeds"] if len(self.rows) > 1 else []))
+
+
+def results(found: Iterable[Row]) -> list[Result]:
+    """Rows of one experiment put together by recipe, data, device and marks; of two with one seed the first counts."""
+    groups: dict[tuple, dict[int, Row]] = {}
+    for row in found:
+        same = (row["recipe8"], row["validation"]["trained_on"], device(row["environment"]), *marks(row["validation"]))
+        groups.setdefault(same, {}).setdefault(row["seed"], row)
+    together = [Result(tuple(seeds[seed] for seed in sorted(seeds))) for seeds in groups.values()]
+    return sorted(together, key=lambda result: bool(result.marks))
+
+
+def rows(id: str = "") -> list[Row]:
+    """The rows of experiments/results/, of one ID or of all."""
+    return [json.loads(path.read_text()) for path in sorted((RESULTS / id).glob("**/*.json"))]
+
+
+def of_experiment(experiment: Experiment, *, runs: Path | None = None) -> list[Result]:
+    """Results of an experiment's own recipe: those below `runs` first, then the published ones."""
+    own = [] if runs is None else sorted((runs / experiment.id).glob("*/result.json"))
+    found = [json.loads(path.read_text()) for path in own] + rows(experiment.id)
+    return results(row for row in found if row.get("recipe8") == experiment.recipe8)
+
+
+def place(row: Row) -> Path:
+    """Where a result row is kept."""
+    trained_on = row["validation"]["trained_on"]
+    kind = re.sub(r"[^a-z0-9]+", "-", device(row["environment"]).lower()).strip("-")
+    return RESULTS / row["id"] / row["recipe8"] / f"{row['seed']}-{trained_on[:8]}-{kind}.json"
+
+
+def publish(run_dir: Path) -> Path:
+    """Keep a run's result; a UserError for one that is marked, or of files with uncommitted changes."""
+    path = run_dir / "result.json"
+    if not path.exists():
+        raise UserError(f"{run_dir} holds no result.json; `gdn run` writes it.")
+    row = json.loads(path.read_text())
+    if why := marks(row["validation"]):
+        raise UserError(f"The result of {run_dir} is not its ID's number ({', '.join(why)}); run: gdn run {row['id']}.")
+    if row["environment"]["dirty"]:
+        raise UserError(f"{run_dir} was made with uncommitted changes; commit them and run it again.")
+    place(row).parent.mkdir(parents=True, exist_ok=True)
+    write_json(place(row), row)
+    return place(row)
+
+
+def device(environment: Row) -> str:
+    """The devices of env.json in a few words: "NVIDIA H100 80GB HBM3", "2 x cpu"."""
+    kinds = environment["devices"]
+    count = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
+    return ", ".join(kind if number == 1 else f"{number} x {kind}" for kind, number in count.items())
+
+
+def commit(environment: Row) -> str:
+    """Short commit of env.json, "+" when there were uncommitted changes; without git the hash of the source."""
+    if environment["commit"] == "unknown":
+        return f"source {environment['source']}"
+    return f"{environment['commit'][:9]}{'+' if environment['dirty'] else ''}"
+
+
+if __name__ == "__main__":
+    try:
+        for name in sys.argv[1:]:
+            print(publish(Path(name)))
+    except (UserError, OSError) as error:
+        sys.exit(str(error))

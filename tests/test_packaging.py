@@ -31,6 +31,10 @@ def test_the_wheel_runs_gdn_list_outside_the_checkout(tmp_path):
     listed = run(sys.executable, "-c", code, cwd=tmp_path, env=environment)
     assert listed.returncode == 0, listed.stderr
     assert listed.stdout.startswith(str(site)) and "smoke/gated-deltanet " in listed.stdout
+    table = code.replace("['list', 'smoke/*']", "['table', 'table3', '--scale', 'tiny']")
+    rows = run(sys.executable, "-c", table, cwd=tmp_path, env=environment).stdout
+    assert rows.count("data b962150d") == 10  # the published rows, without a checkout
+    assert (site / "gdn_jax/corpus/NOTICE.md").exists() and (site / "gdn_jax/corpus/english_novels.jsonl.gz").exists()
     readmes = sorted(str(path.relative_to(site)) for path in site.rglob("README.md"))
     others = ("linear_attention", "linear_cross_entropy", "selective_scan", "short_conv")
     ops = ("gated_delta_rule", "gated_norm", *others)

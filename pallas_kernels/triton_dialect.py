@@ -221,6 +221,16 @@ def _own(shape, axis, tile):
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis) >= width - fresh
 
 
+def quotient(index: jax.Array, divisor: int) -> jax.Array:
+    """index // divisor of an index >= 0, in its own type: under jax_enable_x64 a Python number would be int64."""
+    return jax.lax.div(index, jnp.asarray(divisor, index.dtype))
+
+
+def remainder(index: jax.Array, divisor: int) -> jax.Array:
+    """index % divisor, likewise."""
+    return jax.lax.rem(index, jnp.asarray(divisor, index.dtype))
+
+
 def aligned(index: jax.Array, divisor: int, interpret: bool) -> jax.Array:
     """`index`, which the compiler may take for a multiple of `divisor`; the interpreter knows no such promise."""
     return index if interpret else pl.multiple_of(index, divisor)

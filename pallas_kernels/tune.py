@@ -292,7 +292,7 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
             say("nothing is admitted; the table keeps what it had")
             continue
         here = environment()
-        facts = {"shape": name} | {key: here[key] for key in ("date", "commit", "dirty", "versions")}
+        facts = {"shape": name} | {key: here[key] for key in ("date", "commit", "dirty", "source", "versions")}
         new = {stage: next(ms for ms, c in rows if c == chosen[stage]) for stage, rows in times.items()}
         if "all" in new:
             new["all"] = sum(ms for stage, ms in new.items() if stage != "all")

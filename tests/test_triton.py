@@ -173,3 +173,9 @@ def test_states_kept_every_block_match_float64(size, block, name, defaults):
     defaults["all"]["block"] = block
     case = dataclasses.replace(next(c for c in CASES if c.name == name), K=size[0], V=size[1], B=1, T=150)
     assert conformance.failures(case, "triton_interpret", seed=9) == []
+
+
+def test_the_kernels_work_with_x64_on():
+    case = dataclasses.replace(next(c for c in CASES if c.name == "documents"), K=64, V=64, B=1, T=70)
+    with jax.enable_x64(True):
+        assert conformance.failures(case, "triton_interpret", seed=10) == []

@@ -32,7 +32,8 @@ class Case:
     residuals: str = "saved"
     log_decay: float = -0.05  # typical g; 0 is exactly DeltaNet
     spread: float = 0.5  # log-normal spread of g; 0: constant
-    strong: float = 0.0  # fraction of tokens with g = -20 strewn in
+    strong: float = 0.0  # fraction of tokens with g = `reset` strewn in
+    reset: float = -20.0
     cosine: float = 0.0  # expected cosine of two keys; 1: identical
     beta: tuple[float, float] = (0.0, 1.0)
     documents: float = 0.0  # chance that a token starts a document
@@ -52,6 +53,9 @@ CASES = (
     Case(name="g=0", T=200, log_decay=0.0),
     Case(name="g=-20", T=200, log_decay=-20.0, spread=0.0),
     Case(name="resets strewn in", T=200, strong=0.2, cosine=0.5),
+    Case(name="resets of -1e6", T=200, strong=0.15, reset=-1e6, documents=0.02),
+    Case(name="resets of -inf", T=200, strong=0.15, reset=-np.inf),
+    Case(name="g=-inf", T=200, log_decay=-np.inf, spread=0.0),
     Case(name="beta=0", T=200, beta=(0.0, 0.0)),
     Case(name="beta=1", T=200, beta=(1.0, 1.0), cosine=0.5),
     Case(name="beta=2", T=200, beta=(2.0, 2.0)),
@@ -74,7 +78,7 @@ def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | No
     base = unit(normal((case.B, 1, case.H, case.K))) * case.K**0.5
     k = unit(case.cosine**0.5 * base + (1 - case.cosine) ** 0.5 * normal(key))
     g = case.log_decay * np.exp(case.spread * normal(value[:3]))
-    g = np.where(random.uniform(size=g.shape) < case.strong, -20.0, g)
+    g = np.where(random.uniform(size=g.shape) < case.strong, case.reset, g)
     beta = random.uniform(*case.beta, size=value[:3])
     state = normal((case.B, case.Hv, case.K, case.V)) * case.carried
     segments = None

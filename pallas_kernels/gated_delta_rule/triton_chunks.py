@@ -133,7 +133,7 @@ def chunks(
         ends = jnp.sum(ends) + gamma_ref[CHUNK - 1] * jnp.sum(inner)
         dg_ref[...] = jnp.sum(jnp.where(after >= 0, moved[:, None], 0.0), axis=0) + ends
 
-    key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, jax.lax.div(h, Hv // H), 0))
+    key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, Hv // H), 0))
     d_key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, h, 0))
     value = BlockSpec((None, CHUNK, None, V), lambda n, h, b: (b, n, h, 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))

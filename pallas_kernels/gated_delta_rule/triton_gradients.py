@@ -27,7 +27,7 @@ def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, inte
     def gdn_pairs(late_total_ref, total_ref, beta_ref, do_ref, dv_ref, rho_ref, *others):
         *run_refs, m1_ref, m2_ref = others
         rows = triton.ds(0, CHUNK)
-        number = jax.lax.rem(triton.program_id(0), TILES)
+        number = triton.remainder(triton.program_id(0), TILES)
         same = number != 1
         order = square(0) - square(1)  # how many tokens i is after j, in one half
         allowed = jnp.logical_not(same) | (order >= 0)
@@ -42,8 +42,8 @@ def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, inte
         m1, m2 = triton.over_tiles(V, block_v, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         until = total_ref[...] - jnp.where(same, 0.0, total_ref[CHUNK - 1])
         decay = pair_decay(late_total_ref[...], until, allowed, interpret) * nonzero(beta_ref[...])[None, :]
-        late = triton.ds(jax.lax.div(number + 1, 2) * CHUNK, CHUNK)
-        early = triton.ds(jax.lax.div(number, 2) * CHUNK, CHUNK)
+        late = triton.ds(triton.quotient(number + 1, 2) * CHUNK, CHUNK)
+        early = triton.ds(triton.quotient(number, 2) * CHUNK, CHUNK)
         m1_ref[late, early] = (scale * decay * m1).astype(jnp.bfloat16)
         m2_ref[late, early] = jnp.where(same & (order == 0), 0.0, -decay * m2).astype(jnp.bfloat16)
 
@@ -52,9 +52,9 @@ def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, inte
             for m_ref in (m1_ref, m2_ref):
                 m_ref[triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)] = jnp.zeros((CHUNK, CHUNK), jnp.bfloat16)
 
-    block = lambda x: jax.lax.div(x, TILES)  # noqa: E731
-    late = lambda x: 2 * block(x) + jax.lax.div(jax.lax.rem(x, TILES) + 1, 2)  # noqa: E731
-    early = lambda x: 2 * block(x) + jax.lax.div(jax.lax.rem(x, TILES), 2)  # noqa: E731
+    block = lambda x: triton.quotient(x, TILES)  # noqa: E731
+    late = lambda x: 2 * block(x) + triton.quotient(triton.remainder(x, TILES) + 1, 2)  # noqa: E731
+    early = lambda x: 2 * block(x) + triton.quotient(triton.remainder(x, TILES), 2)  # noqa: E731
     value = lambda at: BlockSpec((None, CHUNK, None, V), lambda x, h, b: (b, at(x), h, 0))  # noqa: E731
     gate = lambda at: BlockSpec((None, None, CHUNK), lambda x, h, b: (b, h, at(x)))  # noqa: E731
     run = lambda at: BlockSpec((None, CHUNK), lambda x, h, b: (b, at(x)))  # noqa: E731
@@ -149,21 +149,21 @@ def tokens(
             moved_ref[...] = moved + jnp.sum(key * read, axis=1) - written_sum
             store(dk_ref, read + where_written(beta_ref[...], written))
 
-        index = jax.lax.rem(triton.program_id(0), tiles)
+        index = triton.remainder(triton.program_id(0), tiles)
         if overlapping:
             start = triton.aligned(jnp.minimum(index * full, K - full), 8, interpret)
             body((start, full, full + start - index * full))
         else:
             triton.for_tile(index, K, key_tile, body)
 
-    block = lambda x: jax.lax.div(x, tiles)  # noqa: E731
-    key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), jax.lax.div(h, Hv // H), 0))
+    block = lambda x: triton.quotient(x, tiles)  # noqa: E731
+    key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), triton.quotient(h, Hv // H), 0))
     gate = BlockSpec((None, None, BLOCK), lambda x, h, b: (b, h, block(x)))
     value = BlockSpec((None, BLOCK, None, V), lambda x, h, b: (b, block(x), h, 0))
     state = BlockSpec((None, None, None, V, K), lambda x, h, b: (b, h, block(x), 0, 0))
     pair = BlockSpec((None, None, None, BLOCK, BLOCK), lambda x, h, b: (b, h, block(x), 0, 0))
     d_key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), h, 0))
-    tile = lambda x: jax.lax.rem(x, tiles)  # noqa: E731
+    tile = lambda x: triton.remainder(x, tiles)  # noqa: E731
     sums = BlockSpec((None, None, None, BLOCK), lambda x, h, b: (tile(x), b, h, block(x)))
     ends = BlockSpec((None, None, None, 1), lambda x, h, b: (tile(x), b, h, block(x)))
     key_shape = jax.ShapeDtypeStruct((B, T, Hv, K), dtype)

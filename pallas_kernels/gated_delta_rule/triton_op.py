@@ -48,6 +48,10 @@ DEFAULTS = {
     "tokens": {"block_v": 64, "key_tile": 128, "pair_tile": 32, "warps": 8, "stages": 2},
 }
 
+# The exponential of anything below is 0 in fp32, so that raising g to it changes no decay. It keeps the sums of 64 log
+# decays, whose differences are the exponents within a chunk, small enough for fp32: a reset may be -1e9 or -inf.
+LEAST_LOG_DECAY = -104.0
+
 MOST_ELEMENTS = 1 << 31  # 32-bit indices
 FEW_PROGRAMS, MANY_PROGRAMS = 32, 256  # of a serial pass: at most few, rows are cut into pieces, for at most many
 SHORTEST_PIECE = 1024
@@ -305,7 +309,8 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residu
             "documents": (cut(runs), cut(_before(runs, BLOCK))),
             "chunk_documents": (cut(runs), cut(_before(runs, CHUNK))),
         }
-    given = [x.astype(jnp.bfloat16) for x in (q, k, v)] + [x.astype(jnp.float32) for x in (g, beta)]
+    g = jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)
+    given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g, beta.astype(jnp.float32)]
     if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
         given = [pad_tokens(x, padding) for x in given]
     if initial_state is None:

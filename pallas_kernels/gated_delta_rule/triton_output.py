@@ -54,7 +54,7 @@ def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile
 
         triton.over_tiles(V, block_v, part, None)
 
-    key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, jax.lax.div(h, Hv // H), 0))
+    key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, triton.quotient(h, Hv // H), 0))
     value = BlockSpec((None, BLOCK, None, V), lambda n, h, b: (b, n, h, 0))
     gate = BlockSpec((None, None, BLOCK), lambda n, h, b: (b, h, n))
     state = BlockSpec((None, None, None, V, K), lambda n, h, b: (b, h, n, 0, 0))

@@ -94,7 +94,7 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
         lower = jnp.where(square(0) > square(1), decay * kk * b[None, :], 0.0)
         inverse_ref[...] = invert(lower).astype(jnp.bfloat16)
 
-    key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, jax.lax.div(h, group), 0))
+    key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     pair = BlockSpec((None, None, None, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
     numbers, number_specs = documents(runs, CHUNK)

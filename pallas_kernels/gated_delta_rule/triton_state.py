@@ -44,7 +44,7 @@ TRANSPOSED = _Held(lambda x: x.T, lambda x: x[None, :], lambda a, x: triton.dot(
 
 def _specs(T, K, V, group, block):
     """Block specs over grid (value block, head, batch): key, value, gate, pair, kept state, fp32 state."""
-    key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, jax.lax.div(h, group), 0))
+    key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
     value = BlockSpec((None, T, None, V), lambda i, h, b: (b, 0, h, 0))
     gate = BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
     pair = BlockSpec((None, None, T // CHUNK, CHUNK, CHUNK), lambda i, h, b: (b, h, 0, 0, 0))
@@ -94,8 +94,8 @@ def forward(
                 # on its way while this chunk computes
                 next_left = gamma_ref[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]
                 if keep:
-                    boundary = jax.lax.rem(chunk, block // CHUNK) == 0
-                    number = jax.lax.div(chunk, block // CHUNK)
+                    boundary = triton.remainder(chunk, block // CHUNK) == 0
+                    number = triton.quotient(chunk, block // CHUNK)
                     triton.when(boundary)(lambda: _keep(outputs[-2], number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
                 keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
@@ -169,8 +169,8 @@ def reverse(
                 chunk = chunks - 1 - i
                 next_left = gamma_ref[jnp.maximum(chunk, 1) * CHUNK - 1]
                 if keep:
-                    boundary = jax.lax.rem(chunk, block // CHUNK) == block // CHUNK - 1
-                    number = jax.lax.div(chunk, block // CHUNK)
+                    boundary = triton.remainder(chunk, block // CHUNK) == block // CHUNK - 1
+                    number = triton.quotient(chunk, block // CHUNK)
                     triton.when(boundary)(lambda: _keep(outputs[1], number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
                 keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]

@@ -39,9 +39,9 @@ def _paper_recipe(tokens: float) -> Optim:
 RECIPES = {
     "tiny": (Optim(steps=200, batch_size=8, lr=3e-3, warmup=0.05, precision="fp32"), _novels(), Run()),
     "desk": (Optim(steps=1000, batch_size=32, lr=1e-3, warmup=0.05), _python(), Run()),
-    "400m": (_paper_recipe(15e9), _fineweb_edu(), Run(micro_batches=8, remat=True)),
-    "400m-matched": (_paper_recipe(15e9), _fineweb_edu(), Run(micro_batches=8, remat=True)),
-    "1.3b": (_paper_recipe(100e9), _fineweb_edu(), Run(micro_batches=16, remat=True)),
+    "400m": (_paper_recipe(15e9), _fineweb_edu(), Run(micro_batches=8, remat="full")),
+    "400m-matched": (_paper_recipe(15e9), _fineweb_edu(), Run(micro_batches=8, remat="full")),
+    "1.3b": (_paper_recipe(100e9), _fineweb_edu(), Run(micro_batches=16, remat="full")),
 }
 
 

@@ -1,11 +1,14 @@
 """The language model: embedding, a scan over repeats of the mixer pattern, final norm, head."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from beartype import beartype
 from flax import nnx
+from jax.extend.core import Primitive
 from jaxtyping import Array, Float, Int, PyTree, jaxtyped
 
 from gdn_jax.config import Model
@@ -65,6 +68,22 @@ class Group(nnx.Module):
         return x, None if cache is None else tuple(new)
 
 
+KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")  # primitives: ours, and cuDNN's attention
+
+
+def kept(remat: str) -> Callable[..., bool] | None:
+    """The policy of jax.checkpoint for run.remat: whether a primitive's output is kept for the backward."""
+    names = remat.split("+")
+
+    def policy(primitive: Primitive, *arguments: Any, **parameters: Any) -> bool:
+        if primitive.name in KERNELS:
+            return "kernels" in names
+        products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return "products" in names and products(primitive, *arguments, **parameters)
+
+    return None if remat == "full" else policy
+
+
 class LM(nnx.Module):
     """A language model; the parameters of `groups` carry a leading axis [repeats]."""
 
@@ -104,8 +123,8 @@ class LM(nnx.Module):
             group, past, bounds = scanned
             return group(x, compute=compute, segment_ids=segment_ids, cache=past, bounds=bounds)
 
-        if compute.remat:
-            body = jax.checkpoint(body, prevent_cse=False)  # a scan already keeps XLA from merging the two passes
+        if compute.remat != "none":  # prevent_cse: a scan already keeps XLA from merging the two passes
+            body = jax.checkpoint(body, prevent_cse=False, policy=kept(compute.remat))
         x, cache = jax.lax.scan(body, x, (self.groups, cache, self.bounds_by_layer()))
         return self.norm(x), cache
 

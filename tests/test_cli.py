@@ -67,7 +67,7 @@ def test_overrides_reach_the_experiment(capsys):
     assert shown["optim.lr"] == 1e-3 and shown["optim.batch_size"] == 4 and shown["layers"] == 6
     assert shown["model.gated_deltanet.decay"] is False and shown["run_directory"] == "x"
     assert shown["tokens"] == before["tokens"] // 2 and shown["hash8"] != before["hash8"]
-    assert as_json(capsys, "show", ID, "--run.remat", "True")["hash8"] == before["hash8"]
+    assert as_json(capsys, "show", ID, "--run.remat", "full")["hash8"] == before["hash8"]
 
 
 MISTAKES = [
@@ -80,7 +80,10 @@ MISTAKES = [
     (f"eval {ID} --optim.step 1", "no option --optim.step (did you mean '--optim.steps'?)"),
     (f"show {ID} --optim.lr fast", "--optim.lr is 'fast'; it must be a number."),
     (f"show {ID} --optim.batch-size 1.5", "--optim.batch_size is '1.5'; it must be a whole number."),
-    (f"show {ID} --run.remat maybe", "--run.remat is 'maybe'; it must be True or False."),
+    (
+        f"show {ID} --run.remat maybe",
+        "--run.remat is 'maybe'; it must be one of none, products, kernels, products+kernels, full.",
+    ),
     (f"show {ID} --optim.lr", "--optim.lr is given without a value; it must be a number."),
     (f"show {ID} --run.chunk 65", "--run.chunk is '65'; it must be one of 16, 32, 64, 128."),
     (f"show {ID} --run.impl cuda", "it must be one of auto, chunked, reference"),

@@ -81,7 +81,7 @@ def test_an_unknown_name_suggests_the_nearest():
 
 def test_hashes_depend_on_what_decides_a_number():
     experiment = get("table3/gated-deltanet/1.3b")
-    elsewhere = replace(experiment, run=replace(experiment.run, remat=False, chunk=128, impl="chunked", log_every=1))
+    elsewhere = replace(experiment, run=replace(experiment.run, remat="none", chunk=128, impl="chunked", log_every=1))
     assert (elsewhere.hash8, elsewhere.model_hash8) == (experiment.hash8, experiment.model_hash8)
     reseeded = replace(experiment, run=replace(experiment.run, seed=1))
     assert reseeded.hash8 != experiment.hash8 and reseeded.model_hash8 == experiment.model_hash8

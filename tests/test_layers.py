@@ -64,7 +64,7 @@ def test_linear_accumulates_in_fp32_and_can_return_it():
     linear = Linear(256, 1, normal(1.0), rngs=nnx.Rngs(0), bias=True)
     linear.kernel[...], linear.bias[...] = jnp.full((256, 1), 1.0), jnp.full(1, 0.25)
     x = jnp.ones((1, 256), jnp.float32)
-    assert linear(x, Compute(), out_dtype=jnp.float32)[0, 0] == 256.25  # bf16 would give 256
+    assert linear(x, Compute(), exact=True)[0, 0] == 256.25  # bf16 would give 256
     assert linear(x, Compute()).dtype == jnp.bfloat16
     assert linear.kernel.dtype == linear.bias.dtype == jnp.float32
 
@@ -184,4 +184,4 @@ def test_initialisation_of_the_gates():
 
 def test_compute_follows_the_experiment():
     assert compute_for(get("smoke/transformer")) == Compute(dtype=jnp.float32)
-    assert compute_for(get("table3/gated-deltanet/1.3b")) == Compute(dtype=jnp.bfloat16, remat=True)
+    assert compute_for(get("table3/gated-deltanet/1.3b")) == Compute(dtype=jnp.bfloat16, remat="full")

@@ -117,19 +117,20 @@ def test_packed_documents_equal_separate_documents(pattern):
     assert np.abs(packed - run(lm, ids)[0]).max() > 1e-2
 
 
-def test_remat_changes_memory_and_not_numbers():
+@pytest.mark.parametrize("policy", ["products", "kernels", "products+kernels", "full"])
+def test_remat_changes_memory_and_not_numbers(policy):
     lm, batch = model(), {"tokens": tokens()}
 
     def gradient(remat):
         compute = replace(FP32, remat=remat)
         return jax.jit(jax.value_and_grad(lambda m: next_token_loss(m, batch, compute)))(lm)
 
-    (plain, gradients), (again, recomputed) = gradient(False), gradient(True)
+    (plain, gradients), (again, recomputed) = gradient("none"), gradient(policy)
     assert abs(plain - again) < 1e-6
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(recomputed), strict=True):
         # two programs: a tensor's elements agree to a few fp32 roundings of its largest, not each of its own
         assert np.abs(a).max() > 0 and np.abs(a - b).max() < 2e-6 * np.abs(a).max()
-    jaxpr = jax.make_jaxpr(lambda m: next_token_loss(m, batch, replace(FP32, remat=True)))(lm)
+    jaxpr = jax.make_jaxpr(lambda m: next_token_loss(m, batch, replace(FP32, remat=policy)))(lm)
     assert "remat" in str(jaxpr)
 
 

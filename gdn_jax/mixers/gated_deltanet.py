@@ -131,11 +131,11 @@ class GatedDeltaNet(nnx.Module):
             return _normalise(heads, mixer.qk_norm).astype(compute.dtype)
 
         v = v.reshape(*v.shape[:2], mixer.num_value_heads, mixer.value_dim)
-        beta = jax.nn.sigmoid(self.b_proj(x, compute, out_dtype=jnp.float32))
+        beta = jax.nn.sigmoid(self.b_proj(x, compute, exact=True))
         if mixer.negative_eigenvalues:
             beta = 2.0 * beta  # I - beta k k^T then has an eigenvalue in (-1, 1)
         if mixer.decay:
-            a = self.a_proj(x, compute, out_dtype=jnp.float32)
+            a = self.a_proj(x, compute, exact=True)
             g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
         else:
             g = jnp.zeros_like(beta)

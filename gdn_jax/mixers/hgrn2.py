@@ -47,7 +47,7 @@ class HGRN2(nnx.Module):
         heads = (*x.shape[:2], self.config.heads, self.config.head_dim)
         q = jax.nn.silu(self.q_proj(x, compute)).reshape(heads)
         i = self.i_proj(x, compute).reshape(heads)
-        g, k = forget_gate(self.f_proj(x, compute, out_dtype=jnp.float32), bound)
+        g, k = forget_gate(self.f_proj(x, compute, exact=True), bound)
         g, k = g.reshape(heads), k.astype(compute.dtype).reshape(heads)
         if cache is not None and x.shape[1] == 1:
             o, state = linear_attention_step(q[:, 0], k[:, 0], i[:, 0], g[:, 0], cache.state)

@@ -53,7 +53,7 @@ class Mamba(nnx.Module):
         history = None if cache is None else cache.conv
         u, past = self.conv(u, activation="silu", segment_ids=segment_ids, history=history)
         low, B, C = jnp.split(self.x_proj(u, compute), [mixer.dt_rank, mixer.dt_rank + mixer.state], axis=-1)
-        dt = jax.nn.softplus(self.dt_proj(low, compute, out_dtype=jnp.float32))
+        dt = jax.nn.softplus(self.dt_proj(low, compute, exact=True))
         A, D = -jnp.exp(self.A_log[...]), self.D[...]
         if cache is not None and x.shape[1] == 1:
             y, state = selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, cache.state)

@@ -63,10 +63,11 @@ class Mamba2(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Mamba2Cache | None]:
         mixer, (batch, T, _) = self.config, x.shape
         inner, shared = mixer.heads * mixer.head_dim, mixer.groups * mixer.state
-        projected = self.in_proj(x, compute, out_dtype=jnp.float32)
-        z, xBC, dt = jnp.split(projected, [inner, 2 * inner + 2 * shared], axis=-1)
+        channels = 2 * inner + 2 * shared
+        z, xBC = jnp.split(self.in_proj(x, compute, columns=slice(channels)), [inner], axis=-1)
+        dt = self.in_proj(x, compute, exact=True, columns=slice(channels, None))
         history = None if cache is None else cache.conv
-        xBC, past = self.conv(xBC.astype(compute.dtype), activation="silu", segment_ids=segment_ids, history=history)
+        xBC, past = self.conv(xBC, activation="silu", segment_ids=segment_ids, history=history)
         u, B, C = jnp.split(xBC, [inner, inner + shared], axis=-1)
         u = u.reshape(batch, T, mixer.heads, mixer.head_dim)
         B, C = (y.reshape(batch, T, mixer.groups, mixer.state) for y in (B, C))

@@ -1,0 +1,78 @@
+"""The products of a bf16 training step have bf16 operands: read in the jaxpr of every model at its table's size."""
+
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import get
+from experiments.models import PAPER_MODELS
+from gdn_jax.layers import Compute
+from gdn_jax.loss import next_token_loss
+from gdn_jax.model import abstract_model
+
+B, T = 1, 256
+# Files whose products stand in for kernels: XLA's attention for cuDNN's, a chunked recurrence for ours. Their fp32
+# products (softmax weights; states, solves and gates) are not run where the kernels are.
+STAND_INS = ("pallas_kernels/", "attention.py")
+
+
+def products(closed, times=1):
+    """{(widest operand's dtype, file that asked): FLOPs} of every dot_general, scans multiplied out."""
+    found = Counter()
+    for equation in closed.jaxpr.eqns if hasattr(closed, "jaxpr") else closed.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), (batched, _) = equation.params["dimension_numbers"]
+            a, b = (x.aval for x in equation.invars)
+            kept = np.prod([a.shape[i] for i in contracted]) * np.prod([a.shape[i] for i in batched])
+            flops = 2 * times * a.size * b.size / kept
+            widest = max((a.dtype, b.dtype), key=lambda dtype: dtype.itemsize)
+            frames = [frame.file_name for frame in equation.source_info.traceback.frames]
+            asked = next(name for name in frames if "/gdn_jax/" in name or "/pallas_kernels/" in name)
+            found[str(widest), asked] += float(flops)
+            continue
+        inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        for value in equation.params.values():
+            for sub in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(sub, "eqns") or hasattr(getattr(sub, "jaxpr", None), "eqns"):
+                    found += products(sub, inner)
+    return found
+
+
+def step(name, scale, **options):
+    model = abstract_model(get(f"table3/{name}/{scale}").model)
+    batch = {"tokens": jax.ShapeDtypeStruct((B, T + 1), jnp.int32)}
+    compute = Compute(dtype=jnp.bfloat16, impl="chunked", **options)
+    return model, jax.make_jaxpr(jax.value_and_grad(lambda m, b: next_token_loss(m, b, compute)))(model, batch)
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_products_have_bf16_operands(name):
+    model, jaxpr = step(name, "1.3b")
+    found = products(jaxpr)
+    ours = {key: flops for key, flops in found.items() if not any(part in key[1] for part in STAND_INS)}
+    loss = {key: flops for key, flops in found.items() if "linear_cross_entropy" in key[1]}
+    wide = sum(flops for (dtype, _), flops in (ours | loss).items() if dtype != "bfloat16")
+    total = sum((ours | loss).values())
+    # the count sees forward and backward: three times the forward's products, embedding and head included
+    matmul = 3 * 2 * (sum(x.size for x in jax.tree.leaves(model) if x.ndim >= 2)) * B * T
+    assert 0.9 < total / matmul < 1.1, (total, matmul)
+    assert wide < 1e-2 * total, {key: flops / total for key, flops in ours.items() if key[0] != "bfloat16"}
+
+
+def test_recomputed_products_are_counted_and_kept_ones_are_not():
+    """What a policy keeps is not made again: the products of the step by policy."""
+    totals = {}
+    for remat in ("none", "products", "full"):
+        _, jaxpr = step("transformer", "400m", remat=remat)
+        linear = {key: flops for key, flops in products(jaxpr).items() if "layers.py" in key[1]}
+        totals[remat] = sum(linear.values())
+    assert totals["products"] == totals["none"]
+    model = get("table3/transformer/400m").model
+    D, F = model.d_model, model.d_ff
+    again = (
+        2 * B * T * model.layers * (4 * D * D + 2 * D * F)
+    )  # all but the down projection, whose result no rule needs
+    assert totals["full"] == totals["none"] + again

@@ -65,7 +65,15 @@ class Answer(NamedTuple):
 class Ask(Protocol):
     """`answers` with its first arguments given, functools.partial(answers, run, run.tokenizer): what tasks call."""
 
-    def __call__(self, prompts: Sequence[str], *, max_tokens: int, stops: Sequence[str] = ()) -> list[Answer]: ...
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        stops: Sequence[str] = (),
+        max_length: int | None = None,
+        truncation: Truncation = "left",
+    ) -> list[Answer]: ...
 
 
 def answers(

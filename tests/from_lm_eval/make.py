@@ -72,6 +72,19 @@ def scores() -> list[list[float]]:
     return rows
 
 
+def prompts() -> list[list[str]]:
+    """[task, template, most tokens of an answer] of every English task that the paper has."""
+    from gdn_jax.evaluate.longbench import TASKS
+
+    rows = []
+    for task in TASKS:
+        text = (Path(lm_eval.__file__).parent / f"tasks/longbench/{task}.yaml").read_text()
+        line = re.search(r"^doc_to_text: (.*)$", text, re.MULTILINE)[1]
+        template = json.loads(line).replace("{{", "{").replace("}}", "}")
+        rows.append([task, template, int(re.search(r"max_gen_toks: (\d+)", text)[1])])
+    return rows
+
+
 def write(name: str, rows: list) -> None:
     lines = ",\n".join(json.dumps(row) for row in rows)
     (HERE / name).write_text(f"[\n{lines}\n]\n")
@@ -80,3 +93,4 @@ def write(name: str, rows: list) -> None:
 if __name__ == "__main__":
     write("needles.json", needles())
     write("longbench.json", scores())
+    write("longbench_prompts.json", prompts())

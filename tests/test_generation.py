@@ -7,14 +7,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 from eval_text import Script
-from small import scripted_model
+from small import experiment, scripted_model
 
 from gdn_jax import tokenizer
 from gdn_jax.errors import UserError
 from gdn_jax.evaluate.generation import Answer, Greedy, answers, cut
+from gdn_jax.fingerprint import Identity
 from gdn_jax.generate import generate
-from gdn_jax.layers import Compute
+from gdn_jax.layers import Compute, compute_for
 from gdn_jax.progress import SILENT
+from gdn_jax.runs import OpenRun
 
 BYTES = tokenizer.load("byte")
 FP32 = Compute(dtype=jnp.float32, impl="reference")
@@ -145,3 +147,16 @@ def test_a_model_continues_and_is_known_by_its_parameters(tmp_path):
     assert Greedy(other, BYTES, FP32).identity != Greedy(model, BYTES, FP32).identity
     assert answers(other, **options) == found and keep.stat().st_size == 2 * size
     assert answers(model, **(options | {"stops": ["ca"]}))[0].text == "b"
+
+
+def test_a_run_continues_with_its_own_arithmetic(tmp_path):
+    model, group = scripted_model({ord("a"): ord("b"), ord("b"): ord("a")}), experiment(tmp_path)
+    run = OpenRun(tmp_path, group, model, 3, Identity(None, BYTES.hash8), BYTES)
+    keep = tmp_path / "answers.jsonl"
+    options = dict(prompts=["a"], max_tokens=3, progress=SILENT, keep=keep)
+    (answer,) = answers(run, run.tokenizer, **options)
+    assert answer.text == "bab"
+    answers(model, BYTES, compute=compute_for(group), **options)
+    assert len(keep.read_text().splitlines()) == 1, "the same request"
+    answers(run, BYTES, compute=FP32, **options)
+    assert len(keep.read_text().splitlines()) == 2

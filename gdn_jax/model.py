@@ -34,10 +34,14 @@ class Block(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: PyTree = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
         bound: Float[Array, "D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], PyTree]:
         mixer = partial(self.mixer, bound=bound) if isinstance(self.mixer, HGRN2) else self.mixer
-        y, cache = mixer(self.mixer_norm(x), compute=compute, segment_ids=segment_ids, cache=cache)
+        y, cache = mixer(
+            self.mixer_norm(x), compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths, room=room
+        )
         x = x + y
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x), compute)
@@ -57,15 +61,19 @@ class Group(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: tuple | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
         bounds: Float[Array, "P D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple | None]:
         """bounds: for each block of the pattern the lower bound that an HGRN2 mixer keeps its forget gate above."""
         new = []
         for i, block in enumerate(self.blocks):
             past, bound = None if cache is None else cache[i], None if bounds is None else bounds[i]
-            x, past = block(x, compute=compute, segment_ids=segment_ids, cache=past, bound=bound)
+            x, past = block(
+                x, compute=compute, segment_ids=segment_ids, cache=past, lengths=lengths, room=room, bound=bound
+            )
             new.append(past)
-        return x, None if cache is None else tuple(new)
+        return x, None if cache is None and room is None else tuple(new)
 
 
 KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")  # primitives: ours, and cuDNN's attention
@@ -106,22 +114,33 @@ class LM(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: PyTree = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], PyTree]:
-        """Final hidden states in compute.dtype, and the new cache (None without one).
+        """Final hidden states in compute.dtype, and the new cache (None without a cache or a room).
 
-        tokens in [0, vocab). segment_ids, any integers: documents packed in a row do not see each other; a
-        change of id starts a new one. cache: from `init_cache` or an earlier call; any T continues it. Not
-        both (UserError).
+        tokens       in [0, vocab)
+        segment_ids  any integers: documents packed in a row do not see each other; a change of id starts a new one
+        cache        from `init_cache` or an earlier call; any T continues it
+        lengths      in [0, T]: only the first lengths[b] tokens of row b count. What follows is padding, whose hidden
+                     states mean nothing and of which the new cache keeps nothing
+        room         the sequences begin here, and their new cache has room for so many tokens, as `init_cache` has for
+                     max_len; the kernels of training read them
+        Raises UserError for segment_ids with a cache or a room, and for a cache with a room.
         """
-        if cache is not None and segment_ids is not None:
+        if segment_ids is not None and (cache is not None or room is not None):
             raise UserError(
                 "the model got segment_ids and a cache; packed documents are for training, pass one of them."
             )
+        if cache is not None and room is not None:
+            raise UserError("the model got a cache and a room for a new one; pass one of them.")
         x = self.embed[tokens].astype(compute.dtype)
 
         def body(x: Array, scanned: tuple) -> tuple[Array, PyTree]:
             group, past, bounds = scanned
-            return group(x, compute=compute, segment_ids=segment_ids, cache=past, bounds=bounds)
+            return group(
+                x, compute=compute, segment_ids=segment_ids, cache=past, lengths=lengths, room=room, bounds=bounds
+            )
 
         if compute.remat != "none":  # prevent_cse: a scan already keeps XLA from merging the two passes
             body = jax.checkpoint(body, prevent_cse=False, policy=kept(compute.remat))

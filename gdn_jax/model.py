@@ -16,6 +16,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute, Linear, RMSNorm, SwiGLU, dot_precision, embedding_init, linear_init
 from gdn_jax.mixers import HGRN2, MIXERS
 from gdn_jax.mixers.hgrn2 import lower_bounds
+from gdn_jax.tree import named_leaves, with_leaves
 
 
 class Block(nnx.Module):
@@ -172,6 +173,22 @@ class LM(nnx.Module):
 def init_model(cfg: Model, key: Array) -> LM:
     """A model with freshly drawn fp32 parameters; jit it with out_shardings to have them born sharded."""
     return LM(cfg, rngs=nnx.Rngs(key))
+
+
+def for_inference(model: LM, dtype: Any) -> LM:
+    """The model as inference reads it: the embedding and every Linear kernel in the dtype of the arithmetic.
+
+    Each use casts them to it anyway, so results are the same bit for bit, and a step reads fewer bytes. What computes
+    in fp32 stays fp32: norms, convolutions, gates, biases. Parameters of that dtype already are not copied.
+    """
+    leaves = named_leaves(model)
+    return with_leaves(
+        model,
+        {
+            name: leaf.astype(dtype) if name == "embed" or name.endswith("/kernel") else leaf
+            for name, leaf in leaves.items()
+        },
+    )
 
 
 def abstract_model(cfg: Model) -> LM:

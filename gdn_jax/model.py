@@ -137,15 +137,27 @@ class LM(nnx.Module):
             raise UserError("the model got a cache and a room for a new one; pass one of them.")
         x = self.embed[tokens].astype(compute.dtype)
 
-        def body(x: Array, scanned: tuple) -> tuple[Array, PyTree]:
-            group, past, bounds = scanned
+        def group_of(x: Array, group: Group, past: PyTree, bounds: Array | None) -> tuple[Array, PyTree]:
             return group(
                 x, compute=compute, segment_ids=segment_ids, cache=past, lengths=lengths, room=room, bounds=bounds
             )
 
+        def body(x: Array, scanned: tuple) -> tuple[Array, PyTree]:
+            group, bounds = scanned
+            return group_of(x, group, None, bounds)
+
+        def body_with_cache(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
+            (x, cache), (repeat, group, bounds) = carry, scanned
+            x, new = group_of(x, group, jax.tree.map(lambda whole: whole[repeat], cache), bounds)
+            return (x, jax.tree.map(lambda whole, part: whole.at[repeat].set(part), cache, new)), None
+
+        if cache is not None:  # carried, not scanned over: a loop updates in place what it carries
+            repeats = jnp.arange(self.config.repeats)
+            (x, cache), _ = jax.lax.scan(body_with_cache, (x, cache), (repeats, self.groups, self.bounds_by_layer()))
+            return self.norm(x), cache
         if compute.remat != "none":  # prevent_cse: a scan already keeps XLA from merging the two passes
             body = jax.checkpoint(body, prevent_cse=False, policy=kept(compute.remat))
-        x, cache = jax.lax.scan(body, x, (self.groups, cache, self.bounds_by_layer()))
+        x, cache = jax.lax.scan(body, x, (self.groups, self.bounds_by_layer()))
         return self.norm(x), cache
 
     def bounds_by_layer(self) -> Float[Array, "R P D"] | None:

@@ -22,6 +22,7 @@ from gdn_jax.config import (
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.mixers import MIXERS
+from gdn_jax.mixers.attention import ring_slots
 
 FP32 = Compute(dtype=jnp.float32, impl="reference")  # the smallest program; implementations have their own tests
 D = 24
@@ -256,6 +257,15 @@ def test_cache_sizes_are_bounded():
     assert make("attention").init_cache(2, 1000, jnp.float32).keys.shape == (2, 1000, 3, 8)
     delta = make().init_cache(2, 10**9, jnp.float32)
     assert delta.state.shape == (2, 2, 6, 8) and delta.v_conv.shape == (2, 3, 16)
+
+
+def test_no_two_tokens_of_a_piece_share_a_slot():
+    """A device may write them in any order. Rows from 0 and from 7 on, of 13 tokens all and 4 count, a ring of 5."""
+    positions = jnp.asarray([[0], [7]]) + jnp.arange(13)
+    slots = np.asarray(ring_slots(positions, jnp.asarray([13, 4]), 5))
+    assert all(len(set(row)) == 13 for row in slots.tolist())
+    assert slots[0, 8:].tolist() == [3, 4, 0, 1, 2] and slots[1, :4].tolist() == [2, 3, 4, 0]
+    assert slots[0, :8].min() >= 5 and slots[1, 4:].min() >= 5
 
 
 def test_mistakes_with_attention_caches():

@@ -95,10 +95,8 @@ class Attention(nnx.Module):
             if T > L and not self.windowed:
                 raise UserError(f"{T} tokens do not fit a cache of max_len {L}; make it with a larger max_len.")
             lengths = jnp.full(B, T, jnp.int32)
-        now, token = _positions(cache, k), jnp.arange(T)
-        kept = (token < lengths[:, None]) & (token >= lengths[:, None] - L)  # of distinct slots
-        slots = jnp.where(kept, now % L, L + token)  # beyond the ring: dropped
-        rows = jnp.arange(B)[:, None]
+        now, rows = _positions(cache, k), jnp.arange(B)[:, None]
+        slots = ring_slots(now, lengths, L)
 
         def put(ring: Array, tokens: Array) -> Array:
             return ring.at[rows, slots].set(tokens.astype(ring.dtype), mode="drop", unique_indices=True)
@@ -119,6 +117,14 @@ class SlidingWindowAttention(Attention):
     """Attention over the last `window` tokens, the current one included."""
 
     windowed = True
+
+
+def ring_slots(positions: Int[Array, "B T"], lengths: Int[Array, "B"], size: int) -> Int[Array, "B T"]:
+    """The slots of new tokens, in a row all different; those of padding and of tokens that later ones of the piece
+    overwrite lie beyond the ring."""
+    token = jnp.arange(positions.shape[1])
+    kept = (token < lengths[:, None]) & (token >= lengths[:, None] - size)
+    return jnp.where(kept, positions % size, size + token)
 
 
 def _positions(cache: KVCache, k: Array) -> Array:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-
 import pytest
 from small import prepare_text, scripted_model
 

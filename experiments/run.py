@@ -41,9 +41,10 @@ COMMANDS = {
     "convert export": Command(convert.export_run, convert.ExportOptions, "RUN"),
     "doctor": Command(machine.doctor, machine.DoctorOptions),
     "bench": Command(machine.bench_op, machine.BenchOptions, "OP"),
+    "bench generate": Command(machine.bench_generate, machine.BenchGenerateOptions, "ID"),
     "tune": Command(machine.tune_op, machine.TuneOptions, "OP"),
 }
-GROUPS = {name.partition(" ")[0] for name in COMMANDS if " " in name}  # commands of two words
+GROUPS = {name.partition(" ")[0] for name in COMMANDS if " " in name} - COMMANDS.keys()  # of two words always
 HINTS = {
     "ID": "; `gdn list` shows all IDs",
     "RUN": ", an ID or the directory of a run",
@@ -79,7 +80,9 @@ def _dispatch(words: list[str]) -> int | None:
     if not words[group:] or words[group] in HELP:
         print(_overview())
         return 0
-    name = " ".join(words[: 1 + group])
+    name = " ".join(words[:2])
+    if not group and name not in COMMANDS:
+        name = words[0]
     if name not in COMMANDS:
         raise UserError(f"There is no command {name!r}{nearest(name, COMMANDS)}; `gdn --help` lists all.")
     command, words = COMMANDS[name], words[len(name.split()) :]

@@ -1,56 +1,29 @@
-"""Text from a model: prefill in a few fixed piece sizes, then one jitted loop whose memory does not grow.
+"""Text from a model: the one engine behind `gdn generate`, evaluations and notebooks.
 
-Every row of a batch is a sequence of its own, with its own cache and its own random numbers, so a prompt's result does
-not depend on the prompts beside it. A recurrent model's cache has constant size; attention's has room for the longest
-prompt and max_tokens.
+Prompts are read in groups (prefill.py) and continued in the rows of a batch (batch.py, decode.py); a row whose sequence
+has ended takes the next prompt. The device writes a chunk of tokens while the host turns the chunk before into text.
+Every row has its own cache and its own random numbers, so a prompt's result does not depend on the prompts beside it.
+A recurrent model's cache has constant size; attention's has room for the longest prompt and max_tokens.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from gdn_jax.batch import Batch, Chunk
 from gdn_jax.continuation import Continuation
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
-from gdn_jax.model import LM
+from gdn_jax.memory import check_fits, free_bytes
+from gdn_jax.model import LM, for_inference
 from gdn_jax.progress import Progress
+from gdn_jax.sampling import Sampling
 from gdn_jax.tokenizer import Tokenizer
 
-PIECES = (1024, 128, 16, 1)  # a prompt of any length is a sum of these: four programs at most
-CACHE_MULTIPLE = 256  # attention caches grow in steps, so that few programs serve all lengths
-MIN_TEMPERATURE = 1e-3
+BATCH = 64  # rows at most, unless the caller says otherwise
+CHUNK = 16  # tokens between two looks at what ended
 MAX_SEED = 2**31  # exclusive
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn from logits l: p ~ exp(l / temperature), cut to top_k, then to top_p.
-
-    temperature   0 takes the likeliest token; otherwise at least 0.001
-    top_k         the k likeliest tokens only; None: all
-    top_p         the fewest likeliest tokens whose probability, after top_k, reaches top_p in (0, 1]
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        temperature = self.temperature
-        if not (temperature == 0 or MIN_TEMPERATURE <= temperature < float("inf")):
-            raise UserError(
-                f"temperature is {temperature}; it must be 0 for the likeliest token, or at least {MIN_TEMPERATURE}."
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; it must be positive, or left out for all tokens.")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; it must be in (0, 1], 1 for all tokens.")
 
 
 @dataclass
@@ -65,17 +38,6 @@ class Completion:
     fresh: str = ""  # what this step of `stream` added to the text for certain: whole characters
 
 
-class _Row(NamedTuple):
-    """A sequence on the device."""
-
-    cache: PyTree  # of a batch of one
-    logits: Float[Array, "vocab"]  # of the next token
-    key: Array
-    count: Int[Array, ""]  # tokens generated
-    done: Bool[Array, ""]  # EOS came, or the host found a stop string
-    finite: Bool[Array, ""]  # no logit was infinite or not a number so far
-
-
 def generate(
     model: LM,
     tokenizer: Tokenizer,
@@ -86,11 +48,12 @@ def generate(
     seeds: Sequence[int] | None = None,
     stops: Sequence[str] = (),
     compute: Compute | None = None,
+    batch_size: int | None = None,
 ) -> list[Completion]:
     """The prompts continued, in their order. Arguments and errors as of `stream`."""
     *_, out = stream(
         model, tokenizer, prompts, max_tokens=max_tokens, sampling=sampling, seeds=seeds, stops=stops,
-        compute=compute, chunk=16 if stops else max_tokens,
+        compute=compute, batch_size=batch_size,
     )  # fmt: skip
     return out
 
@@ -105,68 +68,77 @@ def stream(
     seeds: Sequence[int] | None = None,
     stops: Sequence[str] = (),
     compute: Compute | None = None,
-    chunk: int = 16,
+    batch_size: int | None = None,
+    chunk: int = CHUNK,
     progress: Progress | None = None,
 ) -> Iterator[list[Completion]]:
-    """Continues all prompts together and yields the growing completions after every `chunk` tokens.
+    """Continues the prompts and yields all their completions, begun or not, after every chunk of tokens.
 
+    model       a caller that keeps the result of `model.for_inference` has its parameters cast once, not in each call
     prompts     text, of any lengths; an empty one begins where a document begins, after EOS
     max_tokens  the most tokens added to each; EOS ends a sequence earlier
     seeds       one for each prompt, in [0, 2^31); default 0. Token n of a prompt depends on its seed and n alone
     stops       strings that end a sequence where they would begin
+    batch_size  rows that are continued together; a row whose sequence has ended takes the next prompt. None: as many
+                as there are prompts, at most 64. It decides the shapes of the arithmetic: with another one a logit may
+                differ by a rounding
+    chunk       most tokens of each sequence between two yields
     progress    where the reading of the prompts shows itself; None: on stderr
-    Raises UserError for arguments outside these rules, a tokenizer larger than the model's vocabulary, and logits
-    that are not finite.
+    Raises UserError for arguments outside these rules, a tokenizer larger than the model's vocabulary, more than the
+    device's free memory holds, and logits that are not finite.
     """
     sampling = Sampling() if sampling is None else sampling
     compute = Compute() if compute is None else compute
     seeds = [0] * len(prompts) if seeds is None else list(seeds)
-    _check(model, tokenizer, prompts, max_tokens, seeds, stops, chunk)
+    _check(model, tokenizer, prompts, max_tokens, seeds, stops, batch_size, chunk)
     encoded = [tokenizer.encode(prompt) if prompt else np.array([tokenizer.eos], np.int32) for prompt in prompts]
-    room = max(map(len, encoded)) + max_tokens
-    room += -room % CACHE_MULTIPLE
-    vocab = min(tokenizer.vocab, model.config.vocab)
-    rows, total, read = [], sum(map(len, encoded)), 0
+    batch_size = min(len(prompts), BATCH) if batch_size is None else batch_size
+    progress, total, read = progress or Progress(), sum(map(len, encoded)), 0
 
-    with progress or Progress() as display:
+    def say(tokens: int) -> None:
+        nonlocal read
+        read += tokens
+        progress.show(f"Read {read:,} of {total:,} prompt tokens.")
 
-        def say(tokens: int) -> None:
-            nonlocal read
-            read += tokens
-            display.show(f"Read {read:,} of {total:,} prompt tokens.")
-
-        for ids, seed in zip(encoded, seeds, strict=True):
-            rows.append(_prefill(model, ids, seed, room, compute, say))
-    rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    model = for_inference(model, compute.dtype)  # under its old name, so that what was wider can be freed
+    check_fits(
+        model.config, [len(ids) for ids in encoded], max_tokens=max_tokens, batch_size=batch_size,
+        compute=compute, free=free_bytes(),
+    )  # fmt: skip
+    batch = Batch(
+        model, encoded, seeds, batch_size=batch_size, max_tokens=max_tokens,
+        chunk=chunk, compute=compute, sampling=sampling, vocab=min(tokenizer.vocab, model.config.vocab),
+    )  # fmt: skip
     out = [Completion(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
     texts = [Continuation(tokenizer, ids, stops) for ids in encoded]
-    left = max_tokens
-    while left:
-        count = min(chunk, left)
-        rows, tokens = _decode(
-            model, rows, count, size=chunk, compute=compute, sampling=sampling, vocab=vocab, eos=tokenizer.eos
-        )
-        left -= count
-        tokens = np.asarray(tokens)
-        if not bool(np.all(rows.finite)):
-            raise UserError(
-                "The model's logits are not finite: its parameters have diverged; take an earlier checkpoint or train "
-                "again with a smaller optim.lr."
-            )
-        for completion, text, ids in zip(out, texts, tokens, strict=True):
-            _extend(completion, text, ids[:count], tokenizer.eos, last=left == 0)
-        yield out
-        if all(completion.finish for completion in out):
-            return
-        rows = rows._replace(done=jnp.array([completion.finish is not None for completion in out]))
+    in_flight: Chunk | None = None
+    while not all(completion.finish for completion in out):
+        with progress:
+            batch.fill(say)
+        following = batch.launch()
+        if in_flight is not None:
+            for completion in out:
+                completion.fresh = ""
+            for which, ids, finite in in_flight.sequences():
+                if out[which].finish:
+                    continue
+                used = _extend(out[which], texts[which], ids, tokenizer.eos, max_tokens)
+                if not finite[:used].all():
+                    raise UserError(
+                        "The model's logits are not finite: its parameters have diverged; take an earlier checkpoint "
+                        "or train again with a smaller optim.lr."
+                    )
+                if out[which].finish:
+                    batch.free(which)
+            yield out
+        in_flight = following
 
 
-def _extend(completion: Completion, text: Continuation, ids: np.ndarray, eos: int, *, last: bool) -> None:
-    """Appends a chunk's tokens up to the end of the sequence."""
-    completion.fresh = ""
-    if completion.finish:
-        return
+def _extend(completion: Completion, text: Continuation, ids: np.ndarray, eos: int, max_tokens: int) -> int:
+    """Appends a chunk's tokens up to the end of the sequence, and says how many of them were looked at."""
+    used = 0
     for index in ids.tolist():
+        used += 1
         if index == eos:
             completion.finish = "eos"
             break
@@ -175,13 +147,15 @@ def _extend(completion: Completion, text: Continuation, ids: np.ndarray, eos: in
         if text.stopped:
             completion.finish = "stop"
             break
-    if last and not completion.finish:
-        completion.finish = "length"
+        if len(completion.token_ids) == max_tokens:
+            completion.finish = "length"
+            break
     if completion.finish:
         completion.fresh += text.finish()
         if text.stopped:  # the characters held back to the end may complete a stop string
             completion.finish = "stop"
     completion.text += completion.fresh
+    return used
 
 
 def _check(
@@ -191,6 +165,7 @@ def _check(
     max_tokens: int,
     seeds: Sequence[int],
     stops: Sequence[str],
+    batch_size: int | None,
     chunk: int,
 ) -> None:
     if not prompts:
@@ -200,8 +175,8 @@ def _check(
             prompt.encode()
         except UnicodeEncodeError:
             raise UserError(f"The prompt {prompt[:40]!a} is not valid UTF-8; pass it in UTF-8.") from None
-    for name, value in (("max_tokens", max_tokens), ("chunk", chunk)):
-        if value < 1:
+    for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size), ("chunk", chunk)):
+        if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be positive.")
     if len(seeds) != len(prompts):
         raise UserError(f"There are {len(seeds)} seeds for {len(prompts)} prompts; give one for each.")
@@ -215,85 +190,3 @@ def _check(
             f"Tokenizer {tokenizer.name!r} has {tokenizer.vocab} tokens but the model's vocabulary is "
             f"{model.config.vocab}; use the tokenizer that it was trained with."
         )
-
-
-def _prefill(model: LM, ids: np.ndarray, seed: int, room: int, compute: Compute, say: Callable[[int], None]) -> _Row:
-    """The row of a prompt, read in pieces: each continues the cache of those before."""
-    cache, hidden, start = _empty_cache(model, room, compute), None, 0
-    for size in PIECES:
-        while len(ids) - start >= size:
-            hidden, cache = _read(model, jnp.asarray(ids[None, start : start + size]), cache, compute=compute)
-            start += size
-            say(size)
-    logits = _logits(model, hidden)
-    zero = jnp.zeros((), jnp.int32)
-    return _Row(cache, logits, jax.random.key(seed), zero, jnp.zeros((), bool), jnp.isfinite(logits).all())
-
-
-@functools.partial(jax.jit, static_argnames=("room", "compute"))
-def _empty_cache(model: LM, room: int, compute: Compute) -> PyTree:
-    return model.init_cache(1, room, compute)
-
-
-@functools.partial(jax.jit, static_argnames="compute", donate_argnames="cache")
-def _read(model: LM, tokens: Int[Array, "1 T"], cache: PyTree, *, compute: Compute) -> tuple[Array, PyTree]:
-    """(hidden state of the last token [D], new cache)."""
-    hidden, cache = model(tokens, compute=compute, cache=cache)
-    return hidden[0, -1], cache
-
-
-@jax.jit
-def _logits(model: LM, hidden: Float[Array, "D"]) -> Float[Array, "vocab"]:
-    return model.logits(hidden)
-
-
-@functools.partial(jax.jit, static_argnames=("size", "compute", "sampling", "vocab", "eos"), donate_argnames="rows")
-def _decode(
-    model: LM,
-    rows: _Row,
-    count: Int[Array, ""],
-    *,
-    size: int,
-    compute: Compute,
-    sampling: Sampling,
-    vocab: int,
-    eos: int,
-) -> tuple[_Row, Int[Array, "B size"]]:
-    """(rows, the next `count` <= size tokens of each), fewer when all rows are done; the rest of size stays EOS."""
-
-    def step(row: _Row) -> tuple[_Row, Array]:
-        token = sample(row.logits[:vocab], jax.random.fold_in(row.key, row.count), sampling)
-        hidden, cache = model(token[None, None], compute=compute, cache=row.cache)
-        logits = model.logits(hidden[0, -1])
-        finite = row.finite & (row.done | jnp.isfinite(logits).all())
-        return _Row(cache, logits, row.key, row.count + 1, row.done | (token == eos), finite), token
-
-    def unfinished(carry: tuple) -> Array:
-        made, rows, _ = carry
-        return (made < count) & ~rows.done.all()
-
-    def body(carry: tuple) -> tuple:
-        made, rows, tokens = carry
-        rows, token = jax.vmap(step)(rows)
-        return made + 1, rows, tokens.at[:, made].set(token)
-
-    tokens = jnp.full((rows.done.shape[0], size), eos, jnp.int32)
-    _, rows, tokens = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), rows, tokens))
-    return rows, tokens
-
-
-def sample(logits: Float[Array, "vocab"], key: Array, sampling: Sampling) -> Int[Array, ""]:
-    """One token id; equal logits rank by id."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits).astype(jnp.int32)
-    scaled = (logits - logits.max()) / sampling.temperature
-    if sampling.top_k is None and sampling.top_p == 1:
-        return jax.random.categorical(key, scaled).astype(jnp.int32)
-    order = jnp.argsort(-scaled, stable=True)
-    ranked = scaled[order]
-    if sampling.top_k is not None:
-        ranked = jnp.where(jnp.arange(ranked.size) < sampling.top_k, ranked, -jnp.inf)
-    probability = jax.nn.softmax(ranked)
-    before = jnp.cumsum(probability) - probability  # of the likelier tokens; 0 for the first, so one is always kept
-    ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
-    return order[jax.random.categorical(key, ranked)].astype(jnp.int32)

@@ -178,15 +178,22 @@ class ShortConv(nnx.Module):
         activation: Literal["silu"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         history: Float[Array, "B W1 C"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B W1 C"]]:
         """y in x's dtype, and the last W-1 inputs, which as `history` continue the sequence (None: zeros).
 
-        Taps stay within a segment; the first segment continues the history.
+        Taps stay within a segment; the first segment continues the history. lengths: the tokens of each row that
+        count; what follows them is padding, and the inputs handed on are the last before it.
         """
         bias = None if self.bias is None else self.bias[...]
-        return short_conv(
+        y, last = short_conv(
             x, self.weight[...], bias, activation=activation, initial_state=history, segment_ids=segment_ids
         )
+        if lengths is not None:
+            before = jnp.zeros_like(last) if history is None else history.astype(x.dtype)
+            places = lengths[:, None] + jnp.arange(last.shape[1])
+            last = jnp.take_along_axis(jnp.concatenate([before, x], axis=1), places[..., None], axis=1)
+        return y, last
 
 
 class SwiGLU(nnx.Module):
@@ -205,15 +212,17 @@ class SwiGLU(nnx.Module):
 
 @jaxtyped(typechecker=beartype)
 def rope(
-    x: Float[Array, "B T H K"], offset: Int[Array, ""] | int = 0, base: float = 10000.0
+    x: Float[Array, "B T H K"], offset: Int[Array, "B"] | int = 0, base: float = 10000.0
 ) -> Float[Array, "B T H K"]:
     """Rotary position embedding: the pair (x_i, x_{i+K/2}) turns by (offset + t) * base^(-2i/K), i < K/2.
 
-    Angles and rotation are fp32; the output has x's dtype. K must be even.
+    offset is the position of the first token, one for all rows or one for each. Angles and rotation are fp32; the
+    output has x's dtype. K must be even.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = (offset + jnp.arange(x.shape[1])).astype(jnp.float32)[:, None, None] * frequency
+    position = jnp.asarray(offset)[..., None] + jnp.arange(x.shape[1])
+    angle = position.astype(jnp.float32)[..., None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -223,3 +232,11 @@ def rope(
 def segment_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     """Number the segments of each row 0, 1, 2, ...: any integers, a change of id starts a new segment."""
     return jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def zero_padding(x: Float[Array, "B T *C"], lengths: Int[Array, "B"] | None) -> Float[Array, "B T *C"]:
+    """x with zeros behind the first lengths[b] tokens of row b; None: all tokens count."""
+    if lengths is None:
+        return x
+    real = jnp.arange(x.shape[1]) < lengths[:, None]
+    return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)

@@ -16,6 +16,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute, Linear, RMSNorm, SwiGLU, dot_precision, embedding_init, linear_init
 from gdn_jax.mixers import HGRN2, MIXERS
 from gdn_jax.mixers.hgrn2 import lower_bounds
+from gdn_jax.tree import named_leaves, with_leaves
 
 
 class Block(nnx.Module):
@@ -34,10 +35,14 @@ class Block(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: PyTree = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
         bound: Float[Array, "D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], PyTree]:
         mixer = partial(self.mixer, bound=bound) if isinstance(self.mixer, HGRN2) else self.mixer
-        y, cache = mixer(self.mixer_norm(x), compute=compute, segment_ids=segment_ids, cache=cache)
+        y, cache = mixer(
+            self.mixer_norm(x), compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths, room=room
+        )
         x = x + y
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x), compute)
@@ -57,15 +62,19 @@ class Group(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: tuple | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
         bounds: Float[Array, "P D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple | None]:
         """bounds: for each block of the pattern the lower bound that an HGRN2 mixer keeps its forget gate above."""
         new = []
         for i, block in enumerate(self.blocks):
             past, bound = None if cache is None else cache[i], None if bounds is None else bounds[i]
-            x, past = block(x, compute=compute, segment_ids=segment_ids, cache=past, bound=bound)
+            x, past = block(
+                x, compute=compute, segment_ids=segment_ids, cache=past, lengths=lengths, room=room, bound=bound
+            )
             new.append(past)
-        return x, None if cache is None else tuple(new)
+        return x, None if cache is None and room is None else tuple(new)
 
 
 KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")  # primitives: ours, and cuDNN's attention
@@ -106,26 +115,49 @@ class LM(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: PyTree = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], PyTree]:
-        """Final hidden states in compute.dtype, and the new cache (None without one).
+        """Final hidden states in compute.dtype, and the new cache (None without a cache or a room).
 
-        tokens in [0, vocab). segment_ids, any integers: documents packed in a row do not see each other; a
-        change of id starts a new one. cache: from `init_cache` or an earlier call; any T continues it. Not
-        both (UserError).
+        tokens       in [0, vocab)
+        segment_ids  any integers: documents packed in a row do not see each other; a change of id starts a new one
+        cache        from `init_cache` or an earlier call; any T continues it
+        lengths      in [0, T]: only the first lengths[b] tokens of row b count. What follows is padding, whose hidden
+                     states mean nothing and of which the new cache keeps nothing
+        room         the sequences begin here, and their new cache has room for so many tokens, as `init_cache` has for
+                     max_len; the kernels of training read them
+        Raises UserError for segment_ids with a cache or a room, and for a cache with a room.
         """
-        if cache is not None and segment_ids is not None:
+        if segment_ids is not None and (cache is not None or room is not None):
             raise UserError(
                 "the model got segment_ids and a cache; packed documents are for training, pass one of them."
             )
+        if cache is not None and room is not None:
+            raise UserError("the model got a cache and a room for a new one; pass one of them.")
         x = self.embed[tokens].astype(compute.dtype)
 
-        def body(x: Array, scanned: tuple) -> tuple[Array, PyTree]:
-            group, past, bounds = scanned
-            return group(x, compute=compute, segment_ids=segment_ids, cache=past, bounds=bounds)
+        def group_of(x: Array, group: Group, past: PyTree, bounds: Array | None) -> tuple[Array, PyTree]:
+            return group(
+                x, compute=compute, segment_ids=segment_ids, cache=past, lengths=lengths, room=room, bounds=bounds
+            )
 
+        def body(x: Array, scanned: tuple) -> tuple[Array, PyTree]:
+            group, bounds = scanned
+            return group_of(x, group, None, bounds)
+
+        def body_with_cache(carry: tuple, scanned: tuple) -> tuple[tuple, None]:
+            (x, cache), (repeat, group, bounds) = carry, scanned
+            x, new = group_of(x, group, jax.tree.map(lambda whole: whole[repeat], cache), bounds)
+            return (x, jax.tree.map(lambda whole, part: whole.at[repeat].set(part), cache, new)), None
+
+        if cache is not None:  # carried, not scanned over: a loop updates in place what it carries
+            repeats = jnp.arange(self.config.repeats)
+            (x, cache), _ = jax.lax.scan(body_with_cache, (x, cache), (repeats, self.groups, self.bounds_by_layer()))
+            return self.norm(x), cache
         if compute.remat != "none":  # prevent_cse: a scan already keeps XLA from merging the two passes
             body = jax.checkpoint(body, prevent_cse=False, policy=kept(compute.remat))
-        x, cache = jax.lax.scan(body, x, (self.groups, cache, self.bounds_by_layer()))
+        x, cache = jax.lax.scan(body, x, (self.groups, self.bounds_by_layer()))
         return self.norm(x), cache
 
     def bounds_by_layer(self) -> Float[Array, "R P D"] | None:
@@ -153,6 +185,22 @@ class LM(nnx.Module):
 def init_model(cfg: Model, key: Array) -> LM:
     """A model with freshly drawn fp32 parameters; jit it with out_shardings to have them born sharded."""
     return LM(cfg, rngs=nnx.Rngs(key))
+
+
+def for_inference(model: LM, dtype: Any) -> LM:
+    """The model as inference reads it: the embedding and every Linear kernel in the dtype of the arithmetic.
+
+    Each use casts them to it anyway, so results are the same bit for bit, and a step reads fewer bytes. What computes
+    in fp32 stays fp32: norms, convolutions, gates, biases. Parameters of that dtype already are not copied.
+    """
+    leaves = named_leaves(model)
+    return with_leaves(
+        model,
+        {
+            name: leaf.astype(dtype) if name == "embed" or name.endswith("/kernel") else leaf
+            for name, leaf in leaves.items()
+        },
+    )
 
 
 def abstract_model(cfg: Model) -> LM:

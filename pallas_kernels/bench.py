@@ -47,7 +47,7 @@ class Peak(NamedTuple):
 
 
 # substring of the device kind -> measured on one: a bf16 matmul of 8192^3, a copy counting bytes read and written
-PEAKS = {"H200": Peak(790e12, 4.3e12), "H100": Peak(790e12, 3.0e12)}
+PEAKS = {"H100": Peak(790e12, 3.0e12), "H200": Peak(790e12, 4.3e12)}
 
 
 @dataclass(frozen=True, kw_only=True)

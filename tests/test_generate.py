@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from small import scripted_model
 
-from gdn_jax import generate as module
 from gdn_jax import tokenizer
 from gdn_jax.config import AttentionConfig, GatedDeltaNetConfig, Model
+from gdn_jax.decode import decode, idle_rows
 from gdn_jax.errors import UserError
-from gdn_jax.generate import Sampling, generate, sample, stream
+from gdn_jax.generate import generate, stream
 from gdn_jax.layers import Compute
 from gdn_jax.model import init_model
+from gdn_jax.sampling import Sampling, sample
 
 FP32 = Compute(dtype=jnp.float32, impl="reference")
 BYTES = tokenizer.load("byte")
@@ -144,15 +145,14 @@ def test_how_a_sequence_ends():
 
 def test_one_program_decodes_and_a_recurrent_cache_has_one_size():
     lm = model("gated_deltanet")
-    module._decode.clear_cache()
+    decode.clear_cache()
     *_, out = stream(lm, BYTES, PROMPTS, max_tokens=23, compute=FP32, chunk=5)
-    assert module._decode._cache_size() == 1 and {len(completion.token_ids) for completion in out} <= set(range(24))
-    rows = jax.eval_shape(lambda: module._prefill(lm, np.arange(3), 0, 256, FP32, lambda tokens: None))
-    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), rows)
-    options = dict(compute=FP32, sampling=Sampling(), vocab=257, eos=256)
-    programs = [module._decode.lower(lm, rows, 1, size=size, **options).compile() for size in (16, 4096)]
+    assert decode._cache_size() == 1 and {len(completion.token_ids) for completion in out} <= set(range(24))
+    rows = jax.eval_shape(lambda: idle_rows(lm, batch_size=2, room=256, compute=FP32))
+    options = dict(compute=FP32, sampling=Sampling(), vocab=257)
+    programs = [decode.lower(lm, rows, steps=steps, **options).compile() for steps in (16, 4096)]
     temporary = [program.memory_analysis().temp_size_in_bytes for program in programs]
-    assert temporary[1] - temporary[0] <= 2 * 4 * 2 * (4096 - 16), "only the tokens themselves"
+    assert temporary[1] - temporary[0] <= 2 * (4 + 1) * 2 * (4096 - 16), "only the tokens themselves"
     sizes = {
         room: sum(leaf.size for leaf in jax.tree.leaves(lm.init_cache(1, room, jnp.float32))) for room in (256, 1 << 20)
     }

@@ -158,7 +158,7 @@ def test_a_hybrid_decodes_past_its_window_in_memory_of_the_window(name):
         np.testing.assert_allclose(hidden, expected[:, start:end], atol=1e-4)
         likeliest = [np.argmax(lm.logits(x[:, -1]), -1) for x in (hidden, expected[:, :end])]
         np.testing.assert_array_equal(*likeliest)
-        kept = np.sort(cache[attention].positions[0])
+        kept = np.sort(cache[attention].positions[0, 0])
         np.testing.assert_array_equal(kept, [-1] * (window - end) + list(range(max(end - window, 0), end)))
         assert jax.tree.map(jnp.shape, cache) == shapes, "memory must not grow"
 

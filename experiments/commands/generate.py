@@ -33,6 +33,7 @@ class GenerateOptions:
     top_p: float = 1.0  # draw from the fewest tokens that together have this probability
     seed: int = 0  # a prompt's text depends on it and on the prompt, not on the other prompts
     samples: int = 1  # texts for each prompt, with the seeds seed, seed + 1, ...
+    batch_size: int | None = None  # texts that grow together, the next taking a finished one's place; None: at most 64
     stop: tuple[str, ...] = ()  # strings that end a text, themselves left out
     step: int | None = None  # which checkpoint; None: the newest
     precision: Literal["run", "bf16", "fp32"] = "run"  # of activations; run: as it was trained
@@ -41,7 +42,8 @@ class GenerateOptions:
 
 
 def generate_text(name: str, options: GenerateOptions) -> None:
-    from gdn_jax.generate import MAX_SEED, Sampling
+    from gdn_jax.generate import MAX_SEED
+    from gdn_jax.sampling import Sampling
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     if options.samples < 1:
@@ -83,7 +85,7 @@ def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds:
     opened = open_run(run_directory(experiment), step=options.step)
     return stream(
         opened.model, opened.tokenizer, prompts, max_tokens=options.max_tokens, sampling=sampling, seeds=seeds,
-        stops=options.stop, compute=compute_for(experiment), progress=progress,
+        stops=options.stop, compute=compute_for(experiment), batch_size=options.batch_size, progress=progress,
     )  # fmt: skip
 
 

@@ -1,8 +1,11 @@
-"""`gdn doctor`, `gdn bench` and `gdn tune`: this machine checked, timed, and what runs fastest on it."""
+"""`gdn doctor`, `gdn bench` of ops and of generation, `gdn tune`: this machine checked, timed, and tuned."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
+from experiments.commands import of_run
+from experiments.generation_speed import GenerationOptions, report
 from experiments.options import Switch
 from gdn_jax.errors import UserError
 from pallas_kernels import bench, tune
@@ -18,6 +21,13 @@ class DoctorOptions:
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(bench.Options):
     """Time an op here, ours and every installed peer's: device milliseconds, peak memory, fraction of the roofline."""
+
+    json: Switch = False  # print one object
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchGenerateOptions(GenerationOptions):
+    """Time reading prompts and writing tokens with an ID's model, random parameters: tokens/s beside their floors."""
 
     json: Switch = False  # print one object
 
@@ -45,6 +55,14 @@ def bench_op(op: str, options: BenchOptions) -> int:
     except ValueError as error:
         raise UserError(str(error)) from None
     return bench.report(jobs, environment, options.out, options.json)
+
+
+def bench_generate(name: str, options: BenchGenerateOptions) -> None:
+    experiment = of_run(name)
+    optim, run = experiment.optim, dataclasses.replace(experiment.run, impl=options.impl)
+    if options.precision != "run":
+        optim = dataclasses.replace(optim, precision=options.precision)
+    report(dataclasses.replace(experiment, optim=optim, run=run), options, options.json)
 
 
 def tune_op(op: str, options: TuneOptions) -> None:

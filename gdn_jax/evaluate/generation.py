@@ -10,13 +10,14 @@ from gdn_jax.errors import UserError
 from gdn_jax.evaluate.kept import Kept, key_of
 from gdn_jax.generate import stream
 from gdn_jax.layers import Compute, compute_for
-from gdn_jax.model import LM
+from gdn_jax.model import LM, for_inference
 from gdn_jax.progress import Progress
 from gdn_jax.runs import OpenRun
 from gdn_jax.tokenizer import Tokenizer
 from gdn_jax.tree import named_leaves
 
-BATCH = 16  # prompts that are continued together
+BATCH = 256  # prompts that are handed over together, and whose answers are kept together
+ROWS = 16  # of them the model continues at once
 Truncation = Literal["left", "middle"]
 
 
@@ -44,11 +45,17 @@ class Greedy:
         """Of the parameters' bits, the tokenizer and the arithmetic."""
         return key_of(checksums(named_leaves(self.model)), self.model.config, self.tokenizer.hash8, self.compute)
 
+    @cached_property
+    def _cast(self) -> LM:
+        return for_inference(self.model, self.compute.dtype)
+
     def __call__(self, prompts: Sequence[str], max_tokens: int, stops: Sequence[str], progress: Progress) -> list[str]:
-        *_, out = stream(
-            self.model, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, compute=self.compute,
-            progress=progress,
-        )  # fmt: skip
+        for out in stream(
+            self._cast, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, compute=self.compute,
+            batch_size=ROWS, progress=progress,
+        ):  # fmt: skip
+            ended = sum(completion.finish is not None for completion in out)
+            progress.show(f"Continued {ended:,} of {len(out):,} prompts to their end.")
         return [completion.text for completion in out]
 
 
@@ -94,6 +101,7 @@ def answers(
     max_length   most tokens of a prompt and its answer together; None: no prompt is cut
     truncation   what a prompt that is too long loses: its beginning ("left", as lm-eval), or what lies between two
                  halves of equal length ("middle", as LongBench's own pred.py)
+    batch_size   prompts handed over and kept together; a model continues 16 of them at once, each ended one making room
     keep         gets each batch's answers; a prompt whose answer it has is not continued again. Batches are the same
                  with and without it, so an evaluation that goes on gives the uninterrupted answers
     Raises UserError for a max_length without room for a prompt, and an unknown truncation.

@@ -1,8 +1,10 @@
 """Token mixers, [B, T, D] -> [B, T, D]. To add one: a module here, its name below and in config.MIXER_FIELDS.
 
 Every mixer is made by `Mixer(cfg, rngs=...)` and has
-    __call__(x, *, compute, segment_ids=None, cache=None) -> (y, new cache, or None without one)
+    __call__(x, *, compute, segment_ids=None, cache=None, lengths=None, room=None) -> (y, new cache or None)
     init_cache(batch, max_len, dtype) -> cache of an empty sequence
+A new cache comes where a cache was given, or a room: the sequence then begins here and its cache has that max_len.
+lengths [B]: the tokens of each row that count. What follows them is padding and leaves no trace in the new cache.
 HGRN2 alone also takes the lower bound of its layer, which the model makes for all layers at once.
 """
 

@@ -11,14 +11,16 @@ from gdn_jax.config import Model
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute, Linear, linear_init, rope, segment_index
 
+SCORES = 2**26  # fp32 attention scores that exist at once where a mask rules out cuDNN's kernel: 256 MiB
+
 
 class KVCache(NamedTuple):
-    """The last L keys and values in a ring: the token at position p lies in slot p mod L."""
+    """The last L keys and values of each row in a ring: the token at position p lies in slot p mod L."""
 
     keys: Float[Array, "B L H K"]  # rotated
     values: Float[Array, "B L H K"]
-    positions: Int[Array, "L"]  # of each slot; -1: empty
-    index: Int[Array, ""]  # position of the next token
+    positions: Int[Array, "B L"]  # of each slot; -1: empty
+    index: Int[Array, "B"]  # position of the next token
 
 
 class Attention(nnx.Module):
@@ -41,20 +43,24 @@ class Attention(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: KVCache | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        if cache is not None and segment_ids is not None:
+            raise UserError(
+                "attention got segment_ids and a cache; packed documents are for training, pass one of them."
+            )
         offset = 0 if cache is None else cache.index
         heads = (*x.shape[:2], self.config.heads, self.config.head_dim)
         q = rope(self.q_proj(x, compute).reshape(heads), offset, self.config.rope_base)
         k = rope(self.k_proj(x, compute).reshape(heads), offset, self.config.rope_base)
         v = self.v_proj(x, compute).reshape(heads)
-        if cache is None:
+        if cache is not None:
+            y, cache = self._attend_with_cache(q, k, v, cache, lengths)
+        else:  # padding lies behind the tokens that count, where none of them looks
             y = self._attend(q, k, v, segment_ids)
-        elif segment_ids is not None:
-            raise UserError(
-                "attention got segment_ids and a cache; packed documents are for training, pass one of them."
-            )
-        else:
-            y, cache = self._attend_with_cache(q, k, v, cache)
+            if room is not None:
+                cache = self._written(self.init_cache(x.shape[0], room, compute.dtype), k, v, lengths)
         return self.o_proj(y.reshape(x.shape), compute), cache
 
     def _attend(self, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
@@ -66,29 +72,38 @@ class Attention(nnx.Module):
             mask = segments[:, None, :, None] == segments[:, None, None, :]
         return _dot_product_attention(q, k, v, mask=mask, is_causal=True, local_window_size=window)
 
-    def _attend_with_cache(self, q: Array, k: Array, v: Array, cache: KVCache) -> tuple[Array, KVCache]:
-        T, L = q.shape[1], cache.keys.shape[1]
-        if T > L and not self.windowed:
-            raise UserError(f"{T} tokens do not fit a cache of max_len {L}; make it with a larger max_len.")
-        now = cache.index + jnp.arange(T)
-        kept = now[-min(T, L) :]  # distinct slots: what a longer piece would overwrite is not written
-        slots = kept % L
-        new = KVCache(
-            keys=cache.keys.at[:, slots].set(k[:, -kept.size :].astype(cache.keys.dtype)),
-            values=cache.values.at[:, slots].set(v[:, -kept.size :].astype(cache.values.dtype)),
-            positions=cache.positions.at[slots].set(kept),
-            index=cache.index + T,
-        )
-        if T == 1:  # the slot it overwrote has just left the window
+    def _attend_with_cache(
+        self, q: Array, k: Array, v: Array, cache: KVCache, lengths: Array | None
+    ) -> tuple[Array, KVCache]:
+        new = self._written(cache, k, v, lengths)
+        now = _positions(cache, k)
+        if k.shape[1] == 1:  # the slot it overwrote has just left the window
             keys, values, positions = new.keys.astype(k.dtype), new.values.astype(v.dtype), new.positions
         else:  # early queries of the piece still see keys that its end overwrites
             keys = jnp.concatenate([cache.keys.astype(k.dtype), k], axis=1)
             values = jnp.concatenate([cache.values.astype(v.dtype), v], axis=1)
-            positions = jnp.concatenate([cache.positions, now])
-        visible = (positions >= 0) & (positions <= now[:, None])
+            positions = jnp.concatenate([cache.positions, now], axis=1)
+        visible = (positions[:, None] >= 0) & (positions[:, None] <= now[..., None])
         if self.windowed:
-            visible &= positions > now[:, None] - self.config.window
-        return _dot_product_attention(q, keys, values, mask=visible[None, None]), new
+            visible &= positions[:, None] > now[..., None] - self.config.window
+        return _by_rows(q, keys, values, visible), new
+
+    def _written(self, cache: KVCache, k: Array, v: Array, lengths: Array | None) -> KVCache:
+        """The cache with the tokens of k and v that count, of more than it holds the last."""
+        (B, T), L = k.shape[:2], cache.keys.shape[1]
+        if lengths is None:
+            if T > L and not self.windowed:
+                raise UserError(f"{T} tokens do not fit a cache of max_len {L}; make it with a larger max_len.")
+            lengths = jnp.full(B, T, jnp.int32)
+        now, token = _positions(cache, k), jnp.arange(T)
+        kept = (token < lengths[:, None]) & (token >= lengths[:, None] - L)  # of distinct slots
+        slots = jnp.where(kept, now % L, L + token)  # beyond the ring: dropped
+        rows = jnp.arange(B)[:, None]
+
+        def put(ring: Array, tokens: Array) -> Array:
+            return ring.at[rows, slots].set(tokens.astype(ring.dtype), mode="drop", unique_indices=True)
+
+        return KVCache(put(cache.keys, k), put(cache.values, v), put(cache.positions, now), index=cache.index + lengths)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> KVCache:
         """The cache of an empty sequence of at most max_len tokens; `swa` never keeps more than its window.
@@ -97,13 +112,31 @@ class Attention(nnx.Module):
         """
         length = min(self.config.window, max_len) if self.windowed else max_len
         zeros = jnp.zeros((batch, length, self.config.heads, self.config.head_dim), dtype)
-        return KVCache(zeros, zeros, jnp.full(length, -1, jnp.int32), jnp.zeros((), jnp.int32))
+        return KVCache(zeros, zeros, jnp.full((batch, length), -1, jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
 class SlidingWindowAttention(Attention):
     """Attention over the last `window` tokens, the current one included."""
 
     windowed = True
+
+
+def _positions(cache: KVCache, k: Array) -> Array:
+    """Of the tokens of k, which continue the cache [B, T]."""
+    return cache.index[:, None] + jnp.arange(k.shape[1])
+
+
+def _by_rows(q: Array, keys: Array, values: Array, visible: Array) -> Array:
+    """Attention under the mask `visible` [B, T, S], so many rows at a time as SCORES allows."""
+    rows = max(1, SCORES // (visible[0].size * q.shape[2]))
+    if rows >= len(q):
+        return _dot_product_attention(q, keys, values, mask=visible[:, None])
+
+    def one(row: tuple) -> Array:
+        q, keys, values, visible = (x[None] for x in row)
+        return _dot_product_attention(q, keys, values, mask=visible[:, None])[0]
+
+    return jax.lax.map(one, (q, keys, values, visible), batch_size=rows)
 
 
 def _dot_product_attention(

@@ -17,6 +17,7 @@ from gdn_jax.layers import (
     dt_bias_init,
     linear_init,
     log_decay_rate_init,
+    zero_padding,
 )
 from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 
@@ -83,8 +84,10 @@ class GatedDeltaNet(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: GatedDeltaNetCache | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], GatedDeltaNetCache | None]:
-        inputs, histories = self.op_inputs(x, compute=compute, segment_ids=segment_ids, cache=cache)
+        inputs, histories = self.op_inputs(x, compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths)
         if cache is not None and x.shape[1] == 1:
             o, state = gated_delta_rule_step(*(array[:, 0] for array in inputs), cache.state)
             o = o[:, None]
@@ -98,7 +101,7 @@ class GatedDeltaNet(nnx.Module):
                 residuals=compute.residuals,
             )
         y = self.o_proj(self._output(o, x, compute), compute)
-        return y, None if cache is None else GatedDeltaNetCache(state, *histories)
+        return y, None if cache is None and room is None else GatedDeltaNetCache(state, *histories)
 
     def op_inputs(
         self,
@@ -107,18 +110,19 @@ class GatedDeltaNet(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: GatedDeltaNetCache | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> tuple[OpInputs, tuple[Array, Array, Array]]:
         """The op's inputs for x, and the new histories of the three convolutions."""
         mixer = self.config
 
         def features(
             proj: Linear, conv: ShortConv | None, history: Array | None, feature_map: str
-        ) -> tuple[Array, Array | None]:
+        ) -> tuple[Array, Array]:
             y = proj(x, compute)
             if conv is None:
-                return FEATURE_MAPS[feature_map](y), history
+                return FEATURE_MAPS[feature_map](y), y[:, :0]
             fused = "silu" if feature_map == "silu" else None  # the one map that the convolution can apply itself
-            y, history = conv(y, activation=fused, segment_ids=segment_ids, history=history)
+            y, history = conv(y, activation=fused, segment_ids=segment_ids, history=history, lengths=lengths)
             return y if fused else FEATURE_MAPS[feature_map](y), history
 
         past = (None, None, None) if cache is None else cache[1:]
@@ -139,6 +143,7 @@ class GatedDeltaNet(nnx.Module):
             g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
         else:
             g = jnp.zeros_like(beta)
+        g, beta = zero_padding(g, lengths), zero_padding(beta, lengths)  # padding writes nothing and forgets nothing
         return OpInputs(normalised(q), normalised(k), v, g, beta), (q_past, k_past, v_past)
 
     def _output(self, o: Float[Array, "B T Hv V"], x: Float[Array, "B T D"], compute: Compute) -> Array:

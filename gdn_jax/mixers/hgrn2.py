@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
-from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init
+from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init, zero_padding
 from pallas_kernels.linear_attention import linear_attention, linear_attention_step
 
 
@@ -41,6 +41,8 @@ class HGRN2(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: HGRN2Cache | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
         bound: Float[Array, "D"] | None = None,
     ) -> tuple[Float[Array, "B T D"], HGRN2Cache | None]:
         """bound: the layer's lower bound of f (`lower_bounds`); none is 0."""
@@ -49,6 +51,7 @@ class HGRN2(nnx.Module):
         i = self.i_proj(x, compute).reshape(heads)
         g, k = forget_gate(self.f_proj(x, compute, exact=True), bound)
         g, k = g.reshape(heads), k.astype(compute.dtype).reshape(heads)
+        g, k = zero_padding(g, lengths), zero_padding(k, lengths)
         if cache is not None and x.shape[1] == 1:
             o, state = linear_attention_step(q[:, 0], k[:, 0], i[:, 0], g[:, 0], cache.state)
         else:
@@ -61,7 +64,7 @@ class HGRN2(nnx.Module):
                 residuals=compute.residuals,
             )  # fmt: skip
         y = self.o_proj(self.o_norm(o.reshape(x.shape)), compute)
-        return y, None if cache is None else HGRN2Cache(state)
+        return y, None if cache is None and room is None else HGRN2Cache(state)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> HGRN2Cache:
         """The cache of an empty sequence; max_len and dtype do not matter, its size is constant."""

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
-from gdn_jax.layers import Compute, Linear, ShortConv, dt_bias_init, linear_init, uniform
+from gdn_jax.layers import Compute, Linear, ShortConv, dt_bias_init, linear_init, uniform, zero_padding
 from pallas_kernels.selective_scan import selective_scan, selective_scan_step
 
 
@@ -47,13 +47,16 @@ class Mamba(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: MambaCache | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], MambaCache | None]:
         mixer = self.config
         u, z = jnp.split(self.in_proj(x, compute), 2, axis=-1)
         history = None if cache is None else cache.conv
-        u, past = self.conv(u, activation="silu", segment_ids=segment_ids, history=history)
+        u, past = self.conv(u, activation="silu", segment_ids=segment_ids, history=history, lengths=lengths)
         low, B, C = jnp.split(self.x_proj(u, compute), [mixer.dt_rank, mixer.dt_rank + mixer.state], axis=-1)
         dt = jax.nn.softplus(self.dt_proj(low, compute, exact=True))
+        dt = zero_padding(dt, lengths)  # a step of 0 leaves the state as it is
         A, D = -jnp.exp(self.A_log[...]), self.D[...]
         if cache is not None and x.shape[1] == 1:
             y, state = selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, cache.state)
@@ -68,7 +71,7 @@ class Mamba(nnx.Module):
                 residuals=compute.residuals,
             )  # fmt: skip
         y = self.out_proj(y * jax.nn.silu(z), compute)
-        return y, None if cache is None else MambaCache(state, past)
+        return y, None if cache is None and room is None else MambaCache(state, past)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> MambaCache:
         """The cache of an empty sequence; max_len does not matter, its size is constant."""

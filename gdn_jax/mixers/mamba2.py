@@ -19,6 +19,7 @@ from gdn_jax.layers import (
     linear_init,
     log_decay_rate_init,
     uniform,
+    zero_padding,
 )
 from pallas_kernels.linear_attention import linear_attention, linear_attention_step
 
@@ -60,6 +61,8 @@ class Mamba2(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: Mamba2Cache | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], Mamba2Cache | None]:
         mixer, (batch, T, _) = self.config, x.shape
         inner, shared = mixer.heads * mixer.head_dim, mixer.groups * mixer.state
@@ -67,11 +70,12 @@ class Mamba2(nnx.Module):
         z, xBC = jnp.split(self.in_proj(x, compute, columns=slice(channels)), [inner], axis=-1)
         dt = self.in_proj(x, compute, exact=True, columns=slice(channels, None))
         history = None if cache is None else cache.conv
-        xBC, past = self.conv(xBC, activation="silu", segment_ids=segment_ids, history=history)
+        xBC, past = self.conv(xBC, activation="silu", segment_ids=segment_ids, history=history, lengths=lengths)
         u, B, C = jnp.split(xBC, [inner, inner + shared], axis=-1)
         u = u.reshape(batch, T, mixer.heads, mixer.head_dim)
         B, C = (y.reshape(batch, T, mixer.groups, mixer.state) for y in (B, C))
         dt = jax.nn.softplus(dt + self.dt_bias[...])
+        dt = zero_padding(dt, lengths)  # a step of 0 leaves the state as it is
         g = -jnp.exp(self.A_log[...]) * dt
         v = (dt[..., None] * u).astype(compute.dtype)
         if cache is not None and T == 1:
@@ -89,7 +93,7 @@ class Mamba2(nnx.Module):
             )  # fmt: skip
         y = (y + self.D[..., None] * u).astype(compute.dtype).reshape(batch, T, inner)
         y = self.out_proj(self.norm(y, z), compute)
-        return y, None if cache is None else Mamba2Cache(state, past)
+        return y, None if cache is None and room is None else Mamba2Cache(state, past)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> Mamba2Cache:
         """The cache of an empty sequence; max_len does not matter, its size is constant."""

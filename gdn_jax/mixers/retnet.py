@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
-from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init, rope
+from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init, rope, zero_padding
 from pallas_kernels.linear_attention import linear_attention, linear_attention_step
 
 
@@ -15,7 +15,7 @@ class RetNetCache(NamedTuple):
     """The whole past in constant memory: the state, and the next token's position, which its rotation needs."""
 
     state: Float[Array, "B H K V"]  # fp32
-    index: Int[Array, ""]
+    index: Int[Array, "B"]
 
 
 class RetNet(nnx.Module):
@@ -42,14 +42,16 @@ class RetNet(nnx.Module):
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: RetNetCache | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], RetNetCache | None]:
         mixer, (B, T, _) = self.config, x.shape
         offset = 0 if cache is None else cache.index
         by_head = lambda y, dim: y.reshape(B, T, mixer.heads, dim)  # noqa: E731
         q = rope(by_head(self.q_proj(x, compute), mixer.key_dim), offset, mixer.rope_base)
         k = rope(by_head(self.k_proj(x, compute), mixer.key_dim), offset, mixer.rope_base)
-        v = by_head(self.v_proj(x, compute), mixer.value_dim)
-        g = jnp.broadcast_to(log_decays(mixer.heads), (B, T, mixer.heads))
+        v = zero_padding(by_head(self.v_proj(x, compute), mixer.value_dim), lengths)
+        g = zero_padding(jnp.broadcast_to(log_decays(mixer.heads), (B, T, mixer.heads)), lengths)
         if cache is not None and T == 1:
             o, state = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], cache.state)
             o = o[:, None]
@@ -64,13 +66,16 @@ class RetNet(nnx.Module):
             )  # fmt: skip
         o = self.o_norm(o, by_head(self.g_proj(x, compute), mixer.value_dim))
         y = self.o_proj(o.reshape(B, T, -1), compute)
-        return y, None if cache is None else RetNetCache(state, cache.index + T)
+        if cache is None and room is None:
+            return y, None
+        read = jnp.full(B, T, jnp.int32) if lengths is None else lengths
+        return y, RetNetCache(state, offset + read)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> RetNetCache:
         """The cache of an empty sequence; max_len and dtype do not matter, its size is constant."""
         mixer = self.config
         state = jnp.zeros((batch, mixer.heads, mixer.key_dim, mixer.value_dim), jnp.float32)
-        return RetNetCache(state, jnp.zeros((), jnp.int32))
+        return RetNetCache(state, jnp.zeros(batch, jnp.int32))
 
 
 def log_decays(heads: int) -> Float[Array, "H"]:

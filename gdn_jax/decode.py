@@ -1,0 +1,69 @@
+"""Sequences on the device, and the one program that writes their next tokens."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from gdn_jax.layers import Compute
+from gdn_jax.model import LM
+from gdn_jax.prefill import ReadPrompts
+from gdn_jax.sampling import Sampling, sample
+
+
+class Rows(NamedTuple):
+    """Sequences that grow together, each with a cache and random numbers of its own."""
+
+    cache: PyTree  # [repeats, B, ...] each
+    logits: Float[Array, "B vocab"]  # of the next token
+    seed: Int[Array, "B"]
+    count: Int[Array, "B"]  # tokens written
+
+
+@functools.partial(jax.jit, static_argnames=("batch_size", "room", "compute"))
+def idle_rows(model: LM, *, batch_size: int, room: int, compute: Compute) -> Rows:
+    """Rows that hold no sequence yet."""
+    zero = jnp.zeros(batch_size, jnp.int32)
+    logits = jnp.zeros((batch_size, model.config.vocab), jnp.float32)
+    return Rows(model.init_cache(batch_size, room, compute), logits, zero, zero)
+
+
+@functools.partial(jax.jit, donate_argnames="rows")
+def place(
+    model: LM, rows: Rows, read: ReadPrompts, sources: Int[Array, "N"], targets: Int[Array, "N"], seeds: Int[Array, "N"]
+) -> Rows:
+    """The rows with sequence sources[n] of `read` begun in row targets[n]; a target beyond the rows is left out."""
+
+    def put(into: Array, new: Array) -> Array:
+        return into.at[targets].set(new, mode="drop")
+
+    cache = jax.tree.map(
+        lambda into, new: into.at[:, targets].set(new[:, sources], mode="drop"), rows.cache, read.cache
+    )
+    logits = model.logits(read.hidden)[sources]
+    return Rows(cache, put(rows.logits, logits), put(rows.seed, seeds), put(rows.count, jnp.zeros_like(seeds)))
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "compute", "sampling", "vocab"), donate_argnames="rows")
+def decode(
+    model: LM, rows: Rows, *, steps: int, compute: Compute, sampling: Sampling, vocab: int
+) -> tuple[Rows, Int[Array, "B steps"], Bool[Array, "B steps"]]:
+    """(rows, the next tokens of each, whether the logits that each was drawn from were finite).
+
+    The number of steps is fixed, so that the device goes from token to token without asking the host. Rows that hold no
+    sequence, or one that has ended, write tokens too, which the host leaves out.
+    """
+
+    def draw(logits: Array, seed: Array, count: Array) -> Array:
+        return sample(logits[:vocab], jax.random.fold_in(jax.random.key(seed), count), sampling)
+
+    def step(rows: Rows, _: None) -> tuple[Rows, tuple[Array, Array]]:
+        token = jax.vmap(draw)(rows.logits, rows.seed, rows.count)
+        finite = jnp.isfinite(rows.logits).all(axis=-1)
+        hidden, cache = model(token[:, None], compute=compute, cache=rows.cache)
+        return Rows(cache, model.logits(hidden[:, 0]), rows.seed, rows.count + 1), (token, finite)
+
+    rows, (tokens, finite) = jax.lax.scan(step, rows, length=steps)
+    return rows, tokens.T, finite.T

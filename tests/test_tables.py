@@ -8,6 +8,7 @@ import pytest
 from experiments import SUITES, get, published, report, tables
 from experiments.models import PAPER_MODELS
 from experiments.run import main
+from gdn_jax import metrics
 from gdn_jax.errors import UserError
 
 DATA, OTHER = "1a2b3c4d" + "0" * 56, "5e6f7a8b" + "0" * 56
@@ -139,10 +140,19 @@ def test_an_evaluation_of_fewer_windows_does_not_replace_the_whole(tmp_path):
     assert [one["step"] for one in json.loads((tmp_path / report.EVALUATION).read_text())] == [8]
 
 
-def test_a_result_of_uncommitted_files_is_not_published():
+def test_a_result_of_uncommitted_files_is_not_published(monkeypatch):
     row = row_of("table3/retnet/tiny")
-    directory = write_run(row | {"environment": row["environment"] | {"dirty": True}})
+    changed = row["environment"] | {"dirty": True, "source": "01234567"}
+    directory = write_run(row | {"environment": changed})
     with pytest.raises(UserError, match="uncommitted changes"):
+        published.publish(directory)
+    # a tree copied to another machine has no commit of its own; a clean checkout of the same files gives it theirs
+    here = {"commit": "fedcba9", "dirty": False, "source": "01234567"}
+    monkeypatch.setattr(metrics, "environment", lambda: here)
+    environment = json.loads(published.publish(directory).read_text())["environment"]
+    assert (environment["commit"], environment["dirty"]) == ("fedcba9", False)
+    here["source"] = "89abcdef"
+    with pytest.raises(UserError, match="whose files are those of its source 01234567"):
         published.publish(directory)
 
 

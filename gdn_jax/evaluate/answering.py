@@ -71,7 +71,9 @@ class Answering:
 
     @cached_property
     def _scorer(self) -> Scorer:
-        return Scorer(self.run.model, compute=self.compute, max_length=self.max_length, batch_tokens=self._batch_tokens)
+        return Scorer(
+            self._greedy.cast, compute=self.compute, max_length=self.max_length, batch_tokens=self._batch_tokens
+        )
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         keys = [self._key("loglikelihood", *pair) for pair in pairs]

@@ -46,12 +46,13 @@ class Greedy:
         return key_of(checksums(named_leaves(self.model)), self.model.config, self.tokenizer.hash8, self.compute)
 
     @cached_property
-    def _cast(self) -> LM:
+    def cast(self) -> LM:
+        """The model in the dtype of the arithmetic: the same answers bit for bit from half the memory."""
         return for_inference(self.model, self.compute.dtype)
 
     def __call__(self, prompts: Sequence[str], max_tokens: int, stops: Sequence[str], progress: Progress) -> list[str]:
         for out in stream(
-            self._cast, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, compute=self.compute,
+            self.cast, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, compute=self.compute,
             batch_size=ROWS, progress=progress,
         ):  # fmt: skip
             ended = sum(completion.finish is not None for completion in out)

@@ -1,9 +1,12 @@
 """One ID = one fully resolved Experiment; nothing else decides a number."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from experiments import ablations, smoke, table3
+from experiments import ablations, figure2, smoke, table2, table3, table4, table5
+from experiments.models import PAPER_MODELS
+from experiments.suites import Suite
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError, nearest
 
@@ -18,13 +21,37 @@ def collect(experiments: Iterable[Experiment]) -> dict[str, Experiment]:
     return found
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """An ID that evaluates the run of another one and trains nothing of its own."""
+
+    id: str
+    suite: Suite
+    experiment: Experiment
+
+
 EXPERIMENTS = collect([*smoke.EXPERIMENTS, *table3.EXPERIMENTS, *ablations.EXPERIMENTS])
 
 
+# what evaluates a trained run, by name; table3's own ID trains, and its columns are asked for by `--tasks table3`
+SUITES = {module.SUITE.name: module.SUITE for module in (table2, table3, table4, table5, figure2)}
+EVALUATIONS = {
+    f"{name}/{model}/{scale}": Evaluation(f"{name}/{model}/{scale}", suite, EXPERIMENTS[f"table3/{model}/{scale}"])
+    for name, suite in SUITES.items()
+    if name != "table3"
+    for model in PAPER_MODELS
+    for scale in table3.RECIPES
+}
+
+
 def get(id: str) -> Experiment:
-    """The experiment of an ID, or a UserError with the nearest one."""
+    """The experiment of an ID that trains, or a UserError with the nearest one."""
+    if id in EVALUATIONS:
+        trains = EVALUATIONS[id].experiment.id
+        raise UserError(f"{id} evaluates the run of {trains} and trains nothing; name {trains} here.")
     if id not in EXPERIMENTS:
-        raise UserError(f"There is no experiment {id!r}{nearest(id, EXPERIMENTS)}; `gdn list` shows all.")
+        known = [*EXPERIMENTS, *EVALUATIONS]
+        raise UserError(f"There is no experiment {id!r}{nearest(id, known)}; `gdn list` shows all.")
     return EXPERIMENTS[id]
 
 

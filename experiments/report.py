@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import EXPERIMENTS, published
+from experiments import EXPERIMENTS, published, suites
 from gdn_jax.config import Experiment, Model
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
@@ -20,7 +20,7 @@ from gdn_jax.sources import BUILT_IN
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# id -> {"numbers": {metric: value}, "source": where in the paper, "summary": the same of another reading of it}
+# id -> {"numbers": {metric: value}, "source": where in the paper}
 PAPER = Path(__file__).parent / "paper.json"
 HEADLINE = ("wiki_ppl", "average_ppl", "average")  # what README's table shows of the paper's row
 BEGIN, END = "<!-- ids:begin -->", "<!-- ids:end -->"
@@ -67,6 +67,7 @@ def result_row(run_dir: Path) -> Row:
         "seed": experiment.run.seed,
         "impl": {op: choice["impl"] for op, choice in environment["impl"].items()},
         "validation": {key: value for key, value in evaluation.items() if key != "step"},
+        "tasks": suites.of_step(run_dir, evaluation["step"]),
         "environment": environment,
     }
     write_json(run_dir / "result.json", row)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import experiments
-from experiments import tables
+from experiments import figures, tables
 from experiments.commands import Stopped, convert, generate, machine, of_run
 from experiments.commands import data as on_data
 from experiments.commands import experiment as on_ids
@@ -33,6 +33,7 @@ COMMANDS = {
     "eval": Command(on_ids.evaluate, on_ids.EvalOptions, "RUN"),
     "run": Command(on_ids.run, on_ids.RunOptions, "ID"),
     "table": Command(tables.table, tables.TableOptions, "TABLE"),
+    "figure": Command(figures.figure, figures.FigureOptions, "FIGURE"),
     "data prepare": Command(on_data.prepare_data, on_data.PrepareOptions, "SOURCE"),
     "data verify": Command(on_data.verify_data, on_data.VerifyOptions, "DIR"),
     "generate": Command(generate.generate_text, generate.GenerateOptions, "RUN"),
@@ -95,9 +96,14 @@ def _dispatch(words: list[str]) -> int | None:
         return command.call(operand, parse(command.options(), words, prog))
     # Help without an ID shows the defaults of the first one.
     operand = operand or next(iter(experiments.EXPERIMENTS))
+    # An ID that evaluates is the run of another ID and the tasks asked of it; nothing else takes one.
+    takes_tasks = any(field.name == "tasks" for field in dataclasses.fields(command.options))
+    evaluates = experiments.EVALUATIONS.get(operand) if takes_tasks else None
+    given = {"tasks": evaluates.suite.name} if evaluates else {}
+    operand = evaluates.experiment.id if evaluates else operand
     experiment = of_run(operand) if command.operand == "RUN" else experiments.get(operand)
     groups = {name: getattr(experiment, name) for name in ("model", "optim", "data", "run")}
-    options = parse(command.options(**groups), words, prog)
+    options = parse(command.options(**groups, **given), words, prog)
     experiment = dataclasses.replace(experiment, **{name: getattr(options, name) for name in groups})
     return command.call(experiment, options)
 

@@ -1,6 +1,8 @@
 """Table 3: language modelling and zero-shot reasoning, 1.3B parameters after 100B tokens of FineWeb-Edu.
 
     gdn table table3 --scale tiny            all rows, from the runs there are
+    python -m experiments.table3 --scale tiny --task_data DIR --limit 20     runs what is missing first
+    gdn eval table3/gated-deltanet/tiny --tasks table3 --task_data DIR       the ten columns of one run
     gdn run table3/gated-deltanet/tiny       2-block model on ten English novels, two minutes on a CPU
     gdn run table3/gated-deltanet/desk       38M parameters on Python's standard library, minutes on one GPU
     gdn run table3/gated-deltanet/400m       15B tokens, the ablations' size: 33 GPU-hours at 400 TFLOP/s
@@ -10,10 +12,20 @@ Expect, in the paper, perplexity Gated DeltaNet < Mamba2 < DeltaNet < Transforme
 tiny and desk check the machinery and the trend; they read bytes, so no number of theirs compares with the
 paper's. The novels are the same text everywhere; the standard library is that of the Python that runs. 400m and 1.3b
 need FineWeb-Edu and the Llama-2 tokenizer (`gdn data prepare`).
+
+The columns are lm-evaluation-harness's tasks, zero-shot; without DIR their data comes from the hub. Wiki ppl depends on
+how many tokens are read at once, which the paper does not say: the training length here, at least 2,048.
 """
 
+from typing import TYPE_CHECKING
+
+from experiments.suites import Asked, Column, Row, Suite
 from experiments.variants import MODELS, model_config, scales_of
 from gdn_jax.config import Data, Experiment, Optim, Run
+
+if TYPE_CHECKING:
+    from gdn_jax.evaluate.answering import Answers
+    from gdn_jax.runs import OpenRun
 
 WINDOW = 4096
 BATCH = 128  # x 4096 tokens = 0.5M tokens a step, the paper's batch
@@ -51,3 +63,45 @@ def _experiment(name: str, scale: str) -> Experiment:
 
 
 EXPERIMENTS = tuple(_experiment(name, scale) for name in MODELS for scale in scales_of(name))
+
+
+# --- the columns ---
+
+
+def measure(task: str, answers: "Answers", run: "OpenRun", asked: Asked) -> Row:
+    """A task of lm-evaluation-harness, any one: its metrics as the harness gives them."""
+    from gdn_jax.evaluate.harness import VERSION, evaluate_task
+
+    found = evaluate_task(answers, task, data=asked.data("table3"), limit=asked.limit)
+    return {
+        "metrics": found["metrics"],
+        "n": found["n"],
+        "of": found["of"],
+        "protocol": {"harness": f"lm-eval {VERSION}", "version": found["version"], "fewshot": 0},
+        "stand_in": "",
+    }
+
+
+def _column(title: str, task: str, metric: str, rows: int) -> Column:
+    perplexity = metric.endswith("perplexity")
+    return Column(title, task, metric, range(rows, rows + 1), 1.0 if perplexity else 100.0, perplexity)
+
+
+COLUMNS = {
+    "wiki_ppl": _column("Wiki ppl", "wikitext", "word_perplexity", 62),
+    "lambada_ppl": _column("LMB ppl", "lambada_openai", "perplexity", 5153),
+    "lambada_acc": _column("LMB acc", "lambada_openai", "acc", 5153),
+    "piqa": _column("PIQA", "piqa", "acc", 1838),
+    "hellaswag_acc_norm": _column("Hella", "hellaswag", "acc_norm", 10042),
+    "winogrande": _column("Wino", "winogrande", "acc", 1267),
+    "arc_easy": _column("ARC-e", "arc_easy", "acc", 2376),
+    "arc_challenge_acc_norm": _column("ARC-c", "arc_challenge", "acc_norm", 1172),
+    "siqa": _column("SIQA", "social_iqa", "acc", 1954),
+    "boolq": _column("BoolQ", "boolq", "acc", 3270),
+}
+SUITE = Suite("table3", COLUMNS, measure, averaged=tuple(key for key in COLUMNS if not key.endswith("ppl")))
+
+if __name__ == "__main__":
+    from experiments.commands.table import main
+
+    main("table3")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import EXPERIMENTS, doctor, report
+from experiments import EVALUATIONS, EXPERIMENTS, doctor, report
 from experiments.options import Overrides
 from experiments.run import COMMANDS, main
 
@@ -29,7 +29,8 @@ def as_json(capsys, *words):
 
 def test_list_is_an_array_of_every_id(capsys):
     rows = as_json(capsys, "list")
-    assert [row["id"] for row in rows] == list(EXPERIMENTS)
+    assert [row["id"] for row in rows] == [*EXPERIMENTS, *EVALUATIONS]
+    assert {row["kind"] for row in rows[: len(EXPERIMENTS)]} == {"trains"}
     assert as_json(capsys, "list", "table3/gated-deltanet/*") == [
         row for row in rows if row["model"] == "gated-deltanet" and row["group"] == "table3"
     ]
@@ -42,9 +43,24 @@ def test_list_is_an_array_of_every_id(capsys):
 
 def test_list_for_a_reader(capsys):
     assert main(["list", "*/gated-deltanet/1.3b"]) == 0
-    header, row = capsys.readouterr().out.splitlines()
-    assert header.split() == ["ID", "parameters", "tokens", "data"]
-    assert row.split() == ["table3/gated-deltanet/1.3b", "1,309,295,632", "100B", "fineweb-edu"]
+    header, row, *others = capsys.readouterr().out.splitlines()
+    assert header.split() == ["ID", "kind", "parameters", "tokens", "data"]
+    assert row.split() == ["table3/gated-deltanet/1.3b", "trains", "1,309,295,632", "100B", "fineweb-edu"]
+    assert [other.split(maxsplit=2) for other in others] == [
+        [f"{name}/gated-deltanet/1.3b", "evaluates", "the run of table3/gated-deltanet/1.3b"]
+        for name in ("table2", "table4", "table5", "figure2")
+    ]
+
+
+def test_an_evaluating_id_is_a_run_and_its_tasks(capsys):
+    (row,) = as_json(capsys, "list", "table4/gated-deltanet/tiny")
+    assert (row["kind"], row["of"], row["parameters"]) == ("evaluates", "table3/gated-deltanet/tiny", 537874)
+    shown = as_json(capsys, "show", "table4/gated-deltanet/tiny")
+    assert shown["id"] == row["id"] and shown["of"] == row["of"] and shown["tasks"][:2] == ["swde", "squad"]
+    assert shown["run_directory"] == f"runs/table3/gated-deltanet/tiny/{row['hash8']}"
+    assert main(["train", "table4/gated-deltanet/tiny"]) == 2
+    sentence = "table4/gated-deltanet/tiny evaluates the run of table3/gated-deltanet/tiny and trains nothing"
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("scale", "count"), [("1.3b", 1309295632), ("400m", 516837929)])

@@ -40,7 +40,7 @@ def test_which_ids_exist():
 
 def test_every_row_of_the_ablation_tables():
     base, h2 = get("table3/gated-deltanet/400m").model, get("table3/gated-deltanet-h2/400m").model
-    assert len(find("ablations/*")) == 11 + 3
+    assert len(find("ablations/*")) == 3 * (11 + 3)
     without = {
         "naive-delta-rule": 1536 * 9 + 18,  # a_proj, A_log, dt_bias
         "no-short-conv": 4 * (2 * 1152 + 2304),
@@ -60,8 +60,21 @@ def test_every_row_of_the_ablation_tables():
         model = get(f"ablations/{name}/400m").model
         assert model.pattern == tuple(orders[part] for part in name.split("-"))
         assert replace(model, pattern=h2.pattern) == h2
-    recipe = get("table3/gated-deltanet/400m")
-    assert all((e.optim, e.data) == (recipe.optim, recipe.data) for e in find("ablations/*"))
+    for scale in ("tiny", "desk", "400m"):
+        recipe = get(f"table3/gated-deltanet/{scale}")
+        of_scale = find(f"ablations/*/{scale}")
+        assert len(of_scale) == 14 and all((e.optim, e.data) == (recipe.optim, recipe.data) for e in of_scale)
+
+
+@pytest.mark.parametrize("scale", ["tiny", "desk"])
+def test_ablations_of_small_scales_halve_and_double_the_bases_head_dimension(scale):
+    base = get(f"table3/gated-deltanet/{scale}").model.gated_deltanet
+    half = get(f"ablations/head-dim-half/{scale}").model.gated_deltanet
+    double = get(f"ablations/head-dim-double/{scale}").model.gated_deltanet
+    assert (
+        (2 * half.key_dim, 2 * half.value_dim) == (base.key_dim, base.value_dim) == (half.value_dim, 2 * base.key_dim)
+    )
+    assert (double.key_dim, double.value_dim) == (2 * base.key_dim, 2 * base.value_dim)
 
 
 def test_a_repeated_id_is_an_error():
@@ -136,5 +149,6 @@ def test_small_scales_need_no_network():
 
 
 def test_modules_say_how_to_run_them():
-    for module in (experiments.smoke, experiments.table3, experiments.ablations):
+    tables = (experiments.table2, experiments.table3, experiments.table4, experiments.table5, experiments.figure2)
+    for module in (experiments.smoke, *tables, experiments.ablations):
         assert "gdn run " in module.__doc__ and "Expect" in module.__doc__

@@ -12,6 +12,7 @@ from small import experiment, scripted_model
 from gdn_jax import tokenizer
 from gdn_jax.errors import UserError
 from gdn_jax.evaluate.generation import Answer, Greedy, answers, cut
+from gdn_jax.evaluate.kept import Kept
 from gdn_jax.fingerprint import Identity
 from gdn_jax.generate import generate
 from gdn_jax.layers import Compute, compute_for
@@ -50,39 +51,49 @@ def test_an_evaluation_that_is_killed_goes_on_with_the_uninterrupted_answers(tmp
         return prompt.upper()
 
     with pytest.raises(Broken):
-        ask(Script(breaks), batch_size=2, keep=keep)
+        ask(Script(breaks), batch_size=2, keep=Kept(keep))
     first = keep.read_text()
     assert len(first.splitlines()) == 2
     keep.write_text(first + '{"key": "cut sho')  # as a crash in the middle of a line leaves it
     again = Script(str.upper)
-    assert ask(again, batch_size=2, keep=keep) == whole and len(again.asked) == 3
+    assert ask(again, batch_size=2, keep=Kept(keep)) == whole and len(again.asked) == 3
     assert keep.read_text().startswith(first) and all(map(json.loads, keep.read_text().splitlines()))
     silent = Script(lambda prompt: 1 / 0)
-    assert ask(silent, batch_size=2, keep=keep) == whole and silent.asked == []
+    assert ask(silent, batch_size=2, keep=Kept(keep)) == whole and silent.asked == []
 
 
 def test_a_batch_that_is_kept_in_part_is_made_as_a_whole_and_kept_once(tmp_path):
     keep = tmp_path / "answers.jsonl"
-    whole = ask(Script(str.upper), batch_size=3, keep=keep)
+    whole = ask(Script(str.upper), batch_size=3, keep=Kept(keep))
     lines = keep.read_text().splitlines(keepends=True)
     keep.write_text("".join(lines[:1]))
     script = Script(str.upper)
-    assert ask(script, batch_size=3, keep=keep) == whole
+    assert ask(script, batch_size=3, keep=Kept(keep)) == whole
     assert len(script.asked) == 5 and keep.read_text() == "".join(lines)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"max_tokens": 5}, {"stops": ["\n"]}, {"max_length": 50}, {"max_length": 50, "truncation": "middle"}],
+    [{"max_tokens": 5}, {"stops": ["\n"]}],
     ids=str,
 )
 def test_other_options_and_other_models_are_other_requests(tmp_path, change):
     keep = tmp_path / "answers.jsonl"
-    ask(Script(str.upper), keep=keep)
+    ask(Script(str.upper), keep=Kept(keep))
     other, model = Script(str.upper), Script(str.lower, identity="another")
-    ask(other, keep=keep, **change)
-    ask(model, keep=keep)
+    ask(other, keep=Kept(keep), **change)
+    ask(model, keep=Kept(keep))
     assert len(other.asked) == len(model.asked) == 5
+
+
+def test_what_is_read_decides_an_answer_and_not_what_it_was_cut_from(tmp_path):
+    keep = Kept(tmp_path / "answers.jsonl")
+    ask(Script(str.upper), keep=keep)
+    same = Script(str.upper)
+    ask(same, keep=keep, max_length=50)
+    assert same.asked == [] and len(keep) == 5
+    found = ask(Script(str.upper), keep=keep, max_length=10)
+    assert found[4] == Answer("PROMPT", 6, 15) and len(keep) == 6
 
 
 def test_cuts():
@@ -128,13 +139,13 @@ def test_a_damaged_file_is_named(tmp_path):
     keep = tmp_path / "answers.jsonl"
     keep.write_text('{"key": 1}\n')
     with pytest.raises(UserError, match=r"answers.jsonl, line 1: holds no answer"):
-        ask(Script(str.upper), keep=keep)
+        ask(Script(str.upper), keep=Kept(keep))
 
 
 def test_a_model_continues_and_is_known_by_its_parameters(tmp_path):
     model = scripted_model({ord("a"): ord("b"), ord("b"): ord("c"), ord("c"): ord("a")})
     keep = tmp_path / "answers.jsonl"
-    options = dict(tokenizer=BYTES, prompts=["xa", "b"], max_tokens=5, compute=FP32, progress=SILENT, keep=keep)
+    options = dict(tokenizer=BYTES, prompts=["xa", "b"], max_tokens=5, compute=FP32, progress=SILENT, keep=Kept(keep))
     found = answers(model, **options)
     assert [answer.text for answer in found] == ["bcabc", "cabca"]
     assert found == [
@@ -153,7 +164,7 @@ def test_a_run_continues_with_its_own_arithmetic(tmp_path):
     model, group = scripted_model({ord("a"): ord("b"), ord("b"): ord("a")}), experiment(tmp_path)
     run = OpenRun(tmp_path, group, model, 3, Identity(None, BYTES.hash8), BYTES)
     keep = tmp_path / "answers.jsonl"
-    options = dict(prompts=["a"], max_tokens=3, progress=SILENT, keep=keep)
+    options = dict(prompts=["a"], max_tokens=3, progress=SILENT, keep=Kept(keep))
     (answer,) = answers(run, run.tokenizer, **options)
     assert answer.text == "bab"
     answers(model, BYTES, compute=compute_for(group), **options)

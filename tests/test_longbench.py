@@ -25,7 +25,7 @@ from gdn_jax.evaluate.longbench import (
 from gdn_jax.progress import SILENT
 
 THEIRS = Path(__file__).parent / "from_lm_eval"
-ROWS = Path(__file__).parent / "eval_rows" / "longbench"
+ROWS = Path(__file__).parent / "eval_rows" / "table5"
 BYTES = tokenizer.load("byte")
 METRICS = {"hotpotqa": qa_f1, "qmsum": rouge_l, "trec": classification, "lcc": code_similarity}
 

@@ -13,7 +13,7 @@ from gdn_jax.evaluate.generation import answers
 from gdn_jax.evaluate.recall import ANSWER_LENGTH, TASKS, contains, evaluate, loops, make_prompt, rows_of
 from gdn_jax.progress import SILENT
 
-ROWS = Path(__file__).parent / "eval_rows"
+ROWS = Path(__file__).parent / "eval_rows" / "table4"
 BYTES = tokenizer.load("byte")
 FILLER = "The office keeps its papers in order and answers letters on the day they come."
 

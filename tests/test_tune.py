@@ -154,9 +154,9 @@ def test_the_table_in_the_package_is_complete():
             configuration = table["devices"][kind][size]
             assert set(configuration) == {"all", *triton_op.stages(configuration["all"]["block"])}, size
             for stage, facts in table["measured"][kind][size].items():
-                assert (
-                    stage in configuration and facts["ms"] > 0 and not facts["dirty"] and facts["commit"] != "unknown"
-                )
+                assert stage in configuration and facts["ms"] > 0
+                committed = facts["commit"] != "unknown" and not facts["dirty"]
+                assert committed or len(facts["source"]) == 8  # a tree without git has a hash
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,14 @@ import dataclasses
 import json
 import sys
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import experiments
 from experiments import published, report
-from experiments.commands import Stopped, print_facts
+from experiments.commands import Stopped, evaluation, print_facts
+from experiments.commands.evaluation import TaskOptions
 from experiments.options import Overrides, Switch
 from gdn_jax.config import Experiment, flat, to_dict
 from gdn_jax.errors import UserError
@@ -30,6 +32,7 @@ class ListOptions:
 class ShowOptions(Overrides):
     """Show what an ID resolves to: size, cost, run directory and every field."""
 
+    tasks: str = ""  # a suite, whose tasks an evaluating ID puts to the run
     json: Switch = False  # print one flat object
 
 
@@ -39,16 +42,19 @@ class TrainOptions(Overrides):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(Overrides):
-    """Measure held-out perplexity of a run's last checkpoint."""
+class EvalOptions(Overrides, TaskOptions):
+    """Measure a run's last checkpoint: held-out perplexity, or tasks, or anybody's text."""
 
     stride: int | None = None  # score the last N targets of each window; None: windows side by side
     windows: int | None = None  # how many windows of data.seq_len tokens; None: all
+    text: tuple[str, ...] = ()  # files to score instead
+    requests: str = ""  # write the tasks' requests to this file instead of answering them, for another machine
+    answer: str = ""  # answer the requests in this file; the tasks then find the answers in RUN/answers.jsonl
     json: Switch = False  # print one flat object
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(Overrides):
+class RunOptions(Overrides, TaskOptions):
     """Train, evaluate, write result.json and loss.png."""
 
     stride: int | None = None  # as of `gdn eval`
@@ -57,16 +63,22 @@ class RunOptions(Overrides):
 
 
 def list_ids(glob: str, options: ListOptions) -> None:
-    found = experiments.find(glob or "*")
-    if not found:
-        groups = dict.fromkeys(id.partition("/")[0] for id in experiments.EXPERIMENTS)
+    rows = [_list_row(experiment) for experiment in experiments.find(glob or "*")]
+    rows += [_evaluation_row(one) for id, one in experiments.EVALUATIONS.items() if fnmatchcase(id, glob or "*")]
+    if not rows:
+        known = [*experiments.EXPERIMENTS, *experiments.EVALUATIONS]
+        groups = dict.fromkeys(id.partition("/")[0] for id in known)
         raise UserError(f"No experiment matches {glob!r}; the IDs begin with {', '.join(groups)}.")
-    rows = [_list_row(experiment) for experiment in found]
     if options.json:
         print(json.dumps(rows, indent=1))
         return
-    header = ("ID", "parameters", "tokens", "data")
-    cells = [(row["id"], f"{row['parameters']:,}", report.short(row["tokens"]), row["source"]) for row in rows]
+    header = ("ID", "kind", "parameters", "tokens", "data")
+    cells = [
+        (row["id"], row["kind"], f"{row['parameters']:,}", report.short(row["tokens"]), row["source"])
+        if row["kind"] == "trains"
+        else (row["id"], row["kind"], f"the run of {row['of']}")
+        for row in rows
+    ]
     print(report.aligned([header, *cells]))
 
 
@@ -74,6 +86,7 @@ def _list_row(experiment: Experiment) -> dict[str, Any]:
     group, name, scale = (*experiment.id.split("/"), "tiny")[:3]
     return {
         "id": experiment.id,
+        "kind": "trains",
         "group": group,
         "model": name,
         "scale": scale,
@@ -83,6 +96,11 @@ def _list_row(experiment: Experiment) -> dict[str, Any]:
         "tokenizer": experiment.data.tokenizer,
         "hash8": experiment.hash8,
     }
+
+
+def _evaluation_row(one: experiments.Evaluation) -> dict[str, Any]:
+    changed = {"id": one.id, "kind": "evaluates", "group": one.id.partition("/")[0]}
+    return _list_row(one.experiment) | changed | {"of": one.experiment.id, "tasks": one.suite.tasks}
 
 
 def show(experiment: Experiment, options: ShowOptions) -> None:
@@ -103,6 +121,10 @@ def show(experiment: Experiment, options: ShowOptions) -> None:
         "checkpoint_bytes": CHECKPOINT_BYTES_PER_PARAMETER * parameters + CHECKPOINT_REST,
         "run_directory": str(run_directory(experiment)),
     }
+    if options.tasks:
+        suite = experiments.SUITES[options.tasks]
+        of = {"id": experiment.id.replace("table3", suite.name, 1), "of": experiment.id}
+        facts |= of | {"tasks": suite.tasks, "columns": list(suite.columns)}
     facts |= {name: value for name, value in flat(to_dict(experiment)).items() if name != "id"}
     print_facts(facts, options.json)
 
@@ -112,19 +134,34 @@ def train(experiment: Experiment, options: TrainOptions) -> None:
 
 
 def evaluate(experiment: Experiment, options: EvalOptions) -> None:
-    numbers = _evaluate(experiment, options.stride, options.windows)
-    if options.json:
-        print(json.dumps(numbers, indent=1))
+    asked = [name for name in ("tasks", "text", "answer") if getattr(options, name)]
+    if len(asked) > 1:
+        raise UserError(f"--{asked[0]} and --{asked[1]} ask for two things; give one of them.")
+    if options.requests and not options.tasks:
+        raise UserError("--requests writes the requests of tasks; name them with --tasks.")
+    if options.text:
+        evaluation.score_text(experiment, options.text, options.max_length, options.json)
+    elif options.answer:
+        evaluation.answer(experiment, Path(options.answer), options.max_length)
+    elif options.requests:
+        evaluation.write_requests(experiment, options, Path(options.requests))
+    elif options.tasks:
+        found = evaluation.measure(experiment, options)
+        print(json.dumps(found, indent=1) if options.json else evaluation.described(found))
     else:
-        print(report.validation_table(numbers))
+        numbers = _evaluate(experiment, options.stride, options.windows)
+        print(json.dumps(numbers, indent=1) if options.json else report.validation_table(numbers))
 
 
 def run(experiment: Experiment, options: RunOptions) -> None:
     from gdn_jax.evaluate.perplexity import check_scoring
 
-    check_scoring(experiment.data.seq_len, options.stride, options.windows)  # before hours of training
+    # before hours of training
+    check_scoring(experiment.data.seq_len, options.stride, options.windows)
+    evaluation.check(options)
     run_dir = _train(experiment)
     measured = _evaluate(experiment, options.stride, options.windows)
+    tasks = evaluation.measure(experiment, options) if options.tasks else []
     row = report.result_row(run_dir)
     plot = report.draw_loss(run_dir)
     if options.json:
@@ -133,6 +170,8 @@ def run(experiment: Experiment, options: RunOptions) -> None:
         print(report.summary(row))
         if measured["marks"] and not published.marks(row["validation"]):
             print(f"Asked now\n{report.validation_table(measured)}")
+        if tasks:
+            print(evaluation.described(tasks))
         print(f"Wrote {run_dir / 'result.json'} and {plot}.")
 
 

@@ -1,15 +1,13 @@
 """Prompts continued for an evaluation: cut to a length, in batches, each answer kept as it comes."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from gdn_jax.checksums import checksums
 from gdn_jax.errors import UserError
+from gdn_jax.evaluate.kept import Kept, key_of
 from gdn_jax.generate import stream
 from gdn_jax.layers import Compute, compute_for
 from gdn_jax.model import LM, for_inference
@@ -45,15 +43,16 @@ class Greedy:
     @cached_property
     def identity(self) -> str:
         """Of the parameters' bits, the tokenizer and the arithmetic."""
-        return _hash([checksums(named_leaves(self.model)), self.model.config, self.tokenizer.hash8, self.compute])
+        return key_of(checksums(named_leaves(self.model)), self.model.config, self.tokenizer.hash8, self.compute)
 
     @cached_property
-    def _cast(self) -> LM:
+    def cast(self) -> LM:
+        """The model in the dtype of the arithmetic: the same answers bit for bit from half the memory."""
         return for_inference(self.model, self.compute.dtype)
 
     def __call__(self, prompts: Sequence[str], max_tokens: int, stops: Sequence[str], progress: Progress) -> list[str]:
         for out in stream(
-            self._cast, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, compute=self.compute,
+            self.cast, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, compute=self.compute,
             batch_size=ROWS, progress=progress,
         ):  # fmt: skip
             ended = sum(completion.finish is not None for completion in out)
@@ -94,7 +93,7 @@ def answers(
     truncation: Truncation = "left",
     batch_size: int = BATCH,
     compute: Compute | None = None,
-    keep: Path | None = None,
+    keep: Kept | None = None,
     progress: Progress | None = None,
 ) -> list[Answer]:
     """The likeliest continuations of the prompts, in their order.
@@ -104,9 +103,9 @@ def answers(
     truncation   what a prompt that is too long loses: its beginning ("left", as lm-eval), or what lies between two
                  halves of equal length ("middle", as LongBench's own pred.py)
     batch_size   prompts handed over and kept together; a model continues 16 of them at once, each ended one making room
-    keep         a .jsonl file to which each batch's answers are appended; a request found there is not made again.
-                 Batches are the same with and without it, so an evaluation that goes on gives the uninterrupted answers
-    Raises UserError for a max_length without room for a prompt, an unknown truncation, and a damaged `keep`.
+    keep         gets each batch's answers; a prompt whose answer it has is not continued again. Batches are the same
+                 with and without it, so an evaluation that goes on gives the uninterrupted answers
+    Raises UserError for a max_length without room for a prompt, and an unknown truncation.
     """
     if truncation not in ("left", "middle"):
         raise UserError(f"truncation is {truncation!r}; it must be 'left' or 'middle'.")
@@ -116,23 +115,21 @@ def answers(
         raise UserError(f"max_length is {max_length}; it must be more than the {max_tokens} tokens of an answer.")
     continues = _continues(source, tokenizer, compute)
     room = None if max_length is None else max_length - max_tokens
-    options = [continues.identity, tokenizer.hash8, max_tokens, list(stops), max_length, truncation]
-    keys = [_hash([*options, prompt]) for prompt in prompts]
-    cuts = {key: cut(tokenizer, prompt, room, truncation) for key, prompt in zip(keys, prompts, strict=True)}
-    order = sorted(cuts, key=lambda key: -cuts[key].tokens)  # the longest first: what does not fit fails at once
-    found = {} if keep is None else _kept(keep)
+    cuts = [cut(tokenizer, prompt, room, truncation) for prompt in prompts]
+    # What is read decides the answer, not what it was cut from: equal cuts are continued once.
+    keys = [key_of(continues.identity, max_tokens, list(stops), one.text) for one in cuts]
+    todo = dict(zip(keys, cuts, strict=True))
+    order = sorted(todo, key=lambda key: -todo[key].tokens)  # the longest first: what does not fit fails at once
+    keep = Kept(None) if keep is None else keep
     with progress or Progress() as display:
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            missing = [key for key in batch if key not in found]
+            missing = {key for key in batch if key not in keep}
             if missing:
-                texts = continues([cuts[key].text for key in batch], max_tokens, stops, display)
-                made = {key: cuts[key]._replace(text=text) for key, text in zip(batch, texts, strict=True)}
-                found |= {key: made[key] for key in missing}
-                if keep is not None:
-                    _append(keep, {key: made[key] for key in missing})
+                texts = continues([todo[key].text for key in batch], max_tokens, stops, display)
+                keep.add({key: text for key, text in zip(batch, texts, strict=True) if key in missing})
             display.show(f"Answered {min(first + batch_size, len(order)):,} of {len(order):,} prompts.")
-    return [found[key] for key in keys]
+    return [one._replace(text=keep[key]) for key, one in zip(keys, cuts, strict=True)]
 
 
 def cut(tokenizer: Tokenizer, prompt: str, room: int | None, truncation: Truncation) -> Answer:
@@ -157,31 +154,3 @@ def _continues(source: OpenRun | LM | Continues, tokenizer: Tokenizer, compute: 
     if isinstance(source, LM):
         return Greedy(source, tokenizer, compute or Compute())
     return source
-
-
-def _hash(tree: object) -> str:
-    return hashlib.sha256(json.dumps(tree, default=str).encode()).hexdigest()[:32]
-
-
-def _kept(path: Path) -> dict[str, Answer]:
-    """The answers in the file; a last line that a crash cut short is dropped from it."""
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    found = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            found[row["key"]] = Answer(row["text"], row["tokens"], row["of_tokens"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: holds no answer; remove the line, or the file.") from None
-    return found
-
-
-def _append(path: Path, new: dict[str, Answer]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"key": key, **answer._asdict()}) + "\n" for key, answer in new.items()]
-    with path.open("a") as file:
-        file.write("".join(lines))

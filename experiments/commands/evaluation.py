@@ -1,0 +1,181 @@
+"""Tasks, texts and files of requests put to a trained run: what `gdn eval` and `gdn run` do beside perplexity."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import experiments
+from experiments import suites
+from experiments.report import aligned
+from experiments.suites import Asked, Suite
+from gdn_jax.config import Experiment
+from gdn_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from gdn_jax.evaluate.answering import Answering
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Which tasks are asked of a run, and how."""
+
+    tasks: str = ""  # a suite (table2, table3, table4, table5, figure2), or tasks of one or of lm-eval: a,b
+    task_data: str = ""  # folder of local files, <task>.jsonl or .jsonl.gz; without one tasks of lm-eval ask the hub
+    limit: int | None = None  # documents of each task; None: all
+    max_length: int | None = None  # tokens read at once; None: the training length, at least 2,048
+    haystack: str = ""  # file of the text that hides Table 2's needles; without one the novels stand in
+
+
+def check(options: TaskOptions) -> list[tuple[Suite, list[str]]]:
+    """The suites and tasks that `options` name, or a UserError."""
+    suites.check_limit(options.limit)
+    if options.max_length is not None and options.max_length < 1:
+        raise UserError(f"max_length is {options.max_length}; it must be positive.")
+    found: list[tuple[Suite, list[str]]] = []
+    for name in filter(None, options.tasks.split(",")):
+        suite, _, task = name.partition("/")
+        if suite in experiments.SUITES:
+            of_suite = experiments.SUITES[suite].tasks
+            if task and task not in of_suite:
+                raise UserError(f"{suite} has no task {task!r}; it has {', '.join(of_suite)}.")
+            found.append((experiments.SUITES[suite], [task] if task else of_suite))
+        else:
+            found.append((experiments.SUITES["table3"], [name]))  # any task of the harness
+    return found
+
+
+def asked(options: TaskOptions) -> Asked:
+    return Asked(
+        folder=Path(options.task_data) if options.task_data else None,
+        limit=options.limit,
+        haystack=Path(options.haystack) if options.haystack else None,
+    )
+
+
+def measure(experiment: Experiment, options: TaskOptions) -> list[dict[str, Any]]:
+    """The tasks' numbers, kept in the run's directory; its result.json is made current where there is one."""
+    from experiments import report
+    from gdn_jax.progress import Progress
+
+    named = check(options)
+    answering = opened(experiment, options.max_length)
+    found = []
+    with Progress() as progress:
+        for suite, tasks in named:
+            for task in _there(suite, tasks, options):
+                progress.show(f"{suite.name}/{task} ...")
+                found += suites.measure(suite, [task], answering, asked(options))
+    if (answering.run.directory / "result.json").exists():
+        report.result_row(answering.run.directory)
+    return found
+
+
+def _there(suite: Suite, tasks: list[str], options: TaskOptions) -> list[str]:
+    """Of a figure's corpora those whose files are there; of a table all."""
+    if suite.name != "figure2" or len(tasks) == 1:
+        return tasks
+    from gdn_jax.evaluate.rows import SUFFIXES
+
+    folder = asked(options).local(suite.name)
+    found = [task for task in tasks if any((folder / f"{task}{suffix}").exists() for suffix in SUFFIXES)]
+    if not found:
+        raise UserError(f"{folder} holds no corpus; it takes {', '.join(f'{task}.jsonl' for task in tasks)} (or .gz).")
+    return found
+
+
+def opened(experiment: Experiment, max_length: int | None) -> "Answering":
+    """The run's newest checkpoint, ready to answer with the arithmetic that `experiment` asks for."""
+    from gdn_jax import runs
+    from gdn_jax.evaluate.answering import Answering
+    from gdn_jax.implementations import chosen_impls
+    from gdn_jax.layers import compute_for
+
+    run = runs.open_run(runs.run_directory(experiment))
+    chosen_impls(experiment)
+    return Answering(run, compute=compute_for(experiment), max_length=max_length)
+
+
+def described(found: list[dict[str, Any]]) -> str:
+    """The tasks' numbers for a terminal, marks included."""
+    header = ("task", "n", "numbers", "marks")
+    lines = []
+    for one in found:
+        suite = experiments.SUITES[one["suite"]]
+        columns = [column for column in suite.columns.values() if column.task == one["task"]]
+        marks = list(dict.fromkeys(mark for column in columns for mark in suite.marks(one, column)))
+        if not columns and one["n"] < one["of"]:
+            marks = [f"n = {one['n']:,} of {one['of']:,}", *one["marks"]]
+        numbers = ", ".join(f"{name} {_number(value)}" for name, value in one["metrics"].items())
+        lines.append((f"{one['suite']}/{one['task']}", f"{one['n']:,}", numbers, "; ".join(marks)))
+    return aligned([header, *lines])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def write_requests(experiment: Experiment, options: TaskOptions, path: Path) -> None:
+    """Write what the tasks would ask to `path`, for a machine that has the run but not the tasks."""
+    from gdn_jax import runs
+    from gdn_jax.evaluate.answering import LEAST_LENGTH, RequestFile
+
+    named = check(options)
+    run = runs.open_run(runs.run_directory(experiment))
+    length = max(run.experiment.data.seq_len, LEAST_LENGTH) if options.max_length is None else options.max_length
+    file = RequestFile(path, run.tokenizer, max_length=length)
+    for suite, tasks in named:
+        if suite.name == "figure2":
+            raise UserError("figure2 reads whole documents and asks nothing; run it where the run and its files are.")
+        for task in tasks:
+            suite.measure(task, file, run, asked(options))
+    print(f"Wrote {file.write():,} requests to {path}; answer them with: gdn eval RUN --answer {path.name}.")
+
+
+def answer(experiment: Experiment, path: Path, max_length: int | None) -> None:
+    """Answer the requests of a file and keep the answers in the run's directory."""
+    from gdn_jax.evaluate.answering import answer_file, read_requests
+
+    facts, _ = read_requests(path)
+    answering = opened(experiment, facts["max_length"] if max_length is None else max_length)
+    count = answer_file(answering, path)
+    print(f"{answering.run.directory / 'answers.jsonl'} holds the answers of {count:,} requests.")
+
+
+def score_text(experiment: Experiment, files: tuple[str, ...], max_length: int | None, as_json: bool) -> None:
+    """Log-likelihood of whole texts, in blocks of max_length tokens, the first one after EOS."""
+    import math
+
+    from gdn_jax.progress import Progress
+
+    texts = {}
+    for name in files:
+        try:
+            texts[name] = Path(name).read_text()
+        except UnicodeDecodeError:
+            raise UserError(f"{name} is no text in UTF-8; convert it first.") from None
+        if not texts[name]:
+            raise UserError(f"{name} is empty; give a file that holds text.")
+    answering = opened(experiment, max_length)
+    with Progress():
+        found = answering.rolling(list(texts.values()))
+    rows = []
+    for (name, text), log_likelihood in zip(texts.items(), found, strict=True):
+        size, words, tokens = len(text.encode()), len(text.split()), len(answering.tokenizer.encode(text))
+        rows.append({
+            "file": name, "bytes": size, "words": words, "tokens": tokens, "log_likelihood": log_likelihood,
+            "nats_per_byte": -log_likelihood / size, "nats_per_token": -log_likelihood / tokens,
+            "word_perplexity": math.exp(min(-log_likelihood / max(words, 1), 700)),
+            "max_length": answering.max_length, "step": answering.run.step,
+        })  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    header = ("file", "bytes", "nats per byte", "nats per token", "word perplexity")
+    lines = [
+        (row["file"], f"{row['bytes']:,}", f"{row['nats_per_byte']:.4f}", f"{row['nats_per_token']:.4f}",
+         f"{row['word_perplexity']:.4g}")
+        for row in rows
+    ]  # fmt: skip
+    print(aligned([header, *lines]))
+    print(f"step {answering.run.step:,}, blocks of {answering.max_length:,} tokens")

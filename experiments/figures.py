@@ -1,0 +1,114 @@
+"""`gdn figure NAME`: a figure of the paper, drawn from the runs there are."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import experiments
+from experiments import figure2, published
+from experiments.models import PAPER_MODELS
+from experiments.options import Switch
+from experiments.report import aligned
+from gdn_jax.errors import UserError, nearest
+from gdn_jax.files import write_json
+
+FIGURES = ("figure2",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FigureOptions:
+    """Draw a figure of the paper (figure2) from the runs there are."""
+
+    scale: Literal["tiny", "desk", "400m", "400m-matched", "1.3b"] = "1.3b"
+    json: Switch = False  # print an array of objects
+    out: str = "."  # directory that gets NAME-SCALE.png and .json
+
+
+def figure(name: str, options: FigureOptions) -> None:
+    """`gdn figure NAME`: one curve a model on each corpus that was read."""
+    if name not in FIGURES:
+        raise UserError(f"There is no figure {name!r}{nearest(name, FIGURES)}; there is {', '.join(FIGURES)}.")
+    found = rows(options.scale)
+    if not found:
+        raise UserError(
+            f"No run at {options.scale} was evaluated for {name}; begin with: "
+            f"gdn run {name}/gated-deltanet/{options.scale} --task_data DIR."
+        )
+    directory = Path(options.out)
+    directory.mkdir(parents=True, exist_ok=True)
+    picture = directory / f"{name}-{options.scale}.png"
+    write_json(picture.with_suffix(".json"), found)
+    draw(options.scale, found).savefig(picture, dpi=150)
+    print(json.dumps(found, indent=1) if options.json else described(found))
+    if not options.json:
+        print(f"Wrote {picture} and {picture.with_suffix('.json')}.")
+
+
+def rows(scale: str) -> list[dict[str, Any]]:
+    """A row for each model and corpus that was read: perplexities by length and by bucket, and what they came from."""
+    out, suite = [], figure2.SUITE
+    for model in PAPER_MODELS:
+        experiment = experiments.get(f"table3/{model}/{scale}")
+        for result in published.of_experiment(experiment, runs=Path("runs")):
+            for corpus, title in figure2.CORPORA.items():
+                cells = {length: suite.cell(f"{corpus}_{length}", result.rows) for length in figure2.LENGTHS}
+                if all(cell.value is None for cell in cells.values()):
+                    continue
+                entry = next(
+                    one for one in result.rows[-1]["tasks"] if (one["suite"], one["task"]) == ("figure2", corpus)
+                )
+                out.append({
+                    "model": model, "corpus": corpus, "title": title,
+                    "prefix": {length: cell.value for length, cell in cells.items()},
+                    "spread": {length: cell.spread for length, cell in cells.items()},
+                    "buckets": {
+                        int(name.removeprefix("bucket_")): value
+                        for name, value in entry["metrics"].items() if name.startswith("bucket_")
+                    },
+                    "marks": list(next(iter(cells.values())).marks), "documents": entry["n"],
+                    "protocol": entry["protocol"], "from": result.origin(),
+                })  # fmt: skip
+    return out
+
+
+def described(found: list[dict[str, Any]]) -> str:
+    header = ("model", "corpus", *(f"{length // 1024}K" for length in figure2.LENGTHS), "documents", "marks", "from")
+    lines = [
+        (row["model"], row["title"], *(f"{value:.2f}" for value in row["prefix"].values()), str(row["documents"]),
+         "; ".join(row["marks"]), row["from"])
+        for row in found
+    ]  # fmt: skip
+    return f"perplexity per token of a document's first tokens\n{aligned([header, *lines])}"
+
+
+def draw(scale: str, found: list[dict[str, Any]]) -> Any:
+    """Perplexity by length, a panel a corpus; a model has one colour everywhere."""
+    from matplotlib.figure import Figure
+
+    corpora = list(dict.fromkeys(row["corpus"] for row in found))
+    columns = min(3, len(corpora))
+    lines = -(-len(corpora) // columns)
+    picture = Figure(figsize=(4.2 * columns, 3.2 * lines + 0.6), layout="constrained")
+    panels = picture.subplots(lines, columns, squeeze=False).flatten()
+    colours = {model: f"C{index}" for index, model in enumerate(PAPER_MODELS)}
+    for panel, corpus in zip(panels, corpora, strict=False):
+        of_corpus = [row for row in found if row["corpus"] == corpus]
+        for row in of_corpus:
+            lengths = [length / 1024 for length in row["prefix"]]
+            style = "--" if row["marks"] else "-"
+            label = row["model"] + (f" ({'; '.join(row['marks'])})" if row["marks"] else "")
+            panel.plot(
+                lengths, list(row["prefix"].values()), style, marker="o", markersize=3, color=colours[row["model"]],
+                label=label,
+            )  # fmt: skip
+        panel.set_title(of_corpus[0]["title"], fontsize=10)
+        panel.set_xlabel("tokens read (thousands)")
+        panel.set_ylabel("perplexity per token")
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[len(corpora) :]:
+        panel.axis("off")
+    handles, labels = panels[0].get_legend_handles_labels()
+    picture.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    picture.suptitle(f"Figure 2 at {scale}: length extrapolation", fontsize=11)
+    return picture

@@ -1,0 +1,212 @@
+"""A run answers requests in text: log-likelihoods, whole texts, continuations. Harness and tasks are built on it."""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gdn_jax.errors import UserError
+from gdn_jax.evaluate.generation import Answer, Greedy, Truncation, answers
+from gdn_jax.evaluate.kept import Kept, key_of
+from gdn_jax.evaluate.scoring import BATCH_TOKENS, Score, Scorer
+from gdn_jax.layers import Compute, compute_for
+from gdn_jax.progress import Progress
+from gdn_jax.runs import OpenRun
+from gdn_jax.tokenizer import Tokenizer
+
+LEAST_LENGTH = 2048  # tokens read at once where a model was trained on shorter windows
+
+
+class Answers(Protocol):
+    """What tasks ask of a model."""
+
+    tokenizer: Tokenizer
+    max_length: int  # most tokens read at once
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        """(log p(continuation | context), whether greedy decoding would write it) for each pair of texts."""
+        ...
+
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        """log p(text) for each whole text, in blocks of max_length tokens (Scorer.rolling)."""
+        ...
+
+    def ask(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        stops: Sequence[str] = (),
+        max_length: int | None = None,
+        truncation: Truncation = "left",
+    ) -> list[Answer]:
+        """The likeliest continuations, as `generation.answers` gives them."""
+        ...
+
+
+class Answering:
+    """A run's answers; each is kept in a file as it comes, and a request found there is not made again.
+
+    max_length    most tokens read at once; None: data.seq_len of the training, 2,048 where that is less
+    keep          the file; None: <run>/answers.jsonl. Answers are known by the parameters, the tokenizer, the
+                  arithmetic and the request, so one file serves every checkpoint and may be copied between machines
+
+    Documents of the training data end in EOS and begin with nothing, so a text without a context is given EOS.
+    """
+
+    def __init__(
+        self, run: OpenRun, *, compute: Compute | None = None, max_length: int | None = None, keep: Path | None = None,
+        batch_tokens: int = BATCH_TOKENS, progress: Progress | None = None,
+    ):  # fmt: skip
+        self.run, self.tokenizer = run, run.tokenizer
+        self.compute = compute_for(run.experiment) if compute is None else compute
+        self.max_length = max(run.experiment.data.seq_len, LEAST_LENGTH) if max_length is None else max_length
+        self.progress = Progress() if progress is None else progress
+        self.kept = Kept(run.directory / "answers.jsonl" if keep is None else keep)
+        self._greedy = Greedy(run.model, self.tokenizer, self.compute)
+        self._batch_tokens = batch_tokens
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(
+            self._greedy.cast, compute=self.compute, max_length=self.max_length, batch_tokens=self._batch_tokens
+        )
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        keys = [self._key("loglikelihood", *pair) for pair in pairs]
+        new = self._new(keys, pairs)
+        if new:
+            encoded = [encode_pair(self.tokenizer, *pair) for pair in new.values()]
+            self._score(list(new), self._scorer.score, *zip(*encoded, strict=True))
+        return [(answer[0], answer[1]) for answer in map(self.kept.__getitem__, keys)]
+
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        keys = [self._key("rolling", text) for text in texts]
+        new = self._new(keys, texts)
+        if new:
+            encoded = [self.tokenizer.encode(text) for text in new.values()]
+            self._score(list(new), self._scorer.rolling, encoded, prefix=self.tokenizer.eos)
+        return [self.kept[key][0] for key in keys]
+
+    def ask(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        stops: Sequence[str] = (),
+        max_length: int | None = None,
+        truncation: Truncation = "left",
+    ) -> list[Answer]:
+        return answers(
+            self._greedy, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, max_length=max_length,
+            truncation=truncation, keep=self.kept, progress=self.progress,
+        )  # fmt: skip
+
+    def _key(self, kind: str, *texts: str) -> str:
+        return key_of(self._greedy.identity, kind, self.max_length, self.tokenizer.eos, texts)
+
+    def _new(self, keys: Sequence[str], requests: Sequence[Any]) -> dict[str, Any]:
+        """The requests without an answer, each once."""
+        return {key: request for key, request in zip(keys, requests, strict=True) if key not in self.kept}
+
+    def _score(self, keys: list[str], score: Any, *arguments: Any, **options: Any) -> None:
+        def done(found: dict[int, Score]) -> None:
+            self.kept.add({keys[i]: [one.log_likelihood, one.greedy] for i, one in found.items()})
+
+        score(*arguments, **options, progress=self.progress, done=done)
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of a context and of its continuation, as lm-evaluation-harness divides them.
+
+    Spaces that end the context begin the continuation instead; the whole is encoded, and what follows as many tokens as
+    the context alone has is the continuation. An empty context is EOS, which documents follow in training.
+    """
+    bare = context.rstrip()
+    whole = tokenizer.encode(context + continuation)
+    first = len(tokenizer.encode(bare)) if bare else 0
+    if not first:
+        return np.array([tokenizer.eos], np.int32), whole
+    return whole[:first], whole[first:]
+
+
+class RequestFile:
+    """Stands where an Answering stands and writes the requests to a file, for `answer_file` on another machine.
+
+    What it answers itself means nothing.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, *, max_length: int):
+        self.tokenizer, self.max_length, self._path = tokenizer, max_length, path
+        self._lines: dict[str, None] = {}
+
+    def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
+        self._add({"kind": "loglikelihood", "texts": list(pair)} for pair in pairs)
+        return [(-1.0, False)] * len(pairs)
+
+    def rolling(self, texts: Sequence[str]) -> list[float]:
+        self._add({"kind": "rolling", "texts": [text]} for text in texts)
+        return [-1.0] * len(texts)
+
+    def ask(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_tokens: int,
+        stops: Sequence[str] = (),
+        max_length: int | None = None,
+        truncation: Truncation = "left",
+    ) -> list[Answer]:
+        return answers(
+            self, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, max_length=max_length,
+            truncation=truncation,
+        )  # fmt: skip
+
+    identity = "requests"  # this and __call__: continues prompts, as generation.Continues
+
+    def __call__(self, prompts: Sequence[str], max_tokens: int, stops: Sequence[str], progress: Progress) -> list[str]:
+        self._add({"kind": "ask", "texts": [text], "max_tokens": max_tokens, "stops": list(stops)} for text in prompts)
+        return [""] * len(prompts)
+
+    def _add(self, requests: Any) -> None:
+        self._lines |= dict.fromkeys(json.dumps(request) for request in requests)
+
+    def write(self) -> int:
+        """Write the file; returns how many requests it holds."""
+        first = {"max_length": self.max_length, "tokenizer": self.tokenizer.hash8}
+        self._path.write_text("".join(line + "\n" for line in [json.dumps(first), *self._lines]))
+        return len(self._lines)
+
+
+def read_requests(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(max_length and tokenizer, the requests) of a file that RequestFile wrote, or a UserError."""
+    try:
+        first, *rows = map(json.loads, path.read_text().splitlines())
+        return {name: first[name] for name in ("max_length", "tokenizer")}, rows
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} holds no requests ({error}); write it with: gdn eval RUN --tasks ... --requests FILE."
+        ) from None
+
+
+def answer_file(answering: Answering, path: Path) -> int:
+    """Answers the requests of a file into `answering.kept`; returns how many there are."""
+    facts, rows = read_requests(path)
+    for name, mine in (("max_length", answering.max_length), ("tokenizer", answering.tokenizer.hash8)):
+        if facts[name] != mine:
+            raise UserError(f"{path} was written for {name} {facts[name]}, not {mine}; write it again for this run.")
+    of_kind: dict[str, list] = {"loglikelihood": [], "rolling": []}
+    prompts: dict[tuple, list[str]] = {}
+    for row in rows:
+        if row["kind"] == "ask":
+            prompts.setdefault((row["max_tokens"], *row["stops"]), []).append(row["texts"][0])
+        else:
+            of_kind[row["kind"]].append(row["texts"])
+    answering.loglikelihood([(context, continuation) for context, continuation in of_kind["loglikelihood"]])
+    answering.rolling([text for (text,) in of_kind["rolling"]])
+    for (max_tokens, *stops), texts in prompts.items():
+        answering.ask(texts, max_tokens=max_tokens, stops=stops)
+    return len(rows)

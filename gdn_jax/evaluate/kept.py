@@ -1,0 +1,54 @@
+"""Answers kept as they come: an evaluation that was killed goes on, and may be answered on another machine."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gdn_jax.errors import UserError
+
+
+def key_of(*parts: Any) -> str:
+    """What stands for a request in a file: a hash of all that decides its answer."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+class Kept:
+    """A .jsonl file of answers by key, or memory alone where `path` is None.
+
+    Answers are anything that JSON can hold. A last line that a crash cut short is dropped.
+    Raises UserError for a line that holds no answer.
+    """
+
+    def __init__(self, path: Path | None):
+        self._path, self._answers = path, {}
+        content = path.read_bytes() if path is not None and path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if path is not None and whole != content:
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                row = json.loads(line)
+                self._answers[row["key"]] = row["answer"]
+            except (ValueError, KeyError, TypeError):
+                raise UserError(f"{path}, line {number}: holds no answer; remove the line, or the file.") from None
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Any:
+        return self._answers[key]
+
+    def add(self, answers: Mapping[str, Any]) -> None:
+        """Keep answers by their keys, on disk when this returns."""
+        self._answers.update(answers)
+        if self._path is None or not answers:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:
+            file.write("".join(json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()))

@@ -1,0 +1,223 @@
+"""Log-likelihoods of token sequences: the one core behind perplexity, tasks and tables.
+
+Requests of any lengths are sorted into buckets, one compiled program each, and padded on the right, which no causal
+model sees. Logits exist for a few thousand tokens at a time; a token's terms are fp32, their sums float64 on the host.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from gdn_jax import sharding
+from gdn_jax.errors import UserError
+from gdn_jax.layers import Compute, dot_precision
+from gdn_jax.model import LM
+from gdn_jax.progress import Progress
+
+SHORTEST = 32  # tokens of the first bucket; each next one is twice as long
+HEAD_TOKENS = 4096  # whose logits exist at once
+BATCH_TOKENS = 32768  # of a batch, padding included
+
+Tokens = Sequence[int] | np.ndarray
+
+
+class Score(NamedTuple):
+    """What a model says of a continuation."""
+
+    log_likelihood: float  # sum of log p(token | all before it), nats
+    greedy: bool  # every token is the likeliest one
+    tokens: int  # scored
+    cut: int  # context tokens left out, the earliest ones, so that the rest fits max_length
+
+
+class Scorer:
+    """A model on all local devices, ready to score.
+
+    max_length    most tokens the model reads at once: a longer context loses its beginning
+    batch_tokens  most tokens of a batch over all devices; at least one row a device is read
+    """
+
+    def __init__(
+        self, model: LM, *, compute: Compute, max_length: int, batch_tokens: int = BATCH_TOKENS,
+        devices: Sequence[jax.Device] | None = None,
+    ):  # fmt: skip
+        for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
+            if value < 1:
+                raise UserError(f"{name} is {value}; it must be positive.")
+        self.max_length, self.compute, self._batch_tokens = max_length, compute, batch_tokens
+        self._mesh = sharding.make_mesh(1, list(devices or jax.local_devices()))
+        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        self._model = jax.device_put(model, everywhere)
+
+    def score(
+        self,
+        contexts: Sequence[Tokens],
+        continuations: Sequence[Tokens],
+        *,
+        progress: Progress | None = None,
+        done: Callable[[dict[int, Score]], None] | None = None,
+    ) -> list[Score]:
+        """log p(continuation | context) for each pair, in the order given.
+
+        contexts       at least one token each: a model says nothing of a first token
+        continuations  at most max_length tokens each; an empty one has likelihood 1
+        done           is given the scores of each batch by their index, so that an interrupted evaluation can go on
+
+        A pair's score depends neither on the order nor on the pairs beside it, but for rounding.
+        Raises UserError for a pair outside these rules, or a log-likelihood that is not finite.
+        """
+        pairs = [self._cut(i, *pair) for i, pair in enumerate(zip(contexts, continuations, strict=True))]
+        out: list[Score | None] = [None] * len(pairs)
+        todo: dict[tuple, list[int]] = {}  # equal pairs are scored once
+        for i, (tokens, scored, cut) in enumerate(pairs):
+            todo.setdefault((bucket(len(tokens) - 1), len(tokens), tokens.tobytes(), scored, cut), []).append(i)
+        # Sorted by content, so that any order of requests makes the same batches; the longest first.
+        buckets: dict[int, list[tuple]] = {}
+        for key in sorted(todo, reverse=True):
+            buckets.setdefault(key[0], []).append(key)
+        finished = 0
+        with progress or Progress() as display:
+            for length, keys in buckets.items():
+                rows = self._rows(length, len(keys))
+                for start in range(0, len(keys), rows):
+                    batch = keys[start : start + rows]
+                    scores = self._batch(length, rows, [pairs[todo[key][0]] for key in batch])
+                    found = {i: score for key, score in zip(batch, scores, strict=True) for i in todo[key]}
+                    for i, score in found.items():
+                        out[i] = score
+                    if done is not None:
+                        done(found)
+                    finished += len(found)
+                    display.show(f"Scored {finished:,} of {len(pairs):,} continuations.")
+        return out  # type: ignore[return-value]
+
+    def rolling(
+        self, texts: Sequence[Tokens], *, prefix: int, progress: Progress | None = None,
+        done: Callable[[dict[int, Score]], None] | None = None,
+    ) -> list[Score]:  # fmt: skip
+        """log p(text) for each: blocks of max_length tokens side by side, every token scored once.
+
+        The first token is given `prefix`, what documents follow in training; each later block is given the one token
+        before it, the last one as many as fit max_length. So the number depends on max_length: name it beside the
+        number. The blocks are those of lm-evaluation-harness (get_rolling_token_windows, context_len 1).
+        """
+        blocks = [(i, start) for i, text in enumerate(texts) for start in range(0, len(text), self.max_length)]
+        parts = [texts[i][start : start + self.max_length] for i, start in blocks]
+        contexts = [
+            texts[i][start + len(part) - self.max_length - 1 : start] if start else [prefix]
+            for (i, start), part in zip(blocks, parts, strict=True)
+        ]
+        found: list[list[Score]] = [[] for _ in texts]
+        left = [-(-len(text) // self.max_length) for text in texts]
+
+        def whole(i: int) -> Score:
+            total = math.fsum(score.log_likelihood for score in found[i])
+            return Score(total, all(score.greedy for score in found[i]), len(texts[i]), 0)
+
+        def blocks_done(scores: dict[int, Score]) -> None:
+            ended = []
+            for index, score in scores.items():
+                i = blocks[index][0]
+                found[i].append(score)
+                left[i] -= 1
+                ended += [] if left[i] else [i]
+            if done is not None and ended:
+                done({i: whole(i) for i in ended})
+
+        if done is not None and (empty := {i: whole(i) for i, count in enumerate(left) if not count}):
+            done(empty)
+        self.score(contexts, parts, progress=progress, done=blocks_done)
+        return [whole(i) for i in range(len(texts))]
+
+    def _cut(self, i: int, context: Tokens, continuation: Tokens) -> tuple[np.ndarray, int, int]:
+        """(tokens read and scored, how many of the last are scored, how many of the first were left out)."""
+        if not len(context):
+            raise UserError(f"Context {i} is empty; give at least the token that begins a document.")
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"Continuation {i} has {len(continuation)} tokens, more than max_length {self.max_length}; raise it, "
+                f"or score the text with rolling windows."
+            )
+        tokens = np.concatenate([np.asarray(context, np.int32), np.asarray(continuation, np.int32)])
+        vocab = self._model.config.vocab
+        if tokens.min() < 0 or tokens.max() >= vocab:
+            raise UserError(
+                f"Pair {i} holds token {tokens.max() if tokens.max() >= vocab else tokens.min()}, outside the model's "
+                f"vocabulary of {vocab}; use the tokenizer that it was trained with."
+            )
+        cut = max(0, len(tokens) - 1 - self.max_length)
+        return tokens[cut:], len(continuation), cut
+
+    def _rows(self, length: int, wanted: int) -> int:
+        """Rows of a batch of this bucket: a power of two times the devices, no more than needed."""
+        devices = self._mesh.size
+        most = max(1, self._batch_tokens // (length * devices))
+        return devices * min(_power(most, up=False), _power(-(-wanted // devices), up=True))
+
+    def _batch(self, length: int, rows: int, pairs: list[tuple[np.ndarray, int, int]]) -> list[Score]:
+        tokens = np.zeros((rows, length + 1), np.int32)
+        for row, (sequence, _, _) in enumerate(pairs):
+            tokens[row, : len(sequence)] = sequence
+        with jax.set_mesh(self._mesh):
+            placed = sharding.place_batch(self._mesh, {"tokens": tokens})["tokens"]
+            nll, likeliest = map(np.asarray, token_scores(self._model, placed, self.compute))
+        out = []
+        for row, (sequence, scored, cut) in enumerate(pairs):
+            last = slice(len(sequence) - 1 - scored, len(sequence) - 1)
+            total = -float(nll[row, last].sum(dtype=np.float64))
+            if not math.isfinite(total):
+                raise UserError(
+                    f"A log-likelihood is {total}: the model's parameters have diverged; take an earlier checkpoint."
+                )
+            out.append(Score(total, bool(likeliest[row, last].all()), scored, cut))
+        return out
+
+
+def bucket(length: int) -> int:
+    """The padded length of `length` input tokens: the next of 32, 64, 128, ..."""
+    return max(SHORTEST, _power(max(length, 1), up=True))
+
+
+def _power(value: int, *, up: bool) -> int:
+    return 1 << ((value - 1).bit_length() if up else value.bit_length() - 1)
+
+
+@functools.partial(jax.jit, static_argnames="compute")
+def token_scores(
+    model: LM, tokens: Int[Array, "B T+1"], compute: Compute
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """For tokens 1..T of each row: -log p given those before, fp32, and whether it is the likeliest.
+
+    Logits [B, c, vocab] exist for about HEAD_TOKENS tokens at a time.
+    """
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    hidden, _ = model(inputs, compute=compute)
+    kernel, precision = model.head_kernel().astype(hidden.dtype), dot_precision(hidden.dtype)
+    B, T = targets.shape
+    slices = _divisor(T, max(1, HEAD_TOKENS // B))
+
+    def of_slice(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = part
+        logits = jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
+        top = logits.max(axis=-1)
+        log_total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(axis=-1))
+        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return log_total - own, jnp.argmax(logits, axis=-1) == targets
+
+    def cut(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(B, T // slices, slices, *x.shape[2:]), 1, 0)
+
+    parts = jax.lax.map(of_slice, (cut(hidden), cut(targets)))
+    nll, likeliest = (jnp.moveaxis(part, 0, 1).reshape(B, T) for part in parts)
+    return nll, likeliest
+
+
+def _divisor(length: int, most: int) -> int:
+    """The largest divisor of `length` that is at most `most`."""
+    return next(size for size in range(min(length, most), 0, -1) if length % size == 0)

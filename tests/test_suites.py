@@ -1,0 +1,206 @@
+"""Tables' tasks asked of a run: what is kept and marked, what `gdn eval` and `gdn figure` say of it."""
+
+import contextlib
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+from small import prepare_text, scripted_model
+
+import experiments
+from experiments import figures, suites
+from experiments.commands.evaluation import TaskOptions, check
+from experiments.run import main
+from experiments.suites import Asked, Column, Suite
+from gdn_jax import checkpoint, tokenizer
+from gdn_jax.errors import UserError
+from gdn_jax.fingerprint import Identity
+from gdn_jax.model import init_model
+
+ROWS = Path(__file__).parent / "eval_rows"
+ID = "table3/gated-deltanet/tiny"
+COLUMN = Column("T", "t", "acc", range(10, 11), 100.0)
+SUITE = Suite("table3", {"t": COLUMN, "u": Column("U", "u", "acc", range(10, 11))}, None, averaged=("t", "u"))
+
+
+def entry(**change):
+    row = {"suite": "table3", "task": "t", "step": 5, "n": 10, "of": 10, "metrics": {"acc": 0.5}, "marks": []}
+    return row | {"protocol": {"limit": None}} | change
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A run of table3/gated-deltanet/tiny whose last checkpoint is of its last step, with random parameters."""
+    directory = tmp_path_factory.mktemp("suites")
+    experiment = experiments.get(ID)
+    with contextlib.chdir(directory):
+        prepare_text(Path())
+        run = Path("runs") / ID / experiment.hash8
+        model = jax.jit(init_model, static_argnums=0)(experiment.model, jax.random.key(0))
+        trained_on = Identity("a" * 64, tokenizer.load("byte").hash8)
+        checkpoint.write(run, replace(experiment, run=replace(experiment.run, dir="")), model, 200, trained_on)
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def here(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+
+def test_marks_say_what_a_number_is_not():
+    assert SUITE.marks(entry(), COLUMN) == ()
+    assert SUITE.marks(entry(n=3), COLUMN) == ("n = 3 of 10",)
+    assert SUITE.marks(entry(n=3, of=3), COLUMN) == ("own rows, n = 3",)
+    assert SUITE.marks(entry(of=11, n=11, marks=["step 5 of 9"]), COLUMN) == ("own rows, n = 11", "step 5 of 9")
+
+
+def test_cells_and_their_mean():
+    rows = [{"tasks": [entry(), entry(task="u", metrics={"acc": 3.0}, n=2)]}]
+    assert SUITE.cell("t", rows) == (50.0, None, (), 1)
+    assert SUITE.cell("u", rows) == (3.0, None, ("n = 2 of 10",), 1)
+    assert SUITE.cell("average", rows) == (26.5, None, ("n = 2 of 10",), 1)
+    assert SUITE.cell("average", [{"tasks": [entry()]}]).value is None
+    assert SUITE.cell("t", [{}]).value is None and SUITE.cell("t", []).value is None
+
+
+def test_of_one_task_the_largest_measure_without_marks_stands_for_the_run(tmp_path):
+    for one in (entry(n=3), entry(metrics={"acc": 0.9}), entry(n=9), entry(marks=["haystack"]), entry(step=9)):
+        suites.save(tmp_path, one)
+    assert len(suites.kept(tmp_path)) == 5
+    (chosen,) = suites.of_step(tmp_path, 5)
+    assert chosen["metrics"]["acc"] == 0.9 and chosen["n"] == 10
+    suites.save(tmp_path, entry(metrics={"acc": 0.1}))  # measured again: replaced
+    assert len(suites.kept(tmp_path)) == 5 and suites.of_step(tmp_path, 5)[0]["metrics"]["acc"] == 0.1
+    assert suites.of_step(tmp_path, 4) == []
+
+
+def test_what_tasks_name():
+    named = {suite.name: tasks for suite, tasks in check(TaskOptions(tasks="table4,table2/niah_single_1,copa"))}
+    assert list(named) == ["table4", "table2", "table3"]
+    assert len(named["table4"]) == 6 and named["table2"] == ["niah_single_1"] and named["table3"] == ["copa"]
+
+
+def evaluate(capsys, *words):
+    assert main(["eval", ID, *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_tasks_of_three_tables_on_rows_of_our_own(capsys):
+    found = evaluate(capsys, "--tasks", "table4,table5/trec,table3/arc_easy", "--task_data", str(ROWS))
+    assert [one["suite"] for one in found] == ["table4"] * 6 + ["table5", "table3"]
+    assert found[0]["metrics"].keys() == {"contains", "looping"} and found[0]["protocol"]["context_length"] == 2048
+    assert found[6]["metrics"].keys() == {"score", "raw", "first_line"} and found[6]["protocol"]["max_length"] == 2048
+    assert found[7]["protocol"]["harness"] == "lm-eval 0.4.13" and found[7]["protocol"]["version"] == 1.0
+    directory = next((Path("runs") / ID).iterdir())
+    assert suites.kept(directory) == found
+    size = (directory / "answers.jsonl").stat().st_size
+    assert main(["eval", ID, "--tasks", "table4", "--task_data", str(ROWS)]) == 0
+    out = capsys.readouterr().out
+    assert "table4/swde" in out and "own rows, n = 3" in out
+    assert (directory / "answers.jsonl").stat().st_size == size, "nothing was asked twice"
+    assert main(["table", "table4", "--scale", "tiny"]) == 0  # no result.json yet: training writes no row by itself
+    assert "own rows" not in capsys.readouterr().out
+
+
+def test_needles_with_a_stand_in_haystack(capsys, monkeypatch):
+    from experiments import table2
+
+    monkeypatch.setattr(table2, "LENGTHS", {"niah_single_2": (1024,)})
+    (one,) = evaluate(capsys, "--tasks", "table2/niah_single_2", "--limit", "2")
+    assert one["metrics"].keys() == {"1024"} and (one["n"], one["of"]) == (2, 500)
+    assert one["marks"] == ["haystack english-novels in place of the essays"]
+
+
+def test_a_figure_of_one_corpus(capsys, tmp_path):
+    text = "Once more the lamp was lit. " * 800  # 22,400 bytes
+    (tmp_path / "qmsum.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (one,) = evaluate(capsys, "--tasks", "figure2", "--task_data", str(tmp_path))
+    assert [one["metrics"][str(n)] > 1 for n in (4096, 8192, 12288, 16384, 20480)] == [True] * 5
+    assert len([name for name in one["metrics"] if name.startswith("bucket_")]) == 10
+    directory = next((Path("runs") / ID).iterdir())
+    experiment = experiments.get(ID)
+    row = {
+        "id": ID, "recipe8": experiment.recipe8, "seed": 1, "tasks": [one],
+        "validation": {
+            "trained_on": "a" * 64, "data": "a" * 64, "window": 256, "trained_window": 256, "stride": 256,
+            "windows": 1, "of_windows": 1,
+        },
+        "environment": {"devices": ["cpu"], "date": "2026-01-02", "commit": "abcdef0", "dirty": False},
+    }  # fmt: skip
+    (directory / "result.json").write_text(json.dumps(row))
+    assert main(["figure", "figure2", "--scale", "tiny", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{one['metrics']['4096']:.2f}" in out and "QMSum" in out
+    assert (tmp_path / "figure2-tiny.png").stat().st_size > 20_000
+    (drawn,) = figures.rows("tiny")
+    assert drawn["prefix"][20480] == one["metrics"]["20480"] and drawn["buckets"][2048] == one["metrics"]["bucket_2048"]
+    (directory / "result.json").unlink()
+
+
+def test_any_text_is_scored(capsys, tmp_path):
+    (tmp_path / "a.txt").write_text("The lamp was lit. " * 200)
+    assert main(["eval", ID, "--text", str(tmp_path / "a.txt"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["bytes"], row["words"], row["tokens"], row["max_length"]) == (3600, 800, 3600, 2048)
+    assert row["nats_per_byte"] == pytest.approx(-row["log_likelihood"] / 3600)
+    assert row["nats_per_byte"] == pytest.approx(math.log(320), abs=0.3), "random parameters"
+
+
+def test_requests_are_written_and_answered(capsys, tmp_path):
+    path = tmp_path / "requests.jsonl"
+    words = ["--tasks", "table3/winogrande", "--task_data", str(ROWS)]
+    assert main(["eval", ID, *words, "--requests", str(path)]) == 0
+    assert "Wrote 4 requests" in capsys.readouterr().out
+    assert main(["eval", ID, "--answer", str(path)]) == 0
+    assert "holds the answers of 4 requests." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tasks", "table4/swed", "--task_data", str(ROWS)], "table4 has no task 'swed'; it has swde, squad"),
+        (["--tasks", "tabel4"], "There is no task 'tabel4'"),
+        (["--tasks", "table4"], "table4 reads local files; name their folder with --task_data."),
+        (["--tasks", "table4", "--task_data", "nowhere"], "nowhere is no folder; --task_data names one"),
+        (["--tasks", "table4", "--task_data", "."], "There is no swde.jsonl or .jsonl.gz with the columns"),
+        (["--tasks", "table3", "--limit", "0"], "limit is 0; it must be positive, or left out for all."),
+        (["--tasks", "table3", "--max_length", "0"], "max_length is 0; it must be positive."),
+        (["--tasks", "table2", "--haystack", "none.txt"], "The haystack none.txt cannot be read"),
+        (["--tasks", "figure2", "--task_data", "."], ". holds no corpus; it takes gov_report.jsonl"),
+        (["--tasks", "table3", "--text", "a.txt"], "--tasks and --text ask for two things; give one of them."),
+        (["--requests", "a.jsonl"], "--requests writes the requests of tasks; name them with --tasks."),
+        (["--text", "none.txt"], "none.txt"),
+        (["--answer", "none.jsonl"], "none.jsonl holds no requests"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_mistakes_get_one_sentence(capsys, words, sentence):
+    assert main(["eval", ID, *words]) == 2
+    out, err = capsys.readouterr()
+    assert sentence in err and len(err.strip().splitlines()) <= 2 and out == ""
+
+
+def test_a_figure_without_runs(capsys):
+    assert main(["figure", "figure2", "--scale", "desk"]) == 2
+    assert "No run at desk was evaluated for figure2; begin with: gdn run figure2/" in capsys.readouterr().err
+    assert main(["figure", "figure9"]) == 2
+    assert "There is no figure 'figure9' (did you mean 'figure2'?)" in capsys.readouterr().err
+
+
+def test_an_unfinished_training_is_marked(monkeypatch, tmp_path):
+    from gdn_jax.evaluate.answering import Answering
+    from gdn_jax.runs import OpenRun
+
+    experiment = experiments.get(ID)
+    run = OpenRun(
+        tmp_path, experiment, scripted_model({}), 50, Identity("a" * 64, tokenizer.load("byte").hash8),
+        tokenizer.load("byte"),
+    )  # fmt: skip
+    suite = Suite("table3", {}, lambda *_: {"metrics": {}, "n": 1, "of": 1, "protocol": {}, "stand_in": ""})
+    (one,) = suites.measure(suite, ["t"], Answering(run), Asked())
+    assert one["marks"] == ["step 50 of 200"]
+    with pytest.raises(UserError, match="limit is -1"):
+        suites.measure(suite, ["t"], Answering(run), Asked(limit=-1))

@@ -21,6 +21,8 @@ from pallas_kernels.gated_norm import gated_norm
 from pallas_kernels.short_conv import short_conv
 from pallas_kernels.tiles import document_starts
 
+LEAST_ROWS = 8  # of a bf16 product
+
 Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
@@ -40,6 +42,19 @@ def compute_for(experiment: Experiment) -> Compute:
     run = experiment.run
     dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[experiment.optim.precision]
     return Compute(dtype=dtype, impl=run.impl, chunk=run.chunk, residuals=run.residuals, remat=run.remat)
+
+
+def product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], dtype: Any = None) -> Float[Array, "*B O"]:
+    """x kernel, in x's dtype or in `dtype`, in which it is accumulated.
+
+    XLA makes a product with a single row of bf16 into sums of columns, which read the kernel at a tenth of an H100's
+    bandwidth: rows of zeros keep it a product.
+    """
+    rows = math.prod(x.shape[:-1])
+    few = x.dtype == jnp.bfloat16 and rows == 1
+    given = jnp.pad(x.reshape(1, -1), ((0, LEAST_ROWS - 1), (0, 0))) if few else x
+    y = jnp.matmul(given, kernel, precision=dot_precision(x.dtype), preferred_element_type=dtype)
+    return y[:1].reshape(*x.shape[:-1], y.shape[-1]) if few else y
 
 
 def dot_precision(dtype: Any) -> jax.lax.Precision:
@@ -142,7 +157,7 @@ class Linear(nnx.Module):
         if exact and kernel.dtype.itemsize < 4:
             y = _exact_product(x, kernel)
         else:
-            y = jnp.matmul(x, kernel, precision=dot_precision(compute.dtype))
+            y = product(x, kernel)
         return y if self.bias is None else (y + self.bias[columns]).astype(y.dtype)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree, jaxtyped
 
 from gdn_jax.config import Model
 from gdn_jax.errors import UserError
-from gdn_jax.layers import Compute, Linear, RMSNorm, SwiGLU, dot_precision, embedding_init, linear_init
+from gdn_jax.layers import Compute, Linear, RMSNorm, SwiGLU, embedding_init, linear_init, product
 from gdn_jax.mixers import HGRN2, MIXERS
 from gdn_jax.mixers.hgrn2 import lower_bounds
 from gdn_jax.tree import named_leaves, with_leaves
@@ -172,9 +172,7 @@ class LM(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
         """fp32 logits of hidden states."""
-        kernel = self.head_kernel().astype(hidden.dtype)
-        precision = dot_precision(hidden.dtype)
-        return jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
+        return product(hidden, self.head_kernel().astype(hidden.dtype), jnp.float32)
 
     def init_cache(self, batch: int, max_len: int, compute: Compute) -> PyTree:
         """The cache of an empty sequence: one entry for each mixer of the pattern, stacked over repeats."""

@@ -18,6 +18,7 @@ from gdn_jax.layers import (
     linear_init,
     log_decay_rate_init,
     normal,
+    product,
     rope,
     segment_index,
 )
@@ -184,4 +185,21 @@ def test_initialisation_of_the_gates():
 
 def test_compute_follows_the_experiment():
     assert compute_for(get("smoke/transformer")) == Compute(dtype=jnp.float32)
-    assert compute_for(get("table3/gated-deltanet/1.3b")) == Compute(dtype=jnp.bfloat16, remat="full")
+    assert compute_for(get("table3/gated-deltanet/1.3b")) == Compute(dtype=jnp.bfloat16, remat="products")
+
+
+def test_a_single_row_of_bf16_is_multiplied_as_a_product():
+    x, kernel = jax.random.normal(jax.random.key(0), (1, 1, 96)), jax.random.normal(jax.random.key(1), (96, 40))
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    y = product(x, kernel)
+    assert y.shape == (1, 1, 40) and y.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=1e-2, atol=5e-2)
+    assert product(x[0], kernel, jnp.float32).dtype == jnp.float32
+    shapes = [
+        [v.aval.shape for v in eqn.invars]
+        for eqn in jax.make_jaxpr(product)(x, kernel).eqns
+        if eqn.primitive.name == "dot_general"
+    ]
+    assert shapes == [[(8, 96), (96, 40)]]
+    np.testing.assert_array_equal(product(jnp.tile(x, (3, 1, 1)), kernel)[1], y[0])

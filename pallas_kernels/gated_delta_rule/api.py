@@ -138,14 +138,25 @@ def gated_delta_rule_step(
     *,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B Hv V"], Float[Array, "B Hv K V"]]:
-    """One token of `gated_delta_rule`: (o in v's dtype, state in fp32 or float64). Ranges and errors as there."""
+    """One token of `gated_delta_rule`: (o in v's dtype, state in fp32 or float64). Ranges and errors as there.
+
+        u = beta (v - alpha S^T k)      o = scale (alpha S^T q + (q . k) u)      S' = alpha S + k u^T
+
+    Both products read the state that is there, so that a device passes over it twice: once for S^T k and S^T q
+    together, once to write S'. The recurrence's o = scale S'^T q is the same sum, and a third pass.
+    """
     value_heads, heads = v.shape[1], q.shape[1]
     if value_heads % heads:
         raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     q, k = (jnp.repeat(x.astype(exact), value_heads // heads, axis=1) for x in (q, k))
-    o, state = reference.step(q, k, *(x.astype(exact) for x in (v, g, beta, state)), scale)
+    values, g, beta, state = (x.astype(exact) for x in (v, g, beta, state))
+    alpha = jnp.exp(g)
+    read_k, read_q = ((state * x[..., None]).sum(axis=-2) for x in (k, q))
+    update = beta[..., None] * (values - alpha[..., None] * read_k)
+    o = scale * (alpha[..., None] * read_q + (q * k).sum(axis=-1)[..., None] * update)
+    state = alpha[..., None, None] * state + k[..., None] * update[..., None, :]
     return o.astype(v.dtype), state
 
 

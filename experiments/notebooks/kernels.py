@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.gated_delta_rule import gated_delta_rule, resolve
 
 K, V, T = 16, 16, 48  # key and value channels, tokens
 print("auto takes here:", *resolve("auto", key_dim=K, value_dim=V))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from pallas_kernels.gated_delta_rule import gated_delta_rule, resolve
+from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, resolve
 
 K, V, T = 16, 16, 48  # key and value channels, tokens
 print("auto takes here:", *resolve("auto", key_dim=K, value_dim=V))
@@ -27,16 +27,15 @@ values = jnp.where((jnp.arange(T) % 2 == 0)[:, None], jnp.where((jnp.arange(T) <
 
 
 def states(decay: float, strength: float) -> jax.Array:
-    """The state after every token, [T, K, V]."""
-    g = jnp.full((1, T, 1), jnp.log(decay))
-    beta = jnp.full((1, T, 1), strength)
-    q, k, v = (x[None, :, None].astype(jnp.float32) for x in (keys, keys, values))
-    return jnp.stack(
-        [
-            gated_delta_rule(q[:, :t], k[:, :t], v[:, :t], g[:, :t], beta[:, :t], impl="chunked")[1][0, 0]
-            for t in range(1, T + 1)
-        ]
-    )
+    """The state after every token, [T, K, V], one token at a time."""
+    g, beta = jnp.full((1, 1), jnp.log(decay)), jnp.full((1, 1), strength)
+
+    def write(state: jax.Array, token: tuple) -> tuple:
+        key, value = (x[None, None] for x in token)
+        _, state = gated_delta_rule_step(key, key, value, g, beta, state)
+        return state, state[0, 0]
+
+    return jax.lax.scan(write, jnp.zeros((1, 1, K, V)), (keys, values))[1]
 
 
 def similarity(state: jax.Array, value: jax.Array) -> np.ndarray:
@@ -67,3 +66,12 @@ plt.show()
 exact = found["a = 1, b = 1: replaced at once"]
 print("error of the last write:", float(jnp.abs(exact[-1, 0] - third).max()))
 assert jnp.allclose(exact[-1, 0], third, atol=1e-5) and jnp.allclose(exact[-1, 1], second, atol=1e-5)
+
+# %% [markdown]
+# The chunkwise form reads all tokens at once and ends in the same state.
+
+# %%
+q = k = keys[None, :, None]
+_, state = gated_delta_rule(q, k, values[None, :, None], jnp.zeros((1, T, 1)), jnp.ones((1, T, 1)))
+print("chunks against steps:", float(jnp.abs(state[0, 0] - exact[-1]).max()))
+assert jnp.allclose(state[0, 0], exact[-1], atol=1e-5)

@@ -7,8 +7,9 @@ files of the ops depends on it.
 import importlib.util
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -31,26 +32,37 @@ when = pl.when
 
 
 def call(
-    kernel: Callable[..., None],
-    *arrays: jax.Array,
+    kernel: Callable[[SimpleNamespace], None],
+    inputs: dict[str, tuple[jax.Array | None, pl.BlockSpec]],
+    outputs: dict[str, tuple[jax.ShapeDtypeStruct | None, pl.BlockSpec]],
+    *,
     grid: tuple[int, ...],
-    in_specs: Sequence[pl.BlockSpec],
-    out_specs: Sequence[pl.BlockSpec],
-    out_shape: Sequence[jax.ShapeDtypeStruct],
     warps: int,
     stages: int,
     interpret: bool,
-) -> list[jax.Array]:
-    """One kernel launch. Grid axis 0 runs fastest: neighbours there share what they read in the L2 cache."""
-    return pl.pallas_call(
-        kernel,
+) -> dict[str, jax.Array | None]:
+    """One kernel launch: name -> array of `outputs`.
+
+    `kernel` gets one object that holds the ref of every input and output under its name; where an array or a shape is
+    None, so are the ref and the result. Grid axis 0 runs fastest: neighbours there share what they read in the L2
+    cache.
+    """
+    given, made = ({name: pair for name, pair in side.items() if pair[0] is not None} for side in (inputs, outputs))
+
+    def with_names(*refs):
+        kernel(SimpleNamespace(**dict.fromkeys(inputs | outputs) | dict(zip(given | made, refs, strict=True))))
+
+    results = pl.pallas_call(
+        with_names,
+        name=kernel.__name__,
         grid=grid,
-        in_specs=list(in_specs),
-        out_specs=list(out_specs),
-        out_shape=list(out_shape),
+        in_specs=[spec for _, spec in given.values()],
+        out_specs=[spec for _, spec in made.values()],
+        out_shape=[shape for shape, _ in made.values()],
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         interpret=interpret,
-    )(*arrays)
+    )(*(array for array, _ in given.values()))
+    return dict.fromkeys(outputs) | dict(zip(made, results, strict=True))
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:

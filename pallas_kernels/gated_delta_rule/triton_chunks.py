@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, documents, pair_decay, square
+from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
 
 LEAST = 2.0**-40  # of beta here: far below what fp32 sees in a sum, far above what a quotient could not bear
@@ -70,22 +70,19 @@ def chunks(
     B, T, H, K = q.shape
     Hv, V = rho.shape[2:]
 
-    def gdn_chunks(
-        q_ref, k_ref, total_ref, gamma_ref, leaving_ref, beta_ref,
-        do_ref, dv_ref, rho_ref, kept_ref, d_kept_ref, *others,
-    ):  # fmt: skip
-        *run_refs, dq_ref, dk_ref, dg_ref, dbeta_ref = others
-        rows, refs = triton.ds(0, CHUNK), {"do": do_ref, "dv": dv_ref, "rho": rho_ref}
-        total, gamma, leaving, b = (ref[...] for ref in (total_ref, gamma_ref, leaving_ref, beta_ref))
+    def gdn_chunks(refs):
+        rows = triton.ds(0, CHUNK)
+        total, gamma, leaving, b = (ref[...] for ref in (refs.total, refs.gamma, refs.leaving, refs.beta))
         b = nonzero(b)
-        held = {name: ref[...] for name, ref in refs.items()} if block_v >= V else {}
+        sources = {"do": refs.do, "dv": refs.dv, "rho": refs.rho}
+        held = {name: ref[...] for name, ref in sources.items()} if block_v >= V else {}
         after = square(0) - square(1)  # rows after columns
         allowed = after >= 0
         if runs is not None:
-            allowed = allowed & (run_refs[0][...][:, None] == run_refs[0][...][None, :])
+            allowed = allowed & (refs.runs[...][:, None] == refs.runs[...][None, :])
 
         def values(name, columns):
-            return held[name] if held else refs[name][rows, columns]
+            return held[name] if held else sources[name][rows, columns]
 
         def pairs(columns, m1, m2):
             rho = values("rho", columns).T
@@ -93,10 +90,10 @@ def chunks(
 
         m1, m2 = over_values(V, block_v, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret) * b[None, :]
-        for ref, m in ((dq_ref, scale * decay * m1), (dk_ref, jnp.where(after == 0, 0.0, -decay * m2))):
+        for ref, m in ((refs.dq, scale * decay * m1), (refs.dk, jnp.where(after == 0, 0.0, -decay * m2))):
             ref[rows, rows] = m.astype(jnp.bfloat16).astype(dtype)
         triton.barrier(interpret)
-        m1, m2 = (ref[rows, rows].astype(jnp.bfloat16) for ref in (dq_ref, dk_ref))
+        m1, m2 = (ref[rows, rows].astype(jnp.bfloat16) for ref in (refs.dq, refs.dk))
 
         def key_columns(sums, tile):
             start, width, _ = tile
@@ -104,46 +101,54 @@ def chunks(
             moved, written_sum, ends, inner = sums
 
             def states(values_at, asked, read, written, inner):
-                state, d_state = kept_ref[values_at, columns], d_kept_ref[values_at, columns]
+                state, d_state = refs.kept[values_at, columns], refs.d_kept[values_at, columns]
                 inner = inner + shared(state, d_state, tile, inner.size)
                 asked = asked + triton.dot(values("do", values_at), state)
                 read = read + triton.dot(values("dv", values_at), state)
                 written = written + triton.dot(values("rho", values_at), d_state)
                 return asked, read, triton.finished(written, interpret), inner
 
-            key, query = triton.load_own(k_ref, rows, tile), triton.load_own(q_ref, rows, tile)
+            key, query = triton.load_own(refs.k, rows, tile), triton.load_own(refs.q, rows, tile)
             zero = jnp.zeros((CHUNK, width), jnp.float32)
             asked, read, written, inner = over_values(V, block_v, states, zero, zero, zero, inner)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
-            triton.store_own(dq_ref, rows, tile, dq)
+            triton.store_own(refs.dq, rows, tile, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
             moved += jnp.sum(query.astype(jnp.float32) * dq + key.astype(jnp.float32) * read, axis=1)
             written = (b * leaving)[:, None] * written
             ends += jnp.sum(key.astype(jnp.float32) * written, axis=1)
             written = written + triton.dot(m2.T, key) + triton.dot(m1.T, query)
             written_sum += jnp.sum(key.astype(jnp.float32) * written, axis=1)
-            triton.store_own(dk_ref, rows, tile, read + where_written(b, written))
+            triton.store_own(refs.dk, rows, tile, read + where_written(b, written))
             return moved, written_sum, ends, inner
 
         none = jnp.zeros((CHUNK,), jnp.float32)
         sums = none, none, none, jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
         moved, written_sum, ends, inner = triton.over_tiles(K, key_tile, key_columns, sums)
-        dbeta_ref[...] = written_sum / b
+        refs.dbeta[...] = written_sum / b
         moved -= written_sum
-        ends = jnp.sum(ends) + gamma_ref[CHUNK - 1] * jnp.sum(inner)
-        dg_ref[...] = jnp.sum(jnp.where(after >= 0, moved[:, None], 0.0), axis=0) + ends
+        ends = jnp.sum(ends) + refs.gamma[CHUNK - 1] * jnp.sum(inner)
+        refs.dg[...] = jnp.sum(jnp.where(after >= 0, moved[:, None], 0.0), axis=0) + ends
 
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, Hv // H), 0))
     d_key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, h, 0))
     value = BlockSpec((None, CHUNK, None, V), lambda n, h, b: (b, n, h, 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     state = BlockSpec((None, None, None, V, K), lambda n, h, b: (b, h, n, 0, 0))
-    numbers, number_specs = documents(runs, CHUNK)
+    run, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
+    numbers, entering = (None, None) if runs is None else runs
     key_shape, gate_shape = jax.ShapeDtypeStruct((B, T, Hv, K), dtype), jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
-    return triton.call(
-        gdn_chunks, q, k, total, gamma, leaving, beta, do, dv, rho, kept, d_kept, *numbers,
-        grid=(T // CHUNK, Hv, B),
-        in_specs=[key, key, gate, gate, gate, gate, value, value, value, state, state, *number_specs],
-        out_specs=[d_key, d_key, gate, gate], out_shape=[key_shape, key_shape, gate_shape, gate_shape],
-        warps=warps, stages=stages, interpret=interpret,
+    made = triton.call(
+        gdn_chunks,
+        {
+            "q": (q, key), "k": (k, key), "total": (total, gate), "gamma": (gamma, gate), "leaving": (leaving, gate),
+            "beta": (beta, gate), "do": (do, value), "dv": (dv, value), "rho": (rho, value), "kept": (kept, state),
+            "d_kept": (d_kept, state), "runs": (numbers, run), "entering": (entering, entered),
+        },
+        {
+            "dq": (key_shape, d_key), "dk": (key_shape, d_key),
+            "dg": (gate_shape, gate), "dbeta": (gate_shape, gate),
+        },
+        grid=(T // CHUNK, Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
+    return tuple(made.values())

@@ -24,33 +24,33 @@ def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, inte
     """
     B, T, Hv, V = rho.shape
 
-    def gdn_pairs(late_total_ref, total_ref, beta_ref, do_ref, dv_ref, rho_ref, *others):
-        *run_refs, m1_ref, m2_ref = others
+    def gdn_pairs(refs):
         rows = triton.ds(0, CHUNK)
         number = triton.remainder(triton.program_id(0), TILES)
         same = number != 1
         order = square(0) - square(1)  # how many tokens i is after j, in one half
         allowed = jnp.logical_not(same) | (order >= 0)
         if runs is not None:
-            allowed = allowed & (run_refs[0][...][:, None] == run_refs[1][...][None, :])
+            allowed = allowed & (refs.late_runs[...][:, None] == refs.early_runs[...][None, :])
 
         def products(sums, tile):
             values = triton.ds(tile[0], tile[1])
-            early = rho_ref[rows, values].T
-            return sums[0] + triton.dot(do_ref[rows, values], early), sums[1] + triton.dot(dv_ref[rows, values], early)
+            early = refs.rho[rows, values].T
+            m1, m2 = sums
+            return m1 + triton.dot(refs.do[rows, values], early), m2 + triton.dot(refs.dv[rows, values], early)
 
         m1, m2 = triton.over_tiles(V, block_v, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
-        until = total_ref[...] - jnp.where(same, 0.0, total_ref[CHUNK - 1])
-        decay = pair_decay(late_total_ref[...], until, allowed, interpret) * nonzero(beta_ref[...])[None, :]
+        until = refs.early_total[...] - jnp.where(same, 0.0, refs.early_total[CHUNK - 1])
+        decay = pair_decay(refs.late_total[...], until, allowed, interpret) * nonzero(refs.beta[...])[None, :]
         late = triton.ds(triton.quotient(number + 1, 2) * CHUNK, CHUNK)
         early = triton.ds(triton.quotient(number, 2) * CHUNK, CHUNK)
-        m1_ref[late, early] = (scale * decay * m1).astype(jnp.bfloat16)
-        m2_ref[late, early] = jnp.where(same & (order == 0), 0.0, -decay * m2).astype(jnp.bfloat16)
+        refs.m1[late, early] = (scale * decay * m1).astype(jnp.bfloat16)
+        refs.m2[late, early] = jnp.where(same & (order == 0), 0.0, -decay * m2).astype(jnp.bfloat16)
 
         @triton.when(number == 1)
         def future():
-            for m_ref in (m1_ref, m2_ref):
-                m_ref[triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)] = jnp.zeros((CHUNK, CHUNK), jnp.bfloat16)
+            for m in (refs.m1, refs.m2):
+                m[triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)] = jnp.zeros((CHUNK, CHUNK), jnp.bfloat16)
 
     block = lambda x: triton.quotient(x, TILES)  # noqa: E731
     late = lambda x: 2 * block(x) + triton.quotient(triton.remainder(x, TILES) + 1, 2)  # noqa: E731
@@ -58,15 +58,20 @@ def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, inte
     value = lambda at: BlockSpec((None, CHUNK, None, V), lambda x, h, b: (b, at(x), h, 0))  # noqa: E731
     gate = lambda at: BlockSpec((None, None, CHUNK), lambda x, h, b: (b, h, at(x)))  # noqa: E731
     run = lambda at: BlockSpec((None, CHUNK), lambda x, h, b: (b, at(x)))  # noqa: E731
-    numbers, number_specs = ((), ()) if runs is None else ((runs[0], runs[0]), (run(late), run(early)))
+    numbers = None if runs is None else runs[0]
     pair = BlockSpec((None, None, None, BLOCK, BLOCK), lambda x, h, b: (b, h, block(x), 0, 0))
     pair_shape = jax.ShapeDtypeStruct((B, Hv, T // BLOCK, BLOCK, BLOCK), jnp.bfloat16)
-    return triton.call(
-        gdn_pairs, total, total, beta, do, dv, rho, *numbers,
-        grid=(TILES * (T // BLOCK), Hv, B),
-        in_specs=[gate(late), gate(early), gate(early), value(late), value(late), value(early), *number_specs],
-        out_specs=[pair, pair], out_shape=[pair_shape, pair_shape], warps=warps, stages=stages, interpret=interpret,
+    made = triton.call(
+        gdn_pairs,
+        {
+            "late_total": (total, gate(late)), "early_total": (total, gate(early)), "beta": (beta, gate(early)),
+            "do": (do, value(late)), "dv": (dv, value(late)), "rho": (rho, value(early)),
+            "late_runs": (numbers, run(late)), "early_runs": (numbers, run(early)),
+        },
+        {"m1": (pair_shape, pair), "m2": (pair_shape, pair)},
+        grid=(TILES * (T // BLOCK), Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
+    return tuple(made.values())
 
 
 def tokens(
@@ -87,10 +92,7 @@ def tokens(
     full, _, rest = triton.full_and_rest(K, key_tile)
     overlapping, tiles = len(rest) > 1, -(-K // full)
 
-    def gdn_tokens(
-        q_ref, k_ref, gamma_ref, leaving_ref, beta_ref, do_ref, dv_ref, rho_ref, kept_ref, d_kept_ref, m1_ref, m2_ref,
-        dq_ref, dk_ref, moved_ref, written_ref, ends_ref,
-    ):  # fmt: skip
+    def gdn_tokens(refs):
         rows = triton.ds(0, BLOCK)
 
         def over_pairs(step, *sums):
@@ -105,10 +107,10 @@ def tokens(
             zero = jnp.zeros((BLOCK, width), jnp.float32)
 
             def states(values, read, written, inner):
-                state, d_state = kept_ref[values, columns], d_kept_ref[values, columns]
-                read = read + triton.dot(dv_ref[rows, values], state)
+                state, d_state = refs.kept[values, columns], refs.d_kept[values, columns]
+                read = read + triton.dot(refs.dv[rows, values], state)
                 inner = inner + shared(state, d_state, tile, inner.size)
-                written = written + triton.dot(rho_ref[rows, values], d_state)
+                written = written + triton.dot(refs.rho[rows, values], d_state)
                 return read, triton.finished(written, interpret), inner
 
             def store(ref, x):
@@ -118,36 +120,36 @@ def tokens(
                     triton.store_own(ref, rows, tile, x)
 
             def key_pairs(part, read, written):
-                key = k_ref[part, columns]
-                written = written + triton.dot(m2_ref[part, rows].T, key)
-                written = written + triton.dot(m1_ref[part, rows].T, q_ref[part, columns])
-                return read + triton.dot(m2_ref[rows, part], key), written
+                key = refs.k[part, columns]
+                written = written + triton.dot(refs.m2[part, rows].T, key)
+                written = written + triton.dot(refs.m1[part, rows].T, refs.q[part, columns])
+                return read + triton.dot(refs.m2[rows, part], key), written
 
             def asked_states(values, asked):
-                return (asked + triton.dot(do_ref[rows, values], kept_ref[values, columns]),)
+                return (asked + triton.dot(refs.do[rows, values], refs.kept[values, columns]),)
 
             def query_pairs(part, dq):
-                return (dq + triton.dot(m1_ref[rows, part], k_ref[part, columns]),)
+                return (dq + triton.dot(refs.m1[rows, part], refs.k[part, columns]),)
 
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
-            first, last = gamma_ref[CHUNK - 1], gamma_ref[BLOCK - 1]  # what each half leaves
-            gamma = gamma_ref[...] * jnp.where(late, first, 1.0)
+            first, last = refs.gamma[CHUNK - 1], refs.gamma[BLOCK - 1]  # what each half leaves
+            gamma = refs.gamma[...] * jnp.where(late, first, 1.0)
             (asked,) = over_values(V, block_v, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
-            query = triton.own(q_ref[rows, columns].astype(jnp.float32), tile)
+            query = triton.own(refs.q[rows, columns].astype(jnp.float32), tile)
             moved = jnp.sum(query * dq, axis=1)
-            store(dq_ref, dq)
+            store(refs.dq, dq)
 
             none = jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
             read, written, inner = over_values(V, block_v, states, zero, zero, none)
-            written *= (nonzero(beta_ref[...]) * leaving_ref[...] * jnp.where(late, 1.0, last))[:, None]
-            key = triton.own(k_ref[rows, columns].astype(jnp.float32), tile)
-            ends_ref[0] = jnp.sum(jnp.sum(key * written, axis=1)) + first * last * jnp.sum(inner)
+            written *= (nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
+            key = triton.own(refs.k[rows, columns].astype(jnp.float32), tile)
+            refs.ends[0] = jnp.sum(jnp.sum(key * written, axis=1)) + first * last * jnp.sum(inner)
             read, written = over_pairs(key_pairs, -gamma[:, None] * read, written)
             written_sum = jnp.sum(key * written, axis=1)
-            written_ref[...] = written_sum
-            moved_ref[...] = moved + jnp.sum(key * read, axis=1) - written_sum
-            store(dk_ref, read + where_written(beta_ref[...], written))
+            refs.written[...] = written_sum
+            refs.moved[...] = moved + jnp.sum(key * read, axis=1) - written_sum
+            store(refs.dk, read + where_written(refs.beta[...], written))
 
         index = triton.remainder(triton.program_id(0), tiles)
         if overlapping:
@@ -169,13 +171,20 @@ def tokens(
     key_shape = jax.ShapeDtypeStruct((B, T, Hv, K), dtype)
     sum_shape = jax.ShapeDtypeStruct((tiles, B, Hv, T), jnp.float32)
     ends_shape = jax.ShapeDtypeStruct((tiles, B, Hv, T // BLOCK), jnp.float32)
-    return triton.call(
-        gdn_tokens, q, k, gamma, leaving, beta, do, dv, rho, kept, d_kept, m1, m2,
-        grid=(T // BLOCK * tiles, Hv, B),
-        in_specs=[key, key, gate, gate, gate, value, value, value, state, state, pair, pair],
-        out_specs=[d_key, d_key, sums, sums, ends], out_shape=[key_shape, key_shape, sum_shape, sum_shape, ends_shape],
-        warps=warps, stages=stages, interpret=interpret,
+    made = triton.call(
+        gdn_tokens,
+        {
+            "q": (q, key), "k": (k, key), "gamma": (gamma, gate), "leaving": (leaving, gate), "beta": (beta, gate),
+            "do": (do, value), "dv": (dv, value), "rho": (rho, value), "kept": (kept, state),
+            "d_kept": (d_kept, state), "m1": (m1, pair), "m2": (m2, pair),
+        },
+        {
+            "dq": (key_shape, d_key), "dk": (key_shape, d_key),
+            "moved": (sum_shape, sums), "written": (sum_shape, sums), "ends": (ends_shape, ends),
+        },
+        grid=(T // BLOCK * tiles, Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
+    return tuple(made.values())
 
 
 def gates(beta, moved, written, ends):

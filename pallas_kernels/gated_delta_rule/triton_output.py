@@ -27,19 +27,19 @@ def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile
     columns = triton.tiles(K, key_tile)
     first, last = triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)
 
-    def gdn_output(q_ref, k_ref, gamma_ref, write_ref, rho_ref, kept_ref, attention_ref, o_ref):
-        queries = [[triton.load_own(q_ref, rows, tile) for tile in columns] for rows in (first, last)]
-        pairs = [attention_ref[number] for number in (0, 1)]
-        reads = [scale * gamma_ref[rows] for rows in (first, last)]
+    def gdn_output(refs):
+        queries = [[triton.load_own(refs.q, rows, tile) for tile in columns] for rows in (first, last)]
+        pairs = [refs.attention[number] for number in (0, 1)]
+        reads = [scale * refs.gamma[rows] for rows in (first, last)]
         crossing = jnp.zeros((CHUNK, CHUNK), jnp.float32)
         for query, tile in zip(queries[1], columns, strict=True):
-            crossing += triton.dot(query, triton.load_own(k_ref, first, tile).T)
-        crossing = (reads[1][:, None] * crossing * write_ref[first][None, :]).astype(jnp.bfloat16)
-        left = gamma_ref[CHUNK - 1]
+            crossing += triton.dot(query, triton.load_own(refs.k, first, tile).T)
+        crossing = (reads[1][:, None] * crossing * refs.write[first][None, :]).astype(jnp.bfloat16)
+        left = refs.gamma[CHUNK - 1]
 
         def part(_, tile):
             values = triton.ds(tile[0], tile[1])
-            states = [kept_ref[values, triton.ds(start, width)].T for start, width, _ in columns]
+            states = [refs.kept[values, triton.ds(start, width)].T for start, width, _ in columns]
 
             def asked(half):
                 total = jnp.zeros((CHUNK, values.size), jnp.float32)
@@ -47,10 +47,10 @@ def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile
                     total += triton.dot(query, state)
                 return reads[half][:, None] * total
 
-            early = rho_ref[first, values]
-            o_ref[first, values] = (asked(0) + triton.dot(pairs[0], early)).astype(jnp.bfloat16)
-            late = left * asked(1) + triton.dot(pairs[1], rho_ref[last, values])
-            o_ref[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
+            early = refs.rho[first, values]
+            refs.o[first, values] = (asked(0) + triton.dot(pairs[0], early)).astype(jnp.bfloat16)
+            late = left * asked(1) + triton.dot(pairs[1], refs.rho[last, values])
+            refs.o[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
 
         triton.over_tiles(V, block_v, part, None)
 
@@ -59,9 +59,13 @@ def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile
     gate = BlockSpec((None, None, BLOCK), lambda n, h, b: (b, h, n))
     state = BlockSpec((None, None, None, V, K), lambda n, h, b: (b, h, n, 0, 0))
     pair = BlockSpec((None, None, BLOCK // CHUNK, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
-    (o,) = triton.call(
-        gdn_output, q, k, gamma, write, rho, kept, attention,
-        grid=(T // BLOCK, Hv, B), in_specs=[key, key, gate, gate, value, state, pair], out_specs=[value],
-        out_shape=[jax.ShapeDtypeStruct(rho.shape, jnp.bfloat16)], warps=warps, stages=stages, interpret=interpret,
+    made = triton.call(
+        gdn_output,
+        {
+            "q": (q, key), "k": (k, key), "gamma": (gamma, gate), "write": (write, gate),
+            "rho": (rho, value), "kept": (kept, state), "attention": (attention, pair),
+        },
+        {"o": (jax.ShapeDtypeStruct(rho.shape, jnp.bfloat16), value)},
+        grid=(T // BLOCK, Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
-    return o
+    return made["o"]

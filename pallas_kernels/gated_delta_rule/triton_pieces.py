@@ -30,20 +30,20 @@ def chain(maps, local, outer, *, count, reverse, interpret):
     B, Hv, K, V = outer.shape
     tiles = triton.tiles(K, KEY_TILE)
 
-    def gdn_chain(maps_ref, local_ref, outer_ref, entering_ref):
+    def gdn_chain(refs):
         columns = triton.own_columns(V, BLOCK_V, interpret)
 
         def map_tile(piece, out, into):
             if not reverse:
-                return triton.load_own_rows(maps_ref, out, triton.ds(into[0], into[1]), (piece,))
-            return triton.load_own(maps_ref, triton.ds(into[0], into[1]), out, (piece,)).T
+                return triton.load_own_rows(refs.maps, out, triton.ds(into[0], into[1]), (piece,))
+            return triton.load_own(refs.maps, triton.ds(into[0], into[1]), out, (piece,)).T
 
         def step(i, states):
             piece = count - 1 - i if reverse else i
             new, operands = [], [_halves(state) for state in states]
             for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(entering_ref, tile, columns, state, (piece,))
-                total = triton.load_own_rows(local_ref, tile, columns, (piece,))
+                triton.store_own_rows(refs.entering, tile, columns, state, (piece,))
+                total = triton.load_own_rows(refs.local, tile, columns, (piece,))
                 for into, (leading, rest) in zip(tiles, operands, strict=True):
                     map_leading, map_rest = _halves(map_tile(piece, tile, into))
                     total += triton.dot(map_leading, leading)
@@ -51,16 +51,16 @@ def chain(maps, local, outer, *, count, reverse, interpret):
                 new.append(total)
             return tuple(new)
 
-        states = tuple(triton.load_own_rows(outer_ref, tile, columns) for tile in tiles)
+        states = tuple(triton.load_own_rows(refs.outer, tile, columns) for tile in tiles)
         jax.lax.fori_loop(0, count, step, states)
 
     rows = lambda columns: BlockSpec((None, count, None, K, columns), lambda i, h, b: (b, 0, h, 0, 0))  # noqa: E731
     state = BlockSpec((None, None, K, V), lambda i, h, b: (b, h, 0, 0))
     split = lambda x: x.reshape(B, count, *x.shape[1:])  # noqa: E731
-    (entering,) = triton.call(
-        gdn_chain, split(maps), split(local), outer,
-        grid=(-(-V // BLOCK_V), Hv, B), in_specs=[rows(K), rows(V), state], out_specs=[rows(V)],
-        out_shape=[jax.ShapeDtypeStruct((B, count, Hv, K, V), jnp.float32)],
-        warps=4, stages=2 if K <= 128 else 1, interpret=interpret,
+    made = triton.call(
+        gdn_chain,
+        {"maps": (split(maps), rows(K)), "local": (split(local), rows(V)), "outer": (outer, state)},
+        {"entering": (jax.ShapeDtypeStruct((B, count, Hv, K, V), jnp.float32), rows(V))},
+        grid=(-(-V // BLOCK_V), Hv, B), warps=4, stages=2 if K <= 128 else 1, interpret=interpret,
     )  # fmt: skip
-    return entering.reshape(local.shape)
+    return made["entering"].reshape(local.shape)

@@ -19,14 +19,6 @@ from pallas_kernels.triton_dialect import BlockSpec
 CHUNK = 64
 
 
-def documents(runs, size, at=lambda n: n):
-    """Arrays and block specs, over grid (n, head, batch), of `runs` = (numbers of documents [B,T], the one that entered
-    each tile of `size` tokens [B,T/size]), or none for None; at(n) is the tile."""
-    if runs is None:
-        return (), ()
-    return runs, (BlockSpec((None, size), lambda n, h, b: (b, at(n))), BlockSpec((None, 1), lambda n, h, b: (b, at(n))))
-
-
 def square(axis):
     """The token number along `axis` of a 64 x 64 tile."""
     return jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis)
@@ -65,45 +57,48 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
     Hv, N = g.shape[1], T // CHUNK
     group = Hv // H
 
-    def gdn_prepare(*refs):
-        q_ref, k_ref, g_ref, beta_ref = refs[:4]
-        inverse_ref, attention_ref, total_ref, gamma_ref, leaving_ref, write_ref = refs[-6:]
+    def gdn_prepare(refs):
         rows = triton.ds(0, CHUNK)
-        g, b = g_ref[...], beta_ref[...]
+        g, b = refs.g[...], refs.beta[...]
         total = jnp.cumsum(g)
         gamma, leaving = triton.exp(total, interpret), triton.exp(jnp.sum(g) - total, interpret)
         allowed = square(0) >= square(1)
-        if runs is not None:
-            runs_here = refs[4][...]
+        if refs.runs is not None:
+            runs_here = refs.runs[...]
             allowed = allowed & (runs_here[:, None] == runs_here[None, :])
-            gamma = jnp.where(runs_here == refs[5][0], gamma, 0.0)
+            gamma = jnp.where(runs_here == refs.entering[0], gamma, 0.0)
             leaving = jnp.where(runs_here == jnp.max(runs_here), leaving, 0.0)
-        total_ref[...] = total
-        gamma_ref[...] = gamma
-        leaving_ref[...] = leaving
-        write_ref[...] = leaving * b
+        refs.total[...] = total
+        refs.gamma[...] = gamma
+        refs.leaving[...] = leaving
+        refs.write[...] = leaving * b
 
         def products(sums, tile):
             kk, qk = sums
-            query, key = triton.load_own(q_ref, rows, tile), triton.load_own(k_ref, rows, tile)
+            query, key = triton.load_own(refs.q, rows, tile), triton.load_own(refs.k, rows, tile)
             return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
 
         kk, qk = triton.over_tiles(K, key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)
-        attention_ref[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
+        refs.attention[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
         lower = jnp.where(square(0) > square(1), decay * kk * b[None, :], 0.0)
-        inverse_ref[...] = invert(lower).astype(jnp.bfloat16)
+        refs.inverse[...] = invert(lower).astype(jnp.bfloat16)
 
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     pair = BlockSpec((None, None, None, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
-    numbers, number_specs = documents(runs, CHUNK)
+    run, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
+    numbers, entering = (None, None) if runs is None else runs
     pair_shape = jax.ShapeDtypeStruct((B, Hv, N, CHUNK, CHUNK), jnp.bfloat16)
     gate_shape = jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
-    return triton.call(
-        gdn_prepare, q, k, g, beta, *numbers,
-        grid=(N, Hv, B), in_specs=[key, key, gate, gate, *number_specs],
-        out_specs=[pair, pair, gate, gate, gate, gate],
-        out_shape=[pair_shape, pair_shape, gate_shape, gate_shape, gate_shape, gate_shape],
-        warps=warps, stages=stages, interpret=interpret,
+    made = triton.call(
+        gdn_prepare,
+        {
+            "q": (q, key), "k": (k, key), "g": (g, gate), "beta": (beta, gate),
+            "runs": (numbers, run), "entering": (entering, entered),
+        },
+        {"inverse": (pair_shape, pair), "attention": (pair_shape, pair)}
+        | dict.fromkeys(("total", "gamma", "leaving", "write"), (gate_shape, gate)),
+        grid=(N, Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
+    return tuple(made.values())

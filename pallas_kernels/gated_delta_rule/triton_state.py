@@ -81,10 +81,7 @@ def forward(
     Hv, V = gamma.shape[1], K if v is None else v.shape[3]
     tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
-    def gdn_state(k_ref, gamma_ref, write_ref, inverse_ref, *rest):
-        rest, outputs = list(rest[: len(given)]), rest[len(given) :]
-        q_ref, attention_ref, v_ref, initial_ref = (None if x is None else rest.pop(0) for x in optional)
-
+    def gdn_state(refs):
         def body(tile):
             columns = triton.ds(tile[0], tile[1])
             held = TRANSPOSED if transposed and columns.size >= CHUNK else PLAIN
@@ -92,55 +89,58 @@ def forward(
             def step(chunk, carry):
                 left, states = carry
                 # on its way while this chunk computes
-                next_left = gamma_ref[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]
+                next_left = refs.gamma[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == 0
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(outputs[-2], number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.kept, number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
-                keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
+                keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
                 rounded = [state.astype(jnp.bfloat16) for state in states]
                 seen = asked = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(rounded, keys, strict=True):
                     seen += held.product(key, state)
-                gamma = held.along_tokens(gamma_ref[rows])
+                gamma = held.along_tokens(refs.gamma[rows])
                 error = -gamma * seen
-                if v_ref is not None:
-                    error += held.turn(v_ref[rows, columns]).astype(jnp.float32)
-                rho = held.product(inverse_ref[chunk], error.astype(jnp.bfloat16))
+                if refs.v is not None:
+                    error += held.turn(refs.v[rows, columns]).astype(jnp.float32)
+                rho = held.product(refs.inverse[chunk], error.astype(jnp.bfloat16))
                 if keep:
-                    outputs[-3][rows, columns] = held.turn(rho).astype(jnp.bfloat16)
-                if q is not None:
+                    refs.rho[rows, columns] = held.turn(rho).astype(jnp.bfloat16)
+                if refs.q is not None:
                     for state, tile in zip(rounded, tiles, strict=True):
-                        asked += held.product(triton.load_own(q_ref, rows, tile), state)
-                    o = scale * gamma * asked + held.product(attention_ref[chunk], rho.astype(jnp.bfloat16))
-                    outputs[0][rows, columns] = held.turn(o).astype(jnp.bfloat16)
-                written = (rho * held.along_tokens(write_ref[rows])).astype(jnp.bfloat16)
+                        asked += held.product(triton.load_own(refs.q, rows, tile), state)
+                    o = scale * gamma * asked + held.product(refs.attention[chunk], rho.astype(jnp.bfloat16))
+                    refs.o[rows, columns] = held.turn(o).astype(jnp.bfloat16)
+                written = (rho * held.along_tokens(refs.write[rows])).astype(jnp.bfloat16)
                 new = (left * state + held.product(key.T, written) for state, key in zip(states, keys, strict=True))
                 return next_left, tuple(new)
 
-            states = _read_state(initial_ref, columns, tiles, held)
-            _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[CHUNK - 1], states))
+            states = _read_state(refs.initial_state, columns, tiles, held)
+            _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[CHUNK - 1], states))
             for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
+                triton.store_own_rows(refs.final, tile, columns, held.turn(state))
 
         triton.for_tile(triton.program_id(0), V, block_v, body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
-    optional = q, attention, v, initial_state
-    given = [(x, spec) for x, spec in zip(optional, (key, pair, value, state), strict=True) if x is not None]
-    values = (jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16), value)
-    out = [values] if q is not None else []
-    if keep:
-        out += [values, (jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16), kept)]
-    out.append((jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state))
-    return triton.call(
-        gdn_state, k, gamma, write, inverse, *(x for x, _ in given),
-        grid=(triton.count_of_tiles(V, block_v), Hv, B),
-        in_specs=[key, gate, gate, pair, *(spec for _, spec in given)],
-        out_specs=[spec for _, spec in out], out_shape=[shape for shape, _ in out],
-        warps=warps, stages=stages, interpret=interpret,
+    value_shape = jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16)
+    kept_shape = jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16)
+    made = triton.call(
+        gdn_state,
+        {
+            "k": (k, key), "gamma": (gamma, gate), "write": (write, gate), "inverse": (inverse, pair),
+            "q": (q, key), "attention": (attention, pair), "v": (v, value), "initial_state": (initial_state, state),
+        },
+        {
+            "o": (None if q is None else value_shape, value),
+            "rho": (value_shape if keep else None, value),
+            "kept": (kept_shape if keep else None, kept),
+            "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
+        },
+        grid=(triton.count_of_tiles(V, block_v), Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
+    return tuple(x for x in made.values() if x is not None)
 
 
 def reverse(
@@ -157,9 +157,7 @@ def reverse(
     Hv, V = do.shape[2:]
     tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
-    def gdn_reverse(q_ref, k_ref, do_ref, gamma_ref, write_ref, inverse_ref, attention_ref, *rest):
-        final_ref, outputs = (None, rest) if d_final is None else (rest[0], rest[1:])
-
+    def gdn_reverse(refs):
         def body(tile):
             columns = triton.ds(tile[0], tile[1])
             held = TRANSPOSED if transposed and columns.size >= CHUNK else PLAIN
@@ -167,53 +165,54 @@ def reverse(
             def step(i, carry):
                 left, states = carry
                 chunk = chunks - 1 - i
-                next_left = gamma_ref[jnp.maximum(chunk, 1) * CHUNK - 1]
+                next_left = refs.gamma[jnp.maximum(chunk, 1) * CHUNK - 1]
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == block // CHUNK - 1
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(outputs[1], number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.d_kept, number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
-                keys = [triton.load_own(k_ref, rows, tile) for tile in tiles]
-                do = triton.as_made(held.turn(do_ref[rows, columns]), interpret)
+                keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
+                do = triton.as_made(held.turn(refs.do[rows, columns]), interpret)
                 reached = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(states, keys, strict=True):
                     reached += held.product(key, state.astype(jnp.bfloat16))
-                gamma = gamma_ref[rows]
-                drho = held.product(attention_ref[chunk].T, do)
+                gamma = refs.gamma[rows]
+                drho = held.product(refs.attention[chunk].T, do)
                 if ahead:
                     drho = triton.summand(drho, interpret)
-                drho += held.along_tokens(write_ref[rows]) * reached
-                dv = held.product(inverse_ref[chunk].T, drho.astype(jnp.bfloat16))
+                drho += held.along_tokens(refs.write[rows]) * reached
+                dv = held.product(refs.inverse[chunk].T, drho.astype(jnp.bfloat16))
                 if keep:
-                    outputs[0][rows, columns] = held.turn(dv).astype(jnp.bfloat16)
+                    refs.dv[rows, columns] = held.turn(dv).astype(jnp.bfloat16)
                 error = (-held.along_tokens(gamma) * dv).astype(jnp.bfloat16)
                 asked = (held.along_tokens(scale * gamma) * do.astype(jnp.float32)).astype(jnp.bfloat16)
                 new = []
                 for state, key, tile in zip(states, keys, tiles, strict=True):
-                    entered = left * state + held.product(triton.load_own(q_ref, rows, tile).T, asked)
+                    entered = left * state + held.product(triton.load_own(refs.q, rows, tile).T, asked)
                     new.append(entered + held.product(key.T, error))
                 return next_left, tuple(new)
 
-            states = _read_state(final_ref, columns, tiles, held)
-            _, states = jax.lax.fori_loop(0, chunks, step, (gamma_ref[chunks * CHUNK - 1], states))
+            states = _read_state(refs.d_final, columns, tiles, held)
+            _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[chunks * CHUNK - 1], states))
             for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(outputs[-1], tile, columns, held.turn(state))
+                triton.store_own_rows(refs.d_initial, tile, columns, held.turn(state))
 
         triton.for_tile(triton.program_id(0), V, block_v, body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
-    given = [] if d_final is None else [d_final]
-    out = [(jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state)]
-    if keep:
-        out = [
-            (jax.ShapeDtypeStruct(do.shape, jnp.bfloat16), value),
-            (jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16), kept),
-            *out,
-        ]
-    return triton.call(
-        gdn_reverse, q, k, do, gamma, write, inverse, attention, *given,
-        grid=(triton.count_of_tiles(V, block_v), Hv, B),
-        in_specs=[key, key, value, gate, gate, pair, pair, *(state for _ in given)],
-        out_specs=[spec for _, spec in out], out_shape=[shape for shape, _ in out],
-        warps=warps, stages=stages, interpret=interpret,
+    value_shape = jax.ShapeDtypeStruct(do.shape, jnp.bfloat16)
+    kept_shape = jax.ShapeDtypeStruct((B, Hv, T // block, V, K), jnp.bfloat16)
+    made = triton.call(
+        gdn_reverse,
+        {
+            "q": (q, key), "k": (k, key), "do": (do, value), "gamma": (gamma, gate), "write": (write, gate),
+            "inverse": (inverse, pair), "attention": (attention, pair), "d_final": (d_final, state),
+        },
+        {
+            "dv": (value_shape if keep else None, value),
+            "d_kept": (kept_shape if keep else None, kept),
+            "d_initial": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
+        },
+        grid=(triton.count_of_tiles(V, block_v), Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
+    return tuple(x for x in made.values() if x is not None)

@@ -71,4 +71,4 @@ def draw(name: str, scale: str, found: list[Row], path: Path) -> None:
             cell.set_facecolor("#eef1f6")
     axes.set_title(f"{name} at {scale}: {tables.TABLES[name].title}", fontsize=9)
     figure.supxlabel("\n".join(notes), fontsize=6, ha="left", x=0.01)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -109,6 +109,6 @@ def draw(scale: str, found: list[dict[str, Any]]) -> Any:
     for panel in panels[len(corpora) :]:
         panel.axis("off")
     handles, labels = panels[0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    picture.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
     picture.suptitle(f"Figure 2 at {scale}: length extrapolation", fontsize=11)
     return picture

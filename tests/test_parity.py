@@ -2,7 +2,8 @@
 
 The arrays they computed are kept in parity/, beside the scripts that made them (torch 2.13.0, transformers 5.24.0,
 flash-linear-attention 0.6.0): make_arrays.py for the naive ops and for transformers' models, make_fla_models.py for
-flash-linear-attention's, which come in through `gdn convert import`. Only numpy is needed here; `pytest -m parity`,
+flash-linear-attention's, which come in through `gdn convert import`, make_harness_scores.py for the scores that
+lm-evaluation-harness's own class gives the transformer. Only numpy is needed here; `pytest -m parity`,
 with the extra `parity` installed, makes the arrays of the first script again.
 """
 
@@ -20,10 +21,13 @@ from safetensors.numpy import save_file
 from gdn_jax import checkpoint, tokenizer
 from gdn_jax.config import Data, GatedDeltaNetConfig, Mamba2Config, MambaConfig, Model
 from gdn_jax.convert.exchange import import_checkpoint
+from gdn_jax.evaluate.answering import Answering
 from gdn_jax.layers import Compute
 from gdn_jax.mixers import GatedDeltaNet
 from gdn_jax.mixers.retnet import log_decays
 from gdn_jax.model import abstract_model
+from gdn_jax.progress import SILENT
+from gdn_jax.runs import open_run
 from gdn_jax.tree import named_leaves, with_leaves
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.linear_attention import linear_attention
@@ -138,6 +142,23 @@ def test_logits_are_those_of_fla(name, tmp_path, monkeypatch):
         difference = np.abs(imported.logits(hidden) - kept["logits"]).max()
         print(f"{name}, {impl}: largest difference {difference:.1e}")
         assert difference < 2e-5
+
+
+def test_scores_are_those_of_the_harnesss_own_class(tmp_path):
+    """make_harness_scores.py: the imported transformer asked by us, and as transformers' Llama by lm-eval's HFLM."""
+    kept = json.loads((FOLDER / "harness_scores.json").read_text())
+    (tmp_path / "letters.json").write_text(json.dumps(kept["tokenizer"]))
+    checkpoint_directory(arrays("fla_transformer"), tmp_path / "fla")
+    data = Data(tokenizer=str(tmp_path / "letters.json"), seq_len=32)
+    import_checkpoint(tmp_path / "fla", tmp_path / "run", data=data)
+    answers = Answering(open_run(tmp_path / "run"), max_length=kept["max_length"], progress=SILENT)
+    found = answers.loglikelihood([tuple(one["pair"]) for one in kept["loglikelihood"]])
+    for one, (log_likelihood, greedy) in zip(kept["loglikelihood"], found, strict=True):
+        assert log_likelihood == pytest.approx(one["log_likelihood"], abs=1e-3) and greedy == one["greedy"], one
+    for one, log_likelihood in zip(
+        kept["rolling"], answers.rolling([one["text"] for one in kept["rolling"]]), strict=True
+    ):
+        assert log_likelihood == pytest.approx(one["log_likelihood"], abs=1e-3), one
 
 
 @pytest.mark.parity

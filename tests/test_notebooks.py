@@ -38,7 +38,15 @@ def test_every_notebook_is_run():
     assert {path.stem for path in NOTEBOOKS.glob("*.py")} == {"kernels", "evaluate", "huggingface", "tables"}
 
 
-@pytest.mark.parametrize(("name", "pictures"), [("kernels", 1), ("evaluate", 1), ("huggingface", 1), ("tables", 2)])
+@pytest.mark.parametrize(
+    ("name", "pictures"),
+    [
+        ("kernels", 1),
+        pytest.param("evaluate", 1, marks=pytest.mark.slow),
+        pytest.param("huggingface", 1, marks=pytest.mark.slow),
+        ("tables", 2),
+    ],
+)
 def test_a_notebook_runs_and_draws(home, monkeypatch, name, pictures):
     monkeypatch.chdir(home)
     drawn = []

@@ -70,7 +70,19 @@ def assert_close(found, expected):
         assert np.abs(a - b).max(initial=0) <= 1e-5 * max(size, 1), "more than 1e-5 apart"
 
 
-@pytest.mark.parametrize("name", PAPER_MODELS)
+QUICK = (
+    "gated-deltanet",
+    "mamba",
+    "mamba2",
+    "transformer",
+    "gated-deltanet-h1",
+)  # every kind of cache; the rest is slow
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PAPER_MODELS],
+)
 def test_unequal_prompts_read_together_equal_each_alone(name):
     """The window of the hybrids is 64: rows within it, at its end and beyond it."""
     lm, tokens, room = tiny(name), prompts(LENGTHS, 2 * PIECE), 96

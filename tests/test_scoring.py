@@ -57,7 +57,7 @@ def test_a_scripted_model_would_write_its_continuation_greedily():
     assert (right.greedy, wrong.greedy) == (True, False) and right.log_likelihood > wrong.log_likelihood
 
 
-@pytest.mark.parametrize("name", ["gated-deltanet", "transformer", "gated-deltanet-h2"])
+@pytest.mark.parametrize("name", ["gated-deltanet", pytest.param("gated-deltanet-h2", marks=pytest.mark.slow)])
 def test_a_score_is_the_sum_of_stepwise_decoding(name):
     cfg = experiments.get(f"table3/{name}/tiny").model
     model = jax.jit(init_model, static_argnums=0)(cfg, jax.random.key(1))

@@ -297,7 +297,7 @@ class Run:
     profile_steps: int = 3
     tensorboard: bool = False
     wandb: str = ""  # Weights & Biases project; empty: off
-    compile_cache: str = ".jax_cache"  # directory of compiled programs; empty: off
+    compile_cache: str = ".jax_cache"  # directory of compiled programs (runs.keep_compiled); empty: off
 
     def __post_init__(self):
         _positive(

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
+import jax
+
 from gdn_jax import checkpoint, data, prepare, tokenizer
-from gdn_jax.config import Experiment
+from gdn_jax.config import Experiment, Run
 from gdn_jax.errors import UserError
 from gdn_jax.fingerprint import Identity
 from gdn_jax.model import LM
@@ -108,6 +110,15 @@ def prepared_data(experiment: Experiment, progress: Progress | None = None) -> d
             f"{prepared.manifest['validation']}; use that, or prepare into another run.data_root."
         )
     return prepared
+
+
+def keep_compiled(run: Run) -> None:
+    """Compiled programs go to run.compile_cache and come from there, for later processes too.
+
+    Not where a CPU stands in for several devices: jaxlib 0.10.2 was seen to crash while it wrote such a program.
+    """
+    if run.compile_cache and (jax.default_backend() != "cpu" or jax.device_count() == 1):
+        jax.config.update("jax_compilation_cache_dir", str(Path(run.compile_cache).resolve()))
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from gdn_jax.metrics import Writer, check_sinks, environment, peak_flops
 from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
 from gdn_jax.progress import Progress
-from gdn_jax.runs import own, prepared_data, run_directory
+from gdn_jax.runs import keep_compiled, own, prepared_data, run_directory
 
 
 class Interrupted(Exception):
@@ -141,8 +141,7 @@ def train(experiment: Experiment) -> Path:
     data.check_length(prepared, experiment.data.seq_len, experiment.optim.batch_size)
     windows = data.validation_windows(prepared, experiment.data.seq_len, experiment.run.eval_windows)
     with own(directory, experiment):
-        if experiment.run.compile_cache:
-            jax.config.update("jax_compilation_cache_dir", str(Path(experiment.run.compile_cache).resolve()))
+        keep_compiled(experiment.run)
         checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True, data=prepared.identity)
         progress, closing = Progress(seconds=0), contextlib.closing(checkpoints)
         with jax.set_mesh(trainer.mesh), progress, _stop_signals() as stop, closing:

@@ -320,3 +320,19 @@ def test_tensorboard_and_profiler_write_their_files(home):
     directory = train(in_this_process(home, "sinks", tensorboard=True, profile_at=3, profile_steps=2))
     assert list((directory / "tensorboard").glob("events.*"))
     assert list((directory / "profile").rglob("*.xplane.pb"))
+
+
+# --- compiled programs ---
+
+
+@pytest.mark.parametrize("devices,kept", [(1, True), (4, False)])
+def test_compiled_programs_are_kept_but_for_a_cpu_that_stands_in_for_several_devices(tmp_path, devices, kept):
+    code = (
+        "import sys, jax; from gdn_jax.config import Run; from gdn_jax.runs import keep_compiled;"
+        "keep_compiled(Run(compile_cache=sys.argv[1]));"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0);"
+        "jax.jit(lambda x: x * x + 1)(2.0)"
+    )
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "cache")], env=os.environ | flags, check=True)
+    assert (tmp_path / "cache").exists() == kept

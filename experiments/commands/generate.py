@@ -66,12 +66,10 @@ def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds:
     """The growing completions of `gdn_jax.generate.stream` for a run's checkpoint."""
     import dataclasses
 
-    import jax
-
     from gdn_jax.generate import stream
     from gdn_jax.implementations import chosen_impls
     from gdn_jax.layers import compute_for
-    from gdn_jax.runs import open_run, run_directory
+    from gdn_jax.runs import keep_compiled, open_run, run_directory
 
     experiment = of_run(name)
     run = dataclasses.replace(experiment.run, impl=options.impl)
@@ -80,8 +78,7 @@ def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds:
         optim = dataclasses.replace(optim, precision=options.precision)
     experiment = dataclasses.replace(experiment, run=run, optim=optim)
     chosen_impls(experiment)
-    if run.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(Path(run.compile_cache).resolve()))
+    keep_compiled(run)
     opened = open_run(run_directory(experiment), step=options.step)
     return stream(
         opened.model, opened.tokenizer, prompts, max_tokens=options.max_tokens, sampling=sampling, seeds=seeds,

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.report import aligned
+from gdn_jax.implementations import in_words
 from gdn_jax.metrics import environment
-from pallas_kernels import gated_norm, linear_attention, selective_scan, short_conv
+from pallas_kernels import gated_norm, linear_attention, linear_cross_entropy, selective_scan, short_conv
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import api, conformance
 from pallas_kernels.gated_norm import conformance as gated_norm_conformance
 from pallas_kernels.linear_attention import conformance as linear_attention_conformance
-from pallas_kernels.linear_cross_entropy import linear_cross_entropy
 from pallas_kernels.selective_scan import conformance as selective_scan_conformance
 from pallas_kernels.short_conv import conformance as short_conv_conformance
 
@@ -60,18 +60,18 @@ def _gated_delta_rule() -> list[dict[str, Any]]:
         for dtype in DTYPES:
             choice = api.resolve("auto", key_dim=case.K, value_dim=case.V, dtype=jnp.dtype(dtype))
             failures = conformance.failures(replace(case, dtype=dtype), choice.impl)
-            found.append(_entry(api.NAME, choice, f"{case.name}, {dtype}", failures))
+            found.append(_entry(choice, f"{case.name}, {dtype}", failures))
     return found
 
 
 def _other_ops() -> list[dict[str, Any]]:
     found = []
-    for op, (suite, resolve, names) in OTHERS.items():
+    for suite, resolve, names in OTHERS.values():
         choice = resolve("auto")
         for case in (case for case in suite.CASES if case.name in names):
             for dtype in DTYPES:
                 failures = suite.failures(replace(case, dtype=dtype), choice.impl)
-                found.append(_entry(op, choice, f"{case.name}, {dtype}", failures))
+                found.append(_entry(choice, f"{case.name}, {dtype}", failures))
     return found
 
 
@@ -85,7 +85,9 @@ def _linear_cross_entropy() -> list[dict[str, Any]]:
         arrays = [jnp.asarray(value, dtype) for value in (x, kernel, weights)]
 
         def loss(x, kernel, weights):
-            return linear_cross_entropy(x, kernel, jnp.asarray(targets), weights, chunk=32, impl=impl)
+            return linear_cross_entropy.linear_cross_entropy(
+                x, kernel, jnp.asarray(targets), weights, chunk=32, impl=impl
+            )
 
         value, gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(*arrays)
         return [np.asarray(result, np.float64) for result in (value, *gradients)]
@@ -100,11 +102,11 @@ def _linear_cross_entropy() -> list[dict[str, Any]]:
         for name, error in zip(names, errors, strict=True)
         if not error <= HEAD_LIMIT
     ]
-    return [_entry("linear_cross_entropy", Choice("chunked", ""), "70 tokens, float32", failures)]
+    return [_entry(linear_cross_entropy.resolve("auto"), "70 tokens, float32", failures)]
 
 
-def _entry(op: str, choice: Choice, case: str, failures: list[str]) -> dict[str, Any]:
-    return {"op": op, "impl": choice.impl, "refused": choice.refused, "case": case, "failures": failures}
+def _entry(choice: Choice, case: str, failures: list[str]) -> dict[str, Any]:
+    return {"op": choice.op, "impl": choice.impl, "refused": choice.reason, "case": case, "failures": failures}
 
 
 def described(found: dict[str, Any]) -> str:
@@ -118,6 +120,8 @@ def described(found: dict[str, Any]) -> str:
             lines.append(f"{op['op']}: auto takes {op['impl']}{why}")
         verdict = f"FAILED: {', '.join(op['failures'])}" if op["failures"] else "ok"
         lines.append(f"  {op['case']}: {verdict}")
+    if "impl" in found:
+        lines += ["", f"A training step of {found['id']} here", aligned(list(in_words(found["impl"]).items()))]
     installed = [(name, "yes" if there else "no", OPTIONAL[name]) for name, there in found["optional"].items()]
     lines += ["", "Optional libraries", aligned(installed), ""]
     lines.append("All checks passed." if found["ok"] else "Some checks FAILED: results here cannot be trusted.")

@@ -45,14 +45,13 @@ def measure(experiment: Experiment, options: GenerationOptions) -> dict[str, Any
 
     import jax
 
-    from gdn_jax.implementations import chosen_impls
+    from gdn_jax.implementations import traced
     from gdn_jax.layers import compute_for
     from gdn_jax.memory import needed_bytes
     from gdn_jax.metrics import environment
     from gdn_jax.model import count_parameters, for_inference, init_model
 
     cfg, compute = experiment.model, compute_for(experiment)
-    impls = chosen_impls(experiment)
     model = jax.jit(lambda key: for_inference(init_model(cfg, key), compute.dtype))(jax.random.key(0))
 
     def needed(size: tuple[int, int]) -> int:
@@ -60,9 +59,13 @@ def measure(experiment: Experiment, options: GenerationOptions) -> dict[str, Any
         return needed_bytes(cfg, [prompt], max_tokens=options.tokens, batch_size=batch, compute=compute)
 
     rows = []
-    for batch, prompt in sorted(asked, key=needed):
-        rows.append(_row(model, batch, prompt, options, compute))
-        print(f"[{len(rows)}/{len(asked)}] {_said(rows[-1])}", file=sys.stderr, flush=True)
+
+    def time_all() -> None:
+        for batch, prompt in sorted(asked, key=needed):
+            rows.append(_row(model, batch, prompt, options, compute))
+            print(f"[{len(rows)}/{len(asked)}] {_said(rows[-1])}", file=sys.stderr, flush=True)
+
+    impls = traced(experiment.run.impl, time_all)
     here = environment()
     return {
         "id": experiment.id,

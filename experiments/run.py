@@ -19,7 +19,7 @@ from gdn_jax.files import explained
 
 
 class Command(NamedTuple):
-    """What a command runs, its options, and the one word before them ("[GLOB]" may be left out)."""
+    """What a command runs, its options, and the one word before them (in brackets: it may be left out)."""
 
     call: Callable[..., int | None]
     options: type
@@ -39,7 +39,7 @@ COMMANDS = {
     "generate": Command(generate.generate_text, generate.GenerateOptions, "RUN"),
     "convert import": Command(convert.import_run, convert.ImportOptions, "SOURCE"),
     "convert export": Command(convert.export_run, convert.ExportOptions, "RUN"),
-    "doctor": Command(machine.doctor, machine.DoctorOptions),
+    "doctor": Command(machine.doctor, machine.DoctorOptions, "[ID]"),
     "bench": Command(machine.bench_op, machine.BenchOptions, "OP"),
     "bench generate": Command(machine.bench_generate, machine.BenchGenerateOptions, "ID"),
     "tune": Command(machine.tune_op, machine.TuneOptions, "OP"),
@@ -88,7 +88,7 @@ def _dispatch(words: list[str]) -> int | None:
     command, words = COMMANDS[name], words[len(name.split()) :]
     asks_help = any(word in HELP for word in words)
     operand = words.pop(0) if command.operand and words and not words[0].startswith("-") else ""
-    if not (operand or command.operand in ("", "[GLOB]") or asks_help):
+    if not (operand or not command.operand or command.operand.startswith("[") or asks_help):
         hint = HINTS.get(command.operand, "")
         raise UserError(f"`gdn {name}` needs {command.operand} as its first word{hint}.")
     prog = f"gdn {name} {command.operand}".rstrip()

@@ -1,40 +1,62 @@
-"""Which implementation the recurrent ops of an experiment take on this machine."""
+"""Which implementation every op of an experiment takes on this machine: what tracing the model records."""
 
-from gdn_jax.config import DeltaNetConfig, Experiment, GatedDeltaNetConfig
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 from gdn_jax.layers import compute_for
-from pallas_kernels import gated_delta_rule, linear_attention, selective_scan
+from gdn_jax.loss import next_token_loss
+from gdn_jax.model import init_model
+from pallas_kernels.dispatch import CannotRun, record
 
 
-def _delta_rule(experiment: Experiment, mixer: GatedDeltaNetConfig | DeltaNetConfig):
-    dtype = compute_for(experiment).dtype
-    return gated_delta_rule.resolve(
-        experiment.run.impl, key_dim=mixer.key_dim, value_dim=mixer.value_dim, chunk=experiment.run.chunk, dtype=dtype
-    )
+def implementations(experiment: Experiment) -> dict[str, dict[str, str]]:
+    """`traced` of the gradient that one device takes of one slice of a batch; nothing is computed.
+
+    Raises UserError where run.impl cannot run here.
+    """
+    compute, optim = compute_for(experiment), experiment.optim
+    rows = max(1, optim.batch_size // experiment.run.micro_batches // jax.device_count())
+    batch = {"tokens": jax.ShapeDtypeStruct((rows, experiment.data.seq_len + 1), jnp.int32)}
+    if experiment.data.reset_at_documents:
+        batch["segment_ids"] = batch["tokens"]
+
+    def gradient():
+        model = jax.eval_shape(lambda: init_model(experiment.model, jax.random.key(0)))
+        jax.eval_shape(jax.grad(lambda model, batch: next_token_loss(model, batch, compute)), model, batch)
+
+    return traced(experiment.run.impl, gradient, silent=True)
 
 
-# mixer -> its op and how impl resolves
-OPS = {
-    "gated_deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.gated_deltanet)),
-    "deltanet": ("gated_delta_rule", lambda run: _delta_rule(run, run.model.deltanet)),
-    "mamba": ("selective_scan", lambda run: selective_scan.resolve(run.run.impl)),
-    **dict.fromkeys(
-        ("retnet", "hgrn2", "mamba2"), ("linear_attention", lambda run: linear_attention.resolve(run.run.impl))
-    ),
-}
+def in_words(found: dict[str, dict[str, str]]) -> dict[str, str]:
+    """op -> its implementation, and why a faster one was refused."""
+    return {op: facts["impl"] + f" ({facts['refused']})" * bool(facts["refused"]) for op, facts in found.items()}
 
 
-def chosen_impls(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """{op: {"impl", "refused"}} for the ops of the pattern, or a UserError when run.impl cannot run here."""
-    run, found = experiment.run, {}
-    for mixer in dict.fromkeys(experiment.model.pattern):
-        if mixer in OPS:
-            op, resolve = OPS[mixer]
-            try:
-                found[op] = resolve(experiment)._asdict()
-            except NotImplementedError as error:
-                reason = str(error).rpartition("cannot run: ")[2].partition(";")[0].rstrip(".")
-                raise UserError(
-                    f"run.impl is {run.impl!r}, which cannot run {op} here ({reason}); use 'auto'."
-                ) from None
-    return found
+def traced(impl: str, trace: Callable[[], Any], *, silent: bool = False) -> dict[str, dict[str, str]]:
+    """op -> {"impl", "refused"} of the op calls that `trace` traces for the first time: what they take, and which
+    faster implementation was refused why ("" where none was). Several of one op are joined by "; ".
+
+    impl    run.impl: UserError where a named one cannot run here, or no op has it
+    silent  nothing runs: a refused kernel is not said on stderr
+    """
+    try:
+        with record(silent=silent) as choices:
+            trace()
+    except CannotRun as error:
+        (refusal,) = error.refused
+        sentence = f"run.impl is {impl!r}, which cannot run {refusal.op} here ({refusal.reason}); use 'auto'."
+        raise UserError(sentence) from None
+    if impl != "auto" and choices and not any(choice.impl == impl for choice in choices):
+        ops = ", ".join(dict.fromkeys(choice.op for choice in choices))
+        raise UserError(f"run.impl is {impl!r}, which none of this model's ops has ({ops}); use 'auto'.")
+    found: dict[str, dict[str, dict[str, None]]] = {}
+    for choice in choices:
+        op = found.setdefault(choice.op, {"impl": {}, "refused": {}})
+        op["impl"][choice.impl] = None
+        op["refused"] |= dict.fromkeys(map(str, choice.refused))
+    return {op: {key: "; ".join(values) for key, values in facts.items()} for op, facts in found.items()}

@@ -17,8 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from gdn_jax.config import Experiment, Model
-from pallas_kernels.gated_norm import gated_norm
-from pallas_kernels.short_conv import short_conv
+from pallas_kernels import gated_norm, short_conv
 from pallas_kernels.tiles import document_starts
 
 LEAST_ROWS = 8  # of a bf16 product
@@ -31,10 +30,14 @@ class Compute:
     """How to compute: activation dtype, kernel choice, what the backward recomputes. Hashable: jit-static."""
 
     dtype: Any = jnp.bfloat16  # of the residual stream and of matmul operands
-    impl: str = "auto"  # of the recurrent ops, see pallas_kernels
+    impl: str = "auto"  # of every op of pallas_kernels that has it; the others take "auto"
     chunk: int = 64
     residuals: str = "saved"
     remat: str = "none"  # what the backward recomputes, see config.Run
+
+    def impl_among(self, known: tuple[str, ...]) -> str:
+        """`impl` for an op with the implementations `known`, or "auto" where it is none of them."""
+        return self.impl if self.impl in known else "auto"
 
 
 def compute_for(experiment: Experiment) -> Compute:
@@ -166,15 +169,19 @@ class RMSNorm(nnx.Module):
 
     On [B, T, H, V] one weight [V] is shared by all heads: the output norm of Gated DeltaNet and RetNet, which is gated
     AFTER it. With gate_first the norm is of x * SiLU(gate), as in Mamba2, and over each of `groups` equal parts.
-    Compute.impl does not reach it or ShortConv: it names an implementation of the recurrence.
     """
 
     def __init__(self, size: int, eps: float, *, gate_first: bool = False, groups: int = 1):
         self.weight = nnx.Param(jnp.ones(size, jnp.float32))
         self.eps, self.gate_first, self.groups = eps, gate_first, groups
 
-    def __call__(self, x: Float[Array, "*B D"], gate: Float[Array, "*B D"] | None = None) -> Float[Array, "*B D"]:
-        return gated_norm(x, self.weight[...], gate, eps=self.eps, gate_first=self.gate_first, groups=self.groups)
+    def __call__(
+        self, x: Float[Array, "*B D"], compute: Compute, gate: Float[Array, "*B D"] | None = None
+    ) -> Float[Array, "*B D"]:
+        return gated_norm.gated_norm(
+            x, self.weight[...], gate, eps=self.eps, gate_first=self.gate_first, groups=self.groups,
+            impl=compute.impl_among(gated_norm.IMPLS),
+        )  # fmt: skip
 
 
 class ShortConv(nnx.Module):
@@ -189,6 +196,7 @@ class ShortConv(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T C"],
+        compute: Compute,
         *,
         activation: Literal["silu"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
@@ -201,9 +209,10 @@ class ShortConv(nnx.Module):
         count; what follows them is padding, and the inputs handed on are the last before it.
         """
         bias = None if self.bias is None else self.bias[...]
-        y, last = short_conv(
-            x, self.weight[...], bias, activation=activation, initial_state=history, segment_ids=segment_ids
-        )
+        y, last = short_conv.short_conv(
+            x, self.weight[...], bias, activation=activation, initial_state=history, segment_ids=segment_ids,
+            impl=compute.impl_among(short_conv.IMPLS),
+        )  # fmt: skip
         if lengths is not None:
             before = jnp.zeros_like(last) if history is None else history.astype(x.dtype)
             places = lengths[:, None] + jnp.arange(last.shape[1])

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from gdn_jax.layers import Compute
 from gdn_jax.model import LM
-from pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from pallas_kernels import linear_cross_entropy
 
 
 def next_token_loss(model: LM, batch: dict[str, jax.Array], compute: Compute) -> Float[Array, ""]:
@@ -25,4 +25,6 @@ def next_token_loss(model: LM, batch: dict[str, jax.Array], compute: Compute) ->
     weights = jnp.broadcast_to(rows[:, None], targets.shape)
     total = jnp.sum(weights)
     hidden, _ = model(inputs, compute=compute, segment_ids=segment_ids)
-    return linear_cross_entropy(hidden, model.head_kernel(), targets, weights) / jnp.where(total > 0, total, 1.0)
+    impl = compute.impl_among(linear_cross_entropy.IMPLS)
+    loss = linear_cross_entropy.linear_cross_entropy(hidden, model.head_kernel(), targets, weights, impl=impl)
+    return loss / jnp.where(total > 0, total, 1.0)

@@ -41,11 +41,12 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], PyTree]:
         mixer = partial(self.mixer, bound=bound) if isinstance(self.mixer, HGRN2) else self.mixer
         y, cache = mixer(
-            self.mixer_norm(x), compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths, room=room
-        )
+            self.mixer_norm(x, compute),
+            compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths, room=room,
+        )  # fmt: skip
         x = x + y
         if self.mlp is not None:
-            x = x + self.mlp(self.mlp_norm(x), compute)
+            x = x + self.mlp(self.mlp_norm(x, compute), compute)
         return x, cache
 
 
@@ -154,11 +155,11 @@ class LM(nnx.Module):
         if cache is not None:  # carried, not scanned over: a loop updates in place what it carries
             repeats = jnp.arange(self.config.repeats)
             (x, cache), _ = jax.lax.scan(body_with_cache, (x, cache), (repeats, self.groups, self.bounds_by_layer()))
-            return self.norm(x), cache
+            return self.norm(x, compute), cache
         if compute.remat != "none":  # prevent_cse: a scan already keeps XLA from merging the two passes
             body = jax.checkpoint(body, prevent_cse=False, policy=kept(compute.remat))
         x, cache = jax.lax.scan(body, x, (self.groups, self.bounds_by_layer()))
-        return self.norm(x), cache
+        return self.norm(x, compute), cache
 
     def bounds_by_layer(self) -> Float[Array, "R P D"] | None:
         """HGRN2's lower bound of every layer, by repeat and place in the pattern; None without an HGRN2 mixer."""

@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -25,7 +26,7 @@ from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.flops import train_flops_per_token
-from gdn_jax.implementations import chosen_impls
+from gdn_jax.implementations import traced
 from gdn_jax.layers import compute_for
 from gdn_jax.loss import next_token_loss
 from gdn_jax.metrics import Writer, check_sinks, environment, peak_flops
@@ -111,6 +112,16 @@ class Trainer:
             out_shardings=everywhere,
         )
 
+    def implementations(self) -> dict[str, dict[str, str]]:
+        """`implementations.traced` of the step, which is traced here and not again when it runs."""
+        optim, group = self.experiment.optim, self.experiment.data
+        rows = jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
+        tokens = jax.ShapeDtypeStruct((optim.batch_size, group.seq_len + 1), jnp.int32, sharding=rows)
+        names = ("tokens", "segment_ids") if group.reset_at_documents else ("tokens",)
+        with jax.set_mesh(self.mesh):
+            step = partial(self.step.trace, *self.abstract, dict.fromkeys(names, tokens))
+            return traced(self.experiment.run.impl, step)
+
     def validation_loss(self, model: LM, windows: data.ValidationWindows) -> float:
         """Mean nats per token over the held-out windows."""
         experiment = self.experiment
@@ -134,9 +145,9 @@ def train(experiment: Experiment) -> Path:
     Interrupted when SIGINT or SIGTERM asked to stop, after saving.
     """
     directory = run_directory(experiment)
-    impls = chosen_impls(experiment)
     check_sinks(experiment.run)
     trainer = Trainer(experiment, sharding.make_mesh(experiment.run.fsdp))
+    impls = trainer.implementations()
     prepared = prepared_data(experiment)
     data.check_length(prepared, experiment.data.seq_len, experiment.optim.batch_size)
     windows = data.validation_windows(prepared, experiment.data.seq_len, experiment.run.eval_windows)

@@ -1,8 +1,10 @@
 """Choosing an implementation, saying why another was refused, and running an op on each device's own part."""
 
+import contextlib
 import functools
-import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,46 +12,98 @@ from jax.sharding import AxisType, PartitionSpec
 
 Impl = Literal["auto", "chunked", "reference", "triton", "triton_interpret"]
 AUTO_ORDER = ("triton", "chunked")  # fastest first; triton_interpret and reference are only taken by name
+PLAIN = ("chunked", "reference")  # the implementations of an op that has no kernel
+WITH_KERNELS = ("triton", "triton_interpret", *PLAIN)
 MESH_AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",)}  # logical axis -> mesh axes that split it
 
-log = logging.getLogger("pallas_kernels")
+_recorders: ContextVar[tuple["_Recorder", ...]] = ContextVar("_recorders", default=())
+
+
+class Refusal(NamedTuple):
+    """An implementation that cannot run, or must not be taken, and the reason."""
+
+    op: str
+    impl: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.impl}: {self.reason}"
 
 
 class Choice(NamedTuple):
-    """The implementation taken and, for "auto", why a faster one was not ("" when none was refused)."""
+    """The implementation that an op takes and the faster ones that "auto" had to leave."""
 
+    op: str
     impl: str
-    refused: str
+    refused: tuple[Refusal, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """Why a faster one was not taken; "" where there is none."""
+        return "; ".join(map(str, self.refused))
+
+
+class CannotRun(NotImplementedError):
+    """No implementation that was asked for can run; `refused` says which and why."""
+
+    def __init__(self, message: str, refused: tuple[Refusal, ...]):
+        super().__init__(message)
+        self.refused = refused
 
 
 @functools.cache
 def _say_once(line: str) -> None:
-    log.info(line)
-
-
-def without_kernels(impl: str) -> str | None:
-    """The `why_not` of an op that has only reference and chunked implementations."""
-    if impl in ("triton", "triton_interpret"):
-        return "this version has no Triton kernel for it; use 'chunked' or 'auto'"
-    return None
+    print(line, file=sys.stderr, flush=True)
 
 
 def choose(op: str, impl: str, why_not: Callable[[str], str | None]) -> Choice:
-    """A named `impl` or an error with the reason; for "auto" the first of AUTO_ORDER that can run."""
+    """A named `impl`, or CannotRun with the reason; for "auto" the first of AUTO_ORDER that can run."""
     if impl != "auto":
         reason = why_not(impl)
         if reason:
-            raise NotImplementedError(f"{op}: impl {impl!r} cannot run: {reason}.")
-        return Choice(impl, "")
-    refusals = []
+            raise CannotRun(f"{op}: impl {impl!r} cannot run: {reason}.", (Refusal(op, impl, reason),))
+        return Choice(op, impl)
+    refused: tuple[Refusal, ...] = ()
     for name in AUTO_ORDER:
         reason = why_not(name)
         if reason is None:
-            refused = "; ".join(refusals)
-            _say_once(f"{op}: auto takes {name}" + (f" ({refused})" if refused else ""))
-            return Choice(name, refused)
-        refusals.append(f"{name}: {reason}")
-    raise NotImplementedError(f"{op}: no implementation can run: {'; '.join(refusals)}.")
+            return Choice(op, name, refused)
+        refused += (Refusal(op, name, reason),)
+    raise CannotRun(f"{op}: no implementation can run: {'; '.join(map(str, refused))}.", refused)
+
+
+def choose_plain(op: str, impl: str) -> Choice:
+    """`choose` for an op that has no kernel, so that "auto" refuses nothing."""
+    if impl == "auto":
+        return Choice(op, "chunked")
+    reason = None if impl in PLAIN else "this version has no Triton kernel for it; use 'chunked' or 'auto'"
+    return choose(op, impl, {impl: reason}.get)
+
+
+def taken(choice: Choice) -> str:
+    """The implementation of a choice that now runs: recorded, and said once a process where it is not the fastest."""
+    recorders = _recorders.get()
+    for recorder in recorders:
+        recorder.choices.append(choice)
+    if choice.refused and not any(recorder.silent for recorder in recorders):
+        _say_once(f"{choice.op}: auto takes {choice.impl} ({choice.reason})")
+    return choice.impl
+
+
+class _Recorder(NamedTuple):
+    choices: list[Choice]
+    silent: bool
+
+
+@contextlib.contextmanager
+def record(*, silent: bool = False) -> Iterator[list[Choice]]:
+    """The choices of all op calls that are traced within, in order; silent: nothing runs, so none is said."""
+    recorder = _Recorder([], silent)
+    token = _recorders.set((*_recorders.get(), recorder))
+    try:
+        yield recorder.choices
+    finally:
+        _recorders.reset(token)
 
 
 def shard(

@@ -123,7 +123,7 @@ def _ours(impl: str, shape: DeltaShape, kinds: list[Any]) -> tuple[Callable, str
     def call(q, k, v, g, beta):
         return api.gated_delta_rule(q, k, v, g, beta, impl=choice.impl)[0]
 
-    return call, choice.impl, choice.refused
+    return call, choice.impl, choice.reason
 
 
 def _jla(name: str, shape: DeltaShape, kinds: list[Any]) -> tuple[Callable, str, str]:

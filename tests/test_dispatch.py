@@ -1,6 +1,8 @@
 """Choosing an implementation, and running an op on each device's own part of batch and heads."""
 
-import logging
+import subprocess
+import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels import dispatch
-from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule
+from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, triton_op
 from pallas_kernels.gated_delta_rule.conformance import Case
 from pallas_kernels.linear_attention import conformance as linear_attention_conformance
 from pallas_kernels.linear_attention import linear_attention
@@ -17,20 +19,54 @@ from pallas_kernels.selective_scan import conformance as selective_scan_conforma
 from pallas_kernels.selective_scan import selective_scan
 
 
-def test_auto_takes_the_first_that_can_run_and_says_why_once(caplog):
+def test_auto_takes_the_first_that_can_run_and_says_why_once(capsys):
     reasons = {"triton": "no CUDA device", "chunked": None}
-    with caplog.at_level(logging.INFO, logger="pallas_kernels"):
-        for _ in range(3):
-            choice = dispatch.choose("an_op", "auto", reasons.get)
-    assert choice == dispatch.Choice("chunked", "triton: no CUDA device")
-    assert [r.message for r in caplog.records] == ["an_op: auto takes chunked (triton: no CUDA device)"]
+    choice = dispatch.choose("an_op", "auto", reasons.get)
+    assert choice == dispatch.Choice("an_op", "chunked", (dispatch.Refusal("an_op", "triton", "no CUDA device"),))
+    with dispatch.record() as outer, dispatch.record() as inner:
+        assert [dispatch.taken(choice) for _ in range(3)] == ["chunked"] * 3
+    assert outer == inner == [choice] * 3
+    assert capsys.readouterr() == ("", "an_op: auto takes chunked (triton: no CUDA device)\n")
+    assert dispatch.taken(dispatch.Choice("an_op", "triton")) == "triton" and len(inner) == 3
+    with dispatch.record(silent=True) as choices:
+        assert dispatch.taken(choice._replace(op="another")) == "chunked"
+    assert len(choices) == 1 and capsys.readouterr() == ("", "")
 
 
 def test_a_named_implementation_never_falls_back():
-    with pytest.raises(NotImplementedError, match="an_op: impl 'triton' cannot run: no CUDA device"):
+    with pytest.raises(dispatch.CannotRun, match="an_op: impl 'triton' cannot run: no CUDA device") as caught:
         dispatch.choose("an_op", "triton", {"triton": "no CUDA device"}.get)
-    with pytest.raises(NotImplementedError, match="no implementation can run: triton: a; chunked: b"):
+    assert caught.value.refused == (dispatch.Refusal("an_op", "triton", "no CUDA device"),)
+    with pytest.raises(dispatch.CannotRun, match="no implementation can run: triton: a; chunked: b"):
         dispatch.choose("an_op", "auto", {"triton": "a", "chunked": "b"}.get)
+
+
+def test_a_fallback_is_one_line_on_stderr_of_a_process():
+    code = (
+        "import jax.numpy as jnp; from pallas_kernels.gated_delta_rule import gated_delta_rule as op;"
+        "q, g = jnp.ones((1, 4, 1, 8), jnp.bfloat16), jnp.zeros((1, 4, 1));"
+        "[op(q, q, q, g, g) for _ in range(2)]"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout == ""
+    assert process.stderr.splitlines() == [
+        "gated_delta_rule: auto takes chunked (triton: there is no kernel for key x value dimensions 8x8 (there is for "
+        + ", ".join(f"{k}x{v}" for k, v in triton_op.SIZES)
+        + "))"
+    ]
+
+
+def test_the_choice_is_made_for_the_part_that_a_device_has(monkeypatch):
+    """Twice as many elements as the kernels can index, split over two devices."""
+    monkeypatch.setattr(triton_op, "MOST_ELEMENTS", 2 * triton_op.largest_array(2, 128, 1, 64, 64))
+    q, g = jax.ShapeDtypeStruct((4, 128, 1, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 128, 1), jnp.float32)
+    op = partial(gated_delta_rule, impl="triton_interpret")
+    with pytest.raises(dispatch.CannotRun, match="split the batch"):
+        jax.eval_shape(op, q, q, q, g, g)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), dispatch.record() as choices:
+        jax.eval_shape(op, q, q, q, g, g)
+    assert choices == [dispatch.Choice("gated_delta_rule", "triton_interpret")]
 
 
 def sharded_and_plain(axes, case, impl):

@@ -55,10 +55,10 @@ def test_rmsnorm_with_and_without_gate():
     x, gate = draw(2, 3, 4, 6), draw(2, 3, 4, 6, seed=1)
     exact = np.asarray(x, np.float64)
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5) * np.arange(1, 7)
-    np.testing.assert_allclose(norm(x), exact, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(norm(x, Compute()), exact, rtol=1e-5, atol=1e-6)
     silu = np.asarray(gate, np.float64) / (1 + np.exp(-np.asarray(gate, np.float64)))
-    np.testing.assert_allclose(norm(x, gate), exact * silu, rtol=1e-5, atol=1e-6)
-    assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    np.testing.assert_allclose(norm(x, Compute(), gate), exact * silu, rtol=1e-5, atol=1e-6)
+    assert norm(x.astype(jnp.bfloat16), Compute()).dtype == jnp.bfloat16
 
 
 def test_linear_accumulates_in_fp32_and_can_return_it():
@@ -88,10 +88,10 @@ def test_short_conv_against_loops(width):
     conv = ShortConv(5, width, normal(1.0), rngs=nnx.Rngs(0))
     x = draw(2, 9, 5)
     weight = np.asarray(conv.weight[...])
-    np.testing.assert_allclose(conv(x)[0], direct_conv(np.asarray(x), weight), atol=2e-6)
+    np.testing.assert_allclose(conv(x, Compute())[0], direct_conv(np.asarray(x), weight), atol=2e-6)
     # an id that comes back after one token is another document
     ids = np.array([[7, 7, 3, 7, 7, 7, 7, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0, 5]])
-    packed = conv(x, segment_ids=jnp.asarray(ids))[0]
+    packed = conv(x, Compute(), segment_ids=jnp.asarray(ids))[0]
     np.testing.assert_allclose(packed, direct_conv(np.asarray(x), weight, ids), atol=2e-6)
 
 

@@ -176,10 +176,10 @@ def test_the_model_hands_every_layer_its_bound():
     x = lm.embed[tokens]
     for layer, bound in enumerate(lower_bounds(lm.lower_bounds[...])):
         block = jax.tree.map(lambda leaf, layer=layer: leaf[layer], lm.groups).blocks[0]
-        x = x + block.mixer(block.mixer_norm(x), compute=compute, bound=bound)[0]
-        x = x + block.mlp(block.mlp_norm(x), compute)
+        x = x + block.mixer(block.mixer_norm(x, compute), compute=compute, bound=bound)[0]
+        x = x + block.mlp(block.mlp_norm(x, compute), compute)
     hidden, _ = lm(tokens, compute=compute)
-    np.testing.assert_allclose(hidden, lm.norm(x), atol=1e-5)
+    np.testing.assert_allclose(hidden, lm.norm(x, compute), atol=1e-5)
     gradient = jax.grad(lambda lm: lm(tokens, compute=compute)[0][:, -1].sum())(lm).lower_bounds[...]
     assert np.all(np.isfinite(gradient)) and np.abs(gradient).max() > 1e-6
 
@@ -191,9 +191,9 @@ def test_retnet_decays():
 def test_a_norm_of_the_gated_value_is_another():
     x, gate = jnp.asarray([[1.0, 2.0, 3.0, 4.0]]), jnp.asarray([[4.0, 3.0, 2.0, 1.0]])
     gated = np.asarray(x * jax.nn.silu(gate), np.float64)
-    np.testing.assert_allclose(RMSNorm(4, 1e-5, gate_first=True)(x, gate), norm(gated, 1.0), rtol=1e-5)
+    np.testing.assert_allclose(RMSNorm(4, 1e-5, gate_first=True)(x, Compute(), gate), norm(gated, 1.0), rtol=1e-5)
     halves = norm(gated.reshape(1, 2, 2), 1.0).reshape(1, 4)
-    np.testing.assert_allclose(RMSNorm(4, 1e-5, gate_first=True, groups=2)(x, gate), halves, rtol=1e-5)
+    np.testing.assert_allclose(RMSNorm(4, 1e-5, gate_first=True, groups=2)(x, Compute(), gate), halves, rtol=1e-5)
 
 
 # --- initial values ---

@@ -182,7 +182,7 @@ def test_feature_maps_and_norms():
             mixer = make(feature_map=feature_map, qk_norm="l1", conv_width=width)
             op, _ = mixer.op_inputs(x, compute=FP32)
             raw = jnp.dot(x, mixer.k_proj.kernel[...], precision="highest")
-            raw = function(mixer.k_conv(raw)[0] if width else raw).reshape(2, 6, 2, 6)
+            raw = function(mixer.k_conv(raw, FP32)[0] if width else raw).reshape(2, 6, 2, 6)
             np.testing.assert_allclose(op.k, raw / (raw.sum(-1, keepdims=True) + 1e-6), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(jnp.abs(make(qk_norm="l1").op_inputs(x, compute=FP32)[0].q).sum(-1), 1.0, atol=1e-3)
     assert np.all(np.asarray(make(decay=False).op_inputs(x, compute=FP32)[0].g) == 0)

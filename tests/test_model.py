@@ -69,9 +69,9 @@ def test_scan_equals_a_loop_over_the_blocks():
     for repeat in range(2):
         group = jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], lm.groups)
         for block in group.blocks:
-            x = x + block.mixer(block.mixer_norm(x), compute=FP32)[0]
-            x = x + block.mlp(block.mlp_norm(x), FP32)
-    np.testing.assert_allclose(run(lm, tokens())[0], lm.norm(x), atol=1e-5)
+            x = x + block.mixer(block.mixer_norm(x, FP32), compute=FP32)[0]
+            x = x + block.mlp(block.mlp_norm(x, FP32), FP32)
+    np.testing.assert_allclose(run(lm, tokens())[0], lm.norm(x, FP32), atol=1e-5)
 
 
 @pytest.mark.parametrize("pattern", [("gated_deltanet",), ("gated_deltanet", "swa"), ("attention",)])

@@ -130,7 +130,7 @@ def owners(counts, tile):
 
 def test_auto_leaves_wider_inputs_exact():
     choice = resolve("auto", key_dim=128, value_dim=128, dtype=jnp.float32)
-    assert choice == ("chunked", "triton: it would round float32 to bfloat16")
+    assert (choice.impl, choice.reason) == ("chunked", "triton: it would round float32 to bfloat16")
 
 
 def test_more_elements_than_indices_are_refused():

@@ -11,6 +11,7 @@ import pytest
 from experiments.run import main
 from gdn_jax.metrics import environment
 from pallas_kernels import triton_dialect, tune
+from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import conformance, resolve, triton_op
 from pallas_kernels.shapes import DeltaShape
 
@@ -127,10 +128,10 @@ def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
     monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
     kind = jax.devices()[0].device_kind
     monkeypatch.setattr(triton_op, "_tuned", lambda: {"admitted": {kind: ["128x128"]}})
-    assert resolve("auto", key_dim=128, value_dim=128) == ("triton", "")
+    assert resolve("auto", key_dim=128, value_dim=128) == Choice("gated_delta_rule", "triton")
     refused = resolve("auto", key_dim=256, value_dim=512)
     assert refused.impl == "chunked"
-    assert refused.refused == (
+    assert refused.reason == (
         f"triton: its configuration at 256x512 has not passed the float64 check on {kind}; "
         "`gdn tune gated_delta_rule --shapes 8x4096,24,256,512` checks and admits it"
     )

@@ -105,6 +105,7 @@ def _evaluation_row(one: experiments.Evaluation) -> dict[str, Any]:
 
 def show(experiment: Experiment, options: ShowOptions) -> None:
     from gdn_jax.flops import forward_flops_per_token, train_flops_per_token
+    from gdn_jax.implementations import implementations, in_words
     from gdn_jax.runs import run_directory
 
     parameters, seq_len = report.parameters(experiment.model), experiment.data.seq_len
@@ -126,6 +127,10 @@ def show(experiment: Experiment, options: ShowOptions) -> None:
         of = {"id": experiment.id.replace("table3", suite.name, 1), "of": experiment.id}
         facts |= of | {"tasks": suite.tasks, "columns": list(suite.columns)}
     facts |= {name: value for name, value in flat(to_dict(experiment)).items() if name != "id"}
+    try:
+        facts |= {f"here.{op}": words for op, words in in_words(implementations(experiment)).items()}
+    except UserError as error:  # of this machine, not of the experiment
+        facts["here"] = str(error)
     print_facts(facts, options.json)
 
 
@@ -193,12 +198,12 @@ def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -
     """
     from gdn_jax import checkpoint, tokenizer
     from gdn_jax.evaluate.perplexity import check_scoring, perplexity
-    from gdn_jax.implementations import chosen_impls
+    from gdn_jax.implementations import implementations
     from gdn_jax.layers import compute_for
     from gdn_jax.runs import check_tokenizer, open_run, prepared_data, run_directory
 
     check_scoring(experiment.data.seq_len, stride, windows)
-    chosen_impls(experiment)
+    implementations(experiment)
     run = open_run(run_directory(experiment))
     data, optim = experiment.data, experiment.optim
     checkpoint.check_same(dataclasses.replace(run.experiment, data=data), experiment, run.directory)

@@ -13,7 +13,7 @@ from pallas_kernels import bench, tune
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorOptions:
-    """Check this machine: versions, devices, each op against its oracle, what auto picks and why."""
+    """Check this machine: versions, devices, each op against its oracle; with an ID, what its ops take here and why."""
 
     json: Switch = False  # print one object
 
@@ -39,10 +39,12 @@ class TuneOptions(tune.Options):
     json: Switch = False  # print the whole table as one object
 
 
-def doctor(_: str, options: DoctorOptions) -> int:
+def doctor(name: str, options: DoctorOptions) -> int:
     from experiments.doctor import described, examine
+    from gdn_jax.implementations import implementations
 
-    found = examine()
+    taken = implementations(of_run(name)) if name else None  # a name that is not known is said before minutes of checks
+    found = examine() | ({"id": name, "impl": taken} if name else {})
     print(json.dumps(found, indent=1) if options.json else described(found))
     return 0 if found["ok"] else 1
 

@@ -13,7 +13,8 @@ import numpy as np
 from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step, resolve
 
 K, V, T = 16, 16, 48  # key and value channels, tokens
-print("auto takes here:", *resolve("auto", key_dim=K, value_dim=V))
+choice = resolve("auto", key_dim=K, value_dim=V)
+print("auto takes here:", choice.impl, choice.reason)
 
 
 # %% [markdown]

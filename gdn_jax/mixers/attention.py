@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 from gdn_jax.config import Model
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute, Linear, linear_init, rope, segment_index
+from pallas_kernels import dispatch
 
+NAME = "softmax_attention"  # implementations: cudnn and xla, by device and shape; run.impl names neither
 SCORES = 2**26  # fp32 attention scores that exist at once where a mask rules out cuDNN's kernel: 256 MiB
 
 
@@ -145,6 +147,19 @@ def _by_rows(q: Array, keys: Array, values: Array, visible: Array) -> Array:
     return jax.lax.map(one, (q, keys, values, visible), batch_size=rows)
 
 
+def _why_not_cudnn(q: Array, mask: Array | None) -> str | None:
+    """The reason cuDNN's attention cannot run here, by its limits on every GPU, or None."""
+    if jax.default_backend() != "gpu":
+        return f"the default device is {jax.devices()[0].device_kind}, not a CUDA device"
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it takes bfloat16 and float16, not {q.dtype}"
+    if mask is not None:
+        return "it takes no mask, which documents and a cache need"
+    if q.shape[-1] > 128 or q.shape[-1] % 8:
+        return f"a head has {q.shape[-1]} dimensions; it takes multiples of 8 up to 128"
+    return None
+
+
 def _dot_product_attention(
     q: Array,
     k: Array,
@@ -155,9 +170,9 @@ def _dot_product_attention(
     local_window_size: tuple[int, int] | None = None,
 ) -> Array:
     """jax.nn's attention: cuDNN's kernel where it applies, else XLA, with exact products of fp32 inputs."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    fits = half and mask is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0  # cuDNN's limits on every GPU
-    implementation = "cudnn" if fits and jax.default_backend() == "gpu" else "xla"
+    reason = _why_not_cudnn(q, mask)
+    refused = (dispatch.Refusal(NAME, "cudnn", reason),) if reason else ()
+    implementation = dispatch.taken(dispatch.Choice(NAME, "xla" if reason else "cudnn", refused))
     with jax.default_matmul_precision("highest"):  # jax.nn takes no precision; bf16 products are exact anyway
         return jax.nn.dot_product_attention(
             q,

@@ -19,7 +19,7 @@ from gdn_jax.layers import (
     log_decay_rate_init,
     zero_padding,
 )
-from pallas_kernels.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from gdn_jax.mixers.recurrence import DELTA_RULE, advance
 
 
 class OpInputs(NamedTuple):
@@ -88,18 +88,7 @@ class GatedDeltaNet(nnx.Module):
         room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], GatedDeltaNetCache | None]:
         inputs, histories = self.op_inputs(x, compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths)
-        if cache is not None and x.shape[1] == 1:
-            o, state = gated_delta_rule_step(*(array[:, 0] for array in inputs), cache.state)
-            o = o[:, None]
-        else:
-            o, state = gated_delta_rule(
-                *inputs,
-                initial_state=None if cache is None else cache.state,
-                segment_ids=segment_ids,
-                impl=compute.impl,
-                chunk=compute.chunk,
-                residuals=compute.residuals,
-            )
+        o, state = advance(DELTA_RULE, inputs, cache, compute=compute, segment_ids=segment_ids)
         y = self.o_proj(self._output(o, x, compute), compute)
         return y, None if cache is None and room is None else GatedDeltaNetCache(state, *histories)
 
@@ -122,7 +111,7 @@ class GatedDeltaNet(nnx.Module):
             if conv is None:
                 return FEATURE_MAPS[feature_map](y), y[:, :0]
             fused = "silu" if feature_map == "silu" else None  # the one map that the convolution can apply itself
-            y, history = conv(y, activation=fused, segment_ids=segment_ids, history=history, lengths=lengths)
+            y, history = conv(y, compute, activation=fused, segment_ids=segment_ids, history=history, lengths=lengths)
             return y if fused else FEATURE_MAPS[feature_map](y), history
 
         past = (None, None, None) if cache is None else cache[1:]
@@ -149,7 +138,7 @@ class GatedDeltaNet(nnx.Module):
     def _output(self, o: Float[Array, "B T Hv V"], x: Float[Array, "B T D"], compute: Compute) -> Array:
         gate = self.g_proj(x, compute).reshape(o.shape) if self.g_proj is not None else None
         if self.o_norm is not None:
-            o = self.o_norm(o, gate)
+            o = self.o_norm(o, compute, gate)
         elif gate is not None:
             o = o * jax.nn.silu(gate)
         return o.reshape(*o.shape[:2], -1)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
 from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init, zero_padding
-from pallas_kernels.linear_attention import linear_attention, linear_attention_step
+from gdn_jax.mixers.recurrence import LINEAR_ATTENTION, advance
 
 
 class HGRN2Cache(NamedTuple):
@@ -52,18 +52,8 @@ class HGRN2(nnx.Module):
         g, k = forget_gate(self.f_proj(x, compute, exact=True), bound)
         g, k = g.reshape(heads), k.astype(compute.dtype).reshape(heads)
         g, k = zero_padding(g, lengths), zero_padding(k, lengths)
-        if cache is not None and x.shape[1] == 1:
-            o, state = linear_attention_step(q[:, 0], k[:, 0], i[:, 0], g[:, 0], cache.state)
-        else:
-            o, state = linear_attention(
-                q, k, i, g,
-                initial_state=None if cache is None else cache.state,
-                segment_ids=segment_ids,
-                impl=compute.impl,
-                chunk=compute.chunk,
-                residuals=compute.residuals,
-            )  # fmt: skip
-        y = self.o_proj(self.o_norm(o.reshape(x.shape)), compute)
+        o, state = advance(LINEAR_ATTENTION, (q, k, i, g), cache, compute=compute, segment_ids=segment_ids)
+        y = self.o_proj(self.o_norm(o.reshape(x.shape), compute), compute)
         return y, None if cache is None and room is None else HGRN2Cache(state)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> HGRN2Cache:

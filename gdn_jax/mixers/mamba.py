@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
 from gdn_jax.layers import Compute, Linear, ShortConv, dt_bias_init, linear_init, uniform, zero_padding
-from pallas_kernels.selective_scan import selective_scan, selective_scan_step
+from gdn_jax.mixers.recurrence import SELECTIVE_SCAN, advance
 
 
 class MambaCache(NamedTuple):
@@ -53,23 +53,12 @@ class Mamba(nnx.Module):
         mixer = self.config
         u, z = jnp.split(self.in_proj(x, compute), 2, axis=-1)
         history = None if cache is None else cache.conv
-        u, past = self.conv(u, activation="silu", segment_ids=segment_ids, history=history, lengths=lengths)
+        u, past = self.conv(u, compute, activation="silu", segment_ids=segment_ids, history=history, lengths=lengths)
         low, B, C = jnp.split(self.x_proj(u, compute), [mixer.dt_rank, mixer.dt_rank + mixer.state], axis=-1)
         dt = jax.nn.softplus(self.dt_proj(low, compute, exact=True))
         dt = zero_padding(dt, lengths)  # a step of 0 leaves the state as it is
         A, D = -jnp.exp(self.A_log[...]), self.D[...]
-        if cache is not None and x.shape[1] == 1:
-            y, state = selective_scan_step(u[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, cache.state)
-            y = y[:, None]
-        else:
-            y, state = selective_scan(
-                u, dt, A, B, C, D,
-                initial_state=None if cache is None else cache.state,
-                segment_ids=segment_ids,
-                impl=compute.impl,
-                chunk=compute.chunk,
-                residuals=compute.residuals,
-            )  # fmt: skip
+        y, state = advance(SELECTIVE_SCAN, (u, dt, A, B, C, D), cache, compute=compute, segment_ids=segment_ids)
         y = self.out_proj(y * jax.nn.silu(z), compute)
         return y, None if cache is None and room is None else MambaCache(state, past)
 

@@ -21,7 +21,7 @@ from gdn_jax.layers import (
     uniform,
     zero_padding,
 )
-from pallas_kernels.linear_attention import linear_attention, linear_attention_step
+from gdn_jax.mixers.recurrence import LINEAR_ATTENTION, advance
 
 
 class Mamba2Cache(NamedTuple):
@@ -70,7 +70,9 @@ class Mamba2(nnx.Module):
         z, xBC = jnp.split(self.in_proj(x, compute, columns=slice(channels)), [inner], axis=-1)
         dt = self.in_proj(x, compute, exact=True, columns=slice(channels, None))
         history = None if cache is None else cache.conv
-        xBC, past = self.conv(xBC, activation="silu", segment_ids=segment_ids, history=history, lengths=lengths)
+        xBC, past = self.conv(
+            xBC, compute, activation="silu", segment_ids=segment_ids, history=history, lengths=lengths
+        )
         u, B, C = jnp.split(xBC, [inner, inner + shared], axis=-1)
         u = u.reshape(batch, T, mixer.heads, mixer.head_dim)
         B, C = (y.reshape(batch, T, mixer.groups, mixer.state) for y in (B, C))
@@ -78,21 +80,9 @@ class Mamba2(nnx.Module):
         dt = zero_padding(dt, lengths)  # a step of 0 leaves the state as it is
         g = -jnp.exp(self.A_log[...]) * dt
         v = (dt[..., None] * u).astype(compute.dtype)
-        if cache is not None and T == 1:
-            y, state = linear_attention_step(C[:, 0], B[:, 0], v[:, 0], g[:, 0], cache.state, scale=1.0)
-            y = y[:, None]
-        else:
-            y, state = linear_attention(
-                C, B, v, g,
-                scale=1.0,
-                initial_state=None if cache is None else cache.state,
-                segment_ids=segment_ids,
-                impl=compute.impl,
-                chunk=compute.chunk,
-                residuals=compute.residuals,
-            )  # fmt: skip
+        y, state = advance(LINEAR_ATTENTION, (C, B, v, g), cache, compute=compute, segment_ids=segment_ids, scale=1.0)
         y = (y + self.D[..., None] * u).astype(compute.dtype).reshape(batch, T, inner)
-        y = self.out_proj(self.norm(y, z), compute)
+        y = self.out_proj(self.norm(y, compute, z), compute)
         return y, None if cache is None and room is None else Mamba2Cache(state, past)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> Mamba2Cache:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
 from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init, rope, zero_padding
-from pallas_kernels.linear_attention import linear_attention, linear_attention_step
+from gdn_jax.mixers.recurrence import LINEAR_ATTENTION, advance
 
 
 class RetNetCache(NamedTuple):
@@ -52,19 +52,8 @@ class RetNet(nnx.Module):
         k = rope(by_head(self.k_proj(x, compute), mixer.key_dim), offset, mixer.rope_base)
         v = zero_padding(by_head(self.v_proj(x, compute), mixer.value_dim), lengths)
         g = zero_padding(jnp.broadcast_to(log_decays(mixer.heads), (B, T, mixer.heads)), lengths)
-        if cache is not None and T == 1:
-            o, state = linear_attention_step(q[:, 0], k[:, 0], v[:, 0], g[:, 0], cache.state)
-            o = o[:, None]
-        else:
-            o, state = linear_attention(
-                q, k, v, g,
-                initial_state=None if cache is None else cache.state,
-                segment_ids=segment_ids,
-                impl=compute.impl,
-                chunk=compute.chunk,
-                residuals=compute.residuals,
-            )  # fmt: skip
-        o = self.o_norm(o, by_head(self.g_proj(x, compute), mixer.value_dim))
+        o, state = advance(LINEAR_ATTENTION, (q, k, v, g), cache, compute=compute, segment_ids=segment_ids)
+        o = self.o_norm(o, compute, by_head(self.g_proj(x, compute), mixer.value_dim))
         y = self.o_proj(o.reshape(B, T, -1), compute)
         if cache is None and room is None:
             return y, None

@@ -12,6 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.gated_delta_rule import chunked, reference, triton_op
 
 NAME = "gated_delta_rule"
+IMPLS = dispatch.WITH_KERNELS
 CHUNKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
@@ -42,7 +43,8 @@ def resolve(
     if impl != "auto":
         return dispatch.choose(NAME, impl, named)
     if dtype != jnp.bfloat16:
-        return dispatch.Choice("chunked", f"triton: it would round {jnp.dtype(dtype)} to bfloat16")
+        refusal = dispatch.Refusal(NAME, "triton", f"it would round {jnp.dtype(dtype)} to bfloat16")
+        return dispatch.Choice(NAME, "chunked", (refusal,))
 
     def by_itself(impl):
         reason = named(impl)
@@ -103,27 +105,33 @@ def gated_delta_rule(
             raise ValueError(f"{name} is {x.dtype}; q, k and v must be bfloat16, float32 or float64.")
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    g, beta = g.astype(exact), beta.astype(exact)
-    wide = jnp.result_type(q, k, v)
-    elements = triton_op.largest_array(*q.shape[:2], value_heads, q.shape[-1], v.shape[-1])
-    sizes = {"key_dim": q.shape[-1], "value_dim": v.shape[-1], "elements": elements}
-    taken = resolve(impl, **sizes, chunk=chunk, dtype=wide).impl
-    if taken.startswith("triton"):
-        run = partial(triton_op.gated_delta_rule, scale=scale, residuals=residuals, interpret=taken != "triton")
-    else:
-        if initial_state is None:
-            initial_state = jnp.zeros((q.shape[0], value_heads, q.shape[-1], v.shape[-1]))
-        initial_state = initial_state.astype(exact)
-        if taken == "reference":
-            segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-            return reference.gated_delta_rule(q, k, v, g, beta, initial_state, segments, scale)
-        run = partial(chunked.gated_delta_rule, scale=scale, chunk=chunk, residuals=residuals)
+    run = partial(_on_one_device, scale=scale, impl=impl, chunk=chunk, residuals=residuals)
     token, state = ("batch", None, "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
         run,
-        (q, k, v, g, beta, initial_state, segment_ids),
+        (q, k, v, g.astype(exact), beta.astype(exact), initial_state, segment_ids),
         (token, token, token, token[:3], token[:3], state, token[:2]),
         (token, state),
+    )
+
+
+def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl, chunk, residuals):
+    """The implementation that is right for the part of the arrays that one device has."""
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    sizes = {"key_dim": K, "value_dim": V, "elements": triton_op.largest_array(batch, tokens, Hv, K, V)}
+    choice = resolve(impl, **sizes, chunk=chunk, dtype=jnp.result_type(q, k, v))
+    impl = dispatch.taken(choice)
+    if impl in ("triton", "triton_interpret"):
+        return triton_op.gated_delta_rule(
+            q, k, v, g, beta, initial_state, segment_ids, scale, residuals, interpret=impl == "triton_interpret"
+        )
+    initial_state = jnp.zeros((batch, Hv, K, V)) if initial_state is None else initial_state
+    initial_state = initial_state.astype(g.dtype)
+    if impl == "reference":
+        segments = jnp.zeros((batch, tokens), jnp.int32) if segment_ids is None else segment_ids
+        return reference.gated_delta_rule(q, k, v, g, beta, initial_state, segments, scale)
+    return chunked.gated_delta_rule(
+        q, k, v, g, beta, initial_state, segment_ids, scale=scale, chunk=chunk, residuals=residuals
     )
 
 
@@ -160,4 +168,4 @@ def gated_delta_rule_step(
     return o.astype(v.dtype), state
 
 
-__all__ = ["gated_delta_rule", "gated_delta_rule_step", "resolve", "why_not"]
+__all__ = ["IMPLS", "gated_delta_rule", "gated_delta_rule_step", "resolve", "why_not"]

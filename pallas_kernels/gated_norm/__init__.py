@@ -1,5 +1,5 @@
 """RMS norm with a SiLU gate: api.py has the equation, chunked.py the two passes, reference.py the oracle."""
 
-from pallas_kernels.gated_norm.api import gated_norm, resolve
+from pallas_kernels.gated_norm.api import IMPLS, gated_norm, resolve
 
-__all__ = ["gated_norm", "resolve"]
+__all__ = ["IMPLS", "gated_norm", "resolve"]

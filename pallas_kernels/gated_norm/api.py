@@ -8,12 +8,13 @@ from pallas_kernels import dispatch
 from pallas_kernels.gated_norm import chunked, reference
 
 NAME = "gated_norm"
+IMPLS = dispatch.PLAIN
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def resolve(impl: str = "auto") -> dispatch.Choice:
     """Which implementation `impl` means, and why a faster one was refused."""
-    return dispatch.choose(NAME, impl, dispatch.without_kernels)
+    return dispatch.choose_plain(NAME, impl)
 
 
 @jaxtyped(typechecker=beartype)
@@ -52,8 +53,8 @@ def gated_norm(
     for name, y in (("x", x), ("gate", gate)):
         if y is not None and y.dtype not in DTYPES:
             raise ValueError(f"{name} is {y.dtype}; it must be bfloat16, float32 or float64.")
-    op = reference if resolve(impl).impl == "reference" else chunked
+    op = {"chunked": chunked, "reference": reference}[dispatch.taken(resolve(impl))]
     return op.gated_norm(x, weight, gate, float(eps), gate_first, groups)
 
 
-__all__ = ["gated_norm", "resolve"]
+__all__ = ["IMPLS", "gated_norm", "resolve"]

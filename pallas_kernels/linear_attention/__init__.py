@@ -1,5 +1,5 @@
 """Linear attention with decay: api.py has the equation, chunked.py the algorithm, reference.py the oracle."""
 
-from pallas_kernels.linear_attention.api import linear_attention, linear_attention_step, resolve
+from pallas_kernels.linear_attention.api import IMPLS, linear_attention, linear_attention_step, resolve
 
-__all__ = ["linear_attention", "linear_attention_step", "resolve"]
+__all__ = ["IMPLS", "linear_attention", "linear_attention_step", "resolve"]

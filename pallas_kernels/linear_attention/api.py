@@ -11,13 +11,14 @@ from pallas_kernels import dispatch
 from pallas_kernels.linear_attention import chunked, reference
 
 NAME = "linear_attention"
+IMPLS = dispatch.PLAIN
 CHUNKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def resolve(impl: str = "auto") -> dispatch.Choice:
     """Which implementation `impl` means, and why a faster one was refused."""
-    return dispatch.choose(NAME, impl, dispatch.without_kernels)
+    return dispatch.choose_plain(NAME, impl)
 
 
 @jaxtyped(typechecker=beartype)
@@ -72,7 +73,7 @@ def linear_attention(
     if initial_state is None:
         initial_state = jnp.zeros((q.shape[0], value_heads, q.shape[-1], v.shape[-1]))
     initial_state = initial_state.astype(exact)
-    if resolve(impl).impl == "reference":
+    if dispatch.taken(resolve(impl)) == "reference":
         segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
     run = partial(chunked.linear_attention, scale=scale, chunk=chunk, residuals=residuals)
@@ -104,4 +105,4 @@ def linear_attention_step(
     return o.astype(v.dtype), state
 
 
-__all__ = ["linear_attention", "linear_attention_step", "resolve"]
+__all__ = ["IMPLS", "linear_attention", "linear_attention_step", "resolve"]

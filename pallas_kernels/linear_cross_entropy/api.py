@@ -1,12 +1,19 @@
 """Linear head and cross entropy in one op: signature, checks, choice of implementation."""
 
-from typing import Literal
-
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
+from pallas_kernels import dispatch
 from pallas_kernels.linear_cross_entropy.chunked import linear_cross_entropy_chunked, token_nll_chunked
 from pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+
+NAME = "linear_cross_entropy"
+IMPLS = dispatch.PLAIN
+
+
+def resolve(impl: str = "auto") -> dispatch.Choice:
+    """Which implementation `impl` means, and why a faster one was refused."""
+    return dispatch.choose_plain(NAME, impl)
 
 
 @jaxtyped(typechecker=beartype)
@@ -17,7 +24,7 @@ def linear_cross_entropy(
     weights: Float[Array, "B T"],
     *,
     chunk: int = 512,
-    impl: Literal["auto", "chunked", "reference"] = "auto",
+    impl: dispatch.Impl = "auto",
 ) -> Float[Array, ""]:
     """Weighted cross entropy of a linear head: sum_bt weights_bt * -log softmax(x_bt kernel)[targets_bt].
 
@@ -25,10 +32,10 @@ def linear_cross_entropy(
     as [B, T, vocab]; T need not be a multiple of chunk. Operands of the GEMMs have x's dtype (kernel is cast
     to it), statistics, loss and the sum of the kernel's gradient are fp32. Differentiable once in x, kernel
     and weights. "auto" is "chunked"; "reference" makes all logits and is the oracle. Raises ValueError if
-    chunk < 1.
+    chunk < 1 and NotImplementedError for an impl that cannot run here.
     """
     _check_chunk(chunk)
-    if impl == "reference":
+    if dispatch.taken(resolve(impl)) == "reference":
         return linear_cross_entropy_reference(x, kernel, targets, weights)
     return linear_cross_entropy_chunked(x, kernel, targets, weights, chunk)
 

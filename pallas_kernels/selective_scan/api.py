@@ -11,13 +11,14 @@ from pallas_kernels import dispatch
 from pallas_kernels.selective_scan import chunked, reference
 
 NAME = "selective_scan"
+IMPLS = dispatch.PLAIN
 CHUNKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def resolve(impl: str = "auto") -> dispatch.Choice:
     """Which implementation `impl` means, and why a faster one was refused."""
-    return dispatch.choose(NAME, impl, dispatch.without_kernels)
+    return dispatch.choose_plain(NAME, impl)
 
 
 @jaxtyped(typechecker=beartype)
@@ -68,7 +69,7 @@ def selective_scan(
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], *A.shape))
     initial_state = initial_state.astype(exact)
-    if resolve(impl).impl == "reference":
+    if dispatch.taken(resolve(impl)) == "reference":
         segments = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return reference.selective_scan(x, dt, A, B, C, D, initial_state, segments)
     run = partial(chunked.selective_scan, chunk=chunk, residuals=residuals)
@@ -97,4 +98,4 @@ def selective_scan_step(
     return y.astype(x.dtype), state
 
 
-__all__ = ["resolve", "selective_scan", "selective_scan_step"]
+__all__ = ["IMPLS", "resolve", "selective_scan", "selective_scan_step"]

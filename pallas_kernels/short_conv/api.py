@@ -10,12 +10,13 @@ from pallas_kernels import dispatch
 from pallas_kernels.short_conv import chunked, reference
 
 NAME = "short_conv"
+IMPLS = dispatch.PLAIN
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def resolve(impl: str = "auto") -> dispatch.Choice:
     """Which implementation `impl` means, and why a faster one was refused."""
-    return dispatch.choose(NAME, impl, dispatch.without_kernels)
+    return dispatch.choose_plain(NAME, impl)
 
 
 @jaxtyped(typechecker=beartype)
@@ -53,8 +54,8 @@ def short_conv(
         raise ValueError(f"x is {x.dtype}; it must be bfloat16, float32 or float64.")
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), x.dtype)
-    op = reference if resolve(impl).impl == "reference" else chunked
+    op = {"chunked": chunked, "reference": reference}[dispatch.taken(resolve(impl))]
     return op.short_conv(x, weight, bias, initial_state.astype(x.dtype), segment_ids, activation)
 
 
-__all__ = ["resolve", "short_conv"]
+__all__ = ["IMPLS", "resolve", "short_conv"]

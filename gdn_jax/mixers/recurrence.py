@@ -1,0 +1,52 @@
+"""A recurrence read by its training form or, one token after a state, by its step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Int
+
+from gdn_jax.layers import Compute
+from pallas_kernels import gated_delta_rule, linear_attention, selective_scan
+
+
+class Recurrence(NamedTuple):
+    """An op of pallas_kernels: of a sequence, of one token, and the names of its implementations."""
+
+    sequence: Callable[..., tuple[Array, Array]]
+    step: Callable[..., tuple[Array, Array]]
+    impls: tuple[str, ...]
+
+
+DELTA_RULE = Recurrence(
+    gated_delta_rule.gated_delta_rule, gated_delta_rule.gated_delta_rule_step, gated_delta_rule.IMPLS
+)
+LINEAR_ATTENTION = Recurrence(
+    linear_attention.linear_attention, linear_attention.linear_attention_step, linear_attention.IMPLS
+)
+SELECTIVE_SCAN = Recurrence(selective_scan.selective_scan, selective_scan.selective_scan_step, selective_scan.IMPLS)
+
+
+def advance(
+    op: Recurrence,
+    inputs: tuple[Array, ...],
+    cache: Any,
+    *,
+    compute: Compute,
+    segment_ids: Int[Array, "B T"] | None,
+    scale: float | None = None,
+) -> tuple[Array, Array]:
+    """(output [B, T, ...], state after the last token) of `op` on its inputs, whose first has T on axis 1.
+
+    inputs  in the op's order; those of three axes and more have T on axis 1, others belong to no token
+    cache   its `state` is what came before; None begins a sequence
+    scale   of ops that have one, None: theirs
+    """
+    state = None if cache is None else cache.state
+    options = {} if scale is None else {"scale": scale}
+    if state is not None and inputs[0].shape[1] == 1:
+        o, state = op.step(*(x[:, 0] if x.ndim > 2 else x for x in inputs), state, **options)
+        return o[:, None], state
+    return op.sequence(
+        *inputs, initial_state=state, segment_ids=segment_ids, impl=compute.impl_among(op.impls),
+        chunk=compute.chunk, residuals=compute.residuals, **options,
+    )  # fmt: skip

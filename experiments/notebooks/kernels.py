@@ -22,6 +22,7 @@ print("auto takes here:", *resolve("auto", key_dim=K, value_dim=V))
 
 # %%
 keys = jnp.eye(K)[jnp.arange(T) % 2]  # e_0, e_1, e_0, ...
+origin = "values drawn at random, no run"
 first, second, third = jax.random.normal(jax.random.key(0), (3, V))
 values = jnp.where((jnp.arange(T) % 2 == 0)[:, None], jnp.where((jnp.arange(T) < 24)[:, None], first, third), second)
 

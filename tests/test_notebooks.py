@@ -9,12 +9,13 @@ import jax
 import pytest
 
 import experiments
-from experiments.notebook_page import NOTEBOOKS, ORDER, run_notebook, write
+from experiments.notebook_page import NOTEBOOKS, ORDER, cells_of, run_notebook, write
 from gdn_jax import checkpoint, metrics, tokenizer
 from gdn_jax.files import write_json
 from gdn_jax.fingerprint import Identity
 from gdn_jax.model import init_model
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 PICTURES = {"kernels": 1, "evaluate": 1, "huggingface": 1, "tables": 2}
 
 
@@ -72,3 +73,15 @@ def test_a_page_shows_text_output_and_pictures(monkeypatch, tmp_path):
     assert "## A title\n\nAnd text.\n" in page and "```text\n42\n```" in page
     assert re.search(r"!\[one, picture 1\]\(notebooks/one-1.png\)\n\n\*From nowhere; drawn on 4 x cpu, 20", page)
     assert (tmp_path / "docs/notebooks/one-1.png").stat().st_size > 5000
+
+
+def test_the_page_in_docs_is_of_these_notebooks():
+    """Text and pictures; what is printed and drawn belongs to the runs that it names."""
+    page = (DOCS / "notebooks.md").read_text()
+    for name in ORDER:
+        for cell in cells_of(NOTEBOOKS / f"{name}.py"):
+            assert re.sub("^#", "##", cell.text) in page, "not current; run: python -m experiments.notebook_page docs"
+    expected = [f"notebooks/{name}-{n + 1}.png" for name in ORDER for n in range(PICTURES[name])]
+    assert re.findall(r"\]\((notebooks/.*)\)\n\n\*From .+; drawn on .+, 20.+, .+\.\*\n", page) == expected
+    assert sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.png")) == sorted(expected)
+    assert all((DOCS / path).stat().st_size < 100_000 for path in expected)

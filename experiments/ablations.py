@@ -1,6 +1,7 @@
 """Tables S.1 and S.2: what each part of Gated DeltaNet and the order of H2 are worth, 15B tokens of FineWeb-Edu.
 
     gdn table s1 --scale tiny                all rows, from the runs there are; s2 likewise
+    python -m experiments.ablations s1 --scale tiny --task_data DIR     runs what is missing first
     gdn run ablations/no-short-conv/tiny     2-block model on ten English novels, a minute on a CPU
     gdn run ablations/no-short-conv/desk     38M parameters on Python's standard library, minutes on one GPU
     gdn run ablations/no-short-conv/400m     15B tokens: 33 GPU-hours at 400 TFLOP/s, like every ID at 400m
@@ -82,3 +83,11 @@ def rows(name: str, scale: str) -> dict[str, str]:
     return {order: f"ablations/{order}/{scale}" for order in ORDERS} | {
         "mamba2-gdn-swa": f"table3/gated-deltanet-h2/{scale}"
     }
+
+
+if __name__ == "__main__":
+    import sys
+
+    from experiments.commands.table import main
+
+    main(*(sys.argv[1:2] or [""]), sys.argv[2:])

@@ -148,10 +148,9 @@ def _speed(seconds: list[float], tokens: int, floor: float | None) -> dict[str, 
 def _peak():
     import jax
 
-    from pallas_kernels.bench import PEAKS
+    from pallas_kernels.bench import peak_of
 
-    kind = jax.devices()[0].device_kind
-    return next((peak for name, peak in PEAKS.items() if name in kind), None)
+    return peak_of(jax.devices()[0].device_kind)
 
 
 def _writing_floor(moved: int) -> float | None:

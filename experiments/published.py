@@ -121,34 +121,27 @@ def publish(run_dir: Path) -> Path:
     row = json.loads(path.read_text())
     if why := marks(row["validation"]):
         raise UserError(f"The result of {run_dir} is not its ID's number ({', '.join(why)}); run: gdn run {row['id']}.")
-    if row["environment"]["dirty"] and not _is_committed(row["environment"]["source"]):
+    environment = committed(row["environment"])
+    if environment["dirty"]:
         raise UserError(
             f"{run_dir} was made with uncommitted changes; commit them and run it again, or publish it from a checkout "
-            f"without changes whose files are those of its source {row['environment']['source']}."
+            f"without changes whose files are those of its source {environment['source']}."
         )
-    row = row | {"environment": committed(row["environment"])}
+    row = row | {"environment": environment}
     place(row).parent.mkdir(parents=True, exist_ok=True)
     write_json(place(row), row)
     return place(row)
 
 
 def committed(environment: Row) -> Row:
-    """The environment with the commit that its source hash turned out to be."""
+    """The environment with the commit whose files, by their hash, it was: a copied tree knows no commit."""
     if not environment["dirty"] and environment["commit"] != "unknown":
         return environment
-    if not _is_committed(environment["source"]):
-        return environment
-    from gdn_jax.metrics import environment as here
+    from gdn_jax import metrics
 
-    return environment | {"commit": here()["commit"], "dirty": False}
-
-
-def _is_committed(source: str) -> bool:
-    """Whether these files, by their hash, are what is committed here: a copied tree knows no commit."""
-    from gdn_jax.metrics import environment
-
-    here = environment()
-    return here["commit"] != "unknown" and not here["dirty"] and here["source"] == source
+    here = metrics.environment()
+    same = here["commit"] != "unknown" and not here["dirty"] and here["source"] == environment["source"]
+    return environment | {"commit": here["commit"], "dirty": False} if same else environment
 
 
 def device(environment: Row) -> str:

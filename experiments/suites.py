@@ -2,17 +2,18 @@
 
 Each task's numbers lie in <run>/tasks.json as soon as it is finished, each answer in <run>/answers.jsonl before that,
 so an evaluation that was stopped goes on where it was. What keeps a number from being the column's own is said in its
-marks: fewer documents, rows of one's own, a stand-in, an unfinished training.
+marks: fewer documents, rows of one's own, a stand-in, an unfinished training, another max_length.
 """
 
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 
@@ -31,7 +32,14 @@ class Asked:
 
     folder: Path | None = None  # of local data: <task>.jsonl or .jsonl.gz, there or in a folder named like the suite
     limit: int | None = None  # documents of each task, samples of each length; None: all
+    max_length: int | None = None  # most tokens read at once; None: the suite's own
     haystack: Path | None = None  # text that hides Table 2's needles; None: the novels in the package, a stand-in
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit is {self.limit}; it must be positive, or left out for all.")
+        if self.max_length is not None and self.max_length < 1:
+            raise UserError(f"max_length is {self.max_length}; it must be positive.")
 
     def data(self, suite: str) -> Path | None:
         """The folder that holds the suite's files."""
@@ -76,20 +84,32 @@ class Cell(NamedTuple):
 class Suite:
     """The tasks of a table or figure.
 
-    measure   (task, answers, run, asked) -> {"metrics": {name: value}, "n": documents asked, "of": documents there are,
-              "protocol": what else decided the numbers, "stand_in": what stood in for the paper's data, or ""}
+    measure      (task, answers, run, asked) -> {"metrics": {name: value}, "n": documents asked, "of": documents there
+                 are, "protocol": what else decided the numbers, "stand_in": what stood in for the paper's data, or ""}
+    max_length   most tokens read at once, by scale; at other scales those of a training window, at least 2,048.
+                 None: the suite is cut in its own way, or not at all
     """
 
     name: str
     columns: dict[str, Column]  # keys as in paper.json
     measure: "Callable[[str, Answers, OpenRun, Asked], Row]"
     averaged: tuple[str, ...] = ()  # columns whose mean is the column "average"
+    max_length: Mapping[str, int] | None = None
 
     @property
     def tasks(self) -> list[str]:
         return list(dict.fromkeys(column.task for column in self.columns.values()))
 
-    def cell(self, key: str, rows: Iterable[Row]) -> Cell:
+    def own_length(self, experiment: Experiment) -> int | None:
+        """The max_length of the suite's numbers for a trained run."""
+        if self.max_length is None:
+            return None
+        from gdn_jax.evaluate.answering import default_length
+
+        scale = experiment.id.rpartition("/")[2]
+        return self.max_length.get(scale, default_length(experiment.data))
+
+    def cell(self, key: str, rows: Sequence[Row]) -> Cell:
         """The column's number over the result rows of one recipe, one a seed."""
         if key == "average":
             return mean_of([self.cell(one, rows) for one in self.averaged])
@@ -132,29 +152,27 @@ def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: A
     from gdn_jax.metrics import environment
 
     run = answering.run
-    check_limit(asked.limit)
     steps, here, found = run.experiment.optim.steps, environment(), []
+    own_length = suite.own_length(run.experiment)
     for task in tasks:
         start = time.monotonic()
         row = suite.measure(task, answering, run, asked)
         marks = [row["stand_in"]] if row["stand_in"] else []
         if run.step < steps:
             marks.append(f"step {run.step:,} of {steps:,}")
+        protocol = {"limit": asked.limit, "max_length": answering.max_length} | row["protocol"]
+        if own_length not in (None, protocol["max_length"]):
+            marks.append(f"max_length {protocol['max_length']:,} in place of {own_length:,}")
         entry = {
             "suite": suite.name, "task": task, "step": run.step, "n": row["n"], "of": row["of"],
             "metrics": row["metrics"], "marks": marks,
-            "protocol": {"limit": asked.limit, "max_length": answering.max_length} | row["protocol"],
+            "protocol": protocol,
             "seconds": round(time.monotonic() - start, 1),
             "environment": {name: here[name] for name in ("date", "commit", "dirty", "source", "devices")},
         }  # fmt: skip
         save(run.directory, entry)
         found.append(entry)
     return found
-
-
-def check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; it must be positive, or left out for all.")
 
 
 def save(run_dir: Path, entry: Row) -> None:

@@ -103,7 +103,8 @@ COLUMNS = {
     "siqa": _column("SIQA", "social_iqa", "acc", 1954),
     "boolq": _column("BoolQ", "boolq", "acc", 3270),
 }
-SUITE = Suite("table3", COLUMNS, measure, averaged=tuple(key for key in COLUMNS if not key.endswith("ppl")))
+ACCURACIES = tuple(key for key in COLUMNS if not key.endswith("ppl"))
+SUITE = Suite("table3", COLUMNS, measure, averaged=ACCURACIES, max_length={})
 
 if __name__ == "__main__":
     from experiments.commands.table import main

@@ -79,11 +79,16 @@ class TableOptions:
     out: str = ""  # directory that gets NAME-SCALE.md, .json, .tex and .png; empty: none
 
 
-def table(name: str, options: TableOptions) -> None:
-    """`gdn table NAME`: one row for each model; the paper's rows too where the scale is the paper's."""
+def table_of(name: str) -> Table:
+    """The table called `name`, or a UserError."""
     if name not in TABLES:
         raise UserError(f"There is no table {name!r}{nearest(name, TABLES)}; there are {', '.join(TABLES)}.")
-    spec = TABLES[name]
+    return TABLES[name]
+
+
+def table(name: str, options: TableOptions) -> None:
+    """`gdn table NAME`: one row for each model; the paper's rows too where the scale is the paper's."""
+    spec = table_of(name)
     if options.scale not in spec.scales:
         raise UserError(f"{name} has no scale {options.scale}; --scale is one of {', '.join(spec.scales)}.")
     found = rows(name, options.scale)

@@ -11,8 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PyTree
 
+from gdn_jax import sharding
 from gdn_jax.config import Model
 from gdn_jax.layers import Compute
 from gdn_jax.model import LM
@@ -74,8 +76,12 @@ def read_prompts(
     room: int,
     compute: Compute,
     say: Callable[[int], None],
+    mesh: Mesh | None = None,
 ) -> ReadPrompts:
-    """Reads one group of `groups`, each prompt of at least one token; `say` hears how many tokens each piece had."""
+    """Reads one group of `groups`, each prompt of at least one token; `say` hears how many tokens each piece had.
+
+    mesh   whose devices share the rows, of which there are a multiple of them; None: the default device
+    """
     longest = max(map(len, prompts))
     width, read = bucket(longest), None
     for start in range(0, longest, width):
@@ -83,10 +89,12 @@ def read_prompts(
         for row, ids in enumerate(prompts):
             part = ids[start : start + width]
             tokens[row, : len(part)], lengths[row] = part, len(part)
+        piece = {"tokens": tokens, "lengths": lengths}
+        piece = piece if mesh is None else sharding.place_batch(mesh, piece)
         if read is None:
-            read = begin(model, tokens, lengths, room=room, compute=compute)
+            read = begin(model, **piece, room=room, compute=compute)
         else:
-            read = go_on(model, tokens, lengths, read, compute=compute)
+            read = go_on(model, **piece, read=read, compute=compute)
         say(int(lengths.sum()))
     return read
 

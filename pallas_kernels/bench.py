@@ -126,6 +126,11 @@ def shapes_of(op: str, given: str) -> dict[str, DeltaShape]:
     return found
 
 
+def peak_of(device: str) -> Peak | None:
+    """The measured peaks of a device kind, or None without an entry in PEAKS."""
+    return next((peak for name, peak in PEAKS.items() if name in device), None)
+
+
 def floor_ms(shape: DeltaShape, device: str) -> dict[str, float] | None:
     """The roofline of each phase in milliseconds, or None for a device kind without an entry in PEAKS.
 
@@ -135,7 +140,7 @@ def floor_ms(shape: DeltaShape, device: str) -> dict[str, float] | None:
 
     The bytes are those of arguments and results alone: what an implementation keeps in between is its own choice.
     """
-    peak = next((peak for name, peak in PEAKS.items() if name in device), None)
+    peak = peak_of(device)
     if peak is None:
         return None
     k, v, c = shape.key_dim, shape.value_dim, 64

@@ -75,10 +75,10 @@ def test_first_lines():
 
 def test_raw_and_first_line_are_both_kept_and_the_tasks_own_is_the_score():
     row = rows_of("triviaqa", ROWS)[0]
-    found = evaluate("triviaqa", [row], told(["\nLake Orvin\nPassage: and so on"]))
+    found = evaluate("triviaqa", [row], told(["\nLake Orvin\nPassage: and so on"]), max_length=4096)
     assert found["first_line"] == found["score"] == 100 > found["raw"] > 0
     row = rows_of("hotpotqa", ROWS)[0]
-    found = evaluate("hotpotqa", [row], told(["Sarn valley\nPassage: and so on"]))
+    found = evaluate("hotpotqa", [row], told(["Sarn valley\nPassage: and so on"]), max_length=4096)
     assert found["first_line"] == 100 > found["raw"] == found["score"]
 
 
@@ -120,7 +120,7 @@ def test_wrong_arguments(tmp_path):
     with pytest.raises(UserError, match=r"no LongBench task 'hotpot' \(did you mean 'hotpotqa'\?\)"):
         rows_of("hotpot", ROWS)
     with pytest.raises(UserError, match="There are no rows of qasper"):
-        evaluate("qasper", [], told([]))
+        evaluate("qasper", [], told([]), max_length=4096)
     sentence = r"trec.jsonl or .jsonl.gz with the columns context, answers, question, all_classes.*LongBench', 'trec'"
     with pytest.raises(UserError, match=sentence):
         rows_of("trec", tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import EXPERIMENTS, get, published, report
+from gdn_jax import metrics
 from gdn_jax.checkpoint import write_config
 from gdn_jax.errors import UserError
 from gdn_jax.model import count_parameters
@@ -141,6 +142,18 @@ def test_published_results_and_the_papers_numbers(monkeypatch, tmp_path, run_dir
     assert rows["table3/gated-deltanet/1.3b"][2:4] == ["wikitext 16.42", "not run"]
     path.write_text(json.dumps(row | {"recipe8": "00000000"}))
     assert table_rows()[ID][3:] == ["not run", "ready; an older recipe was run (00000000)"]
+
+
+def test_a_copied_tree_gets_the_commit_that_its_files_are(monkeypatch):
+    asked = []
+    clean = {"commit": "fedcba9", "dirty": False, "source": "5a5a5a5a"}
+    monkeypatch.setattr(metrics, "environment", lambda: asked.append(1) or clean)
+    copied = {"commit": "unknown", "dirty": False, "source": "5a5a5a5a", "python": "3.11"}
+    assert published.committed(copied) == copied | {"commit": "fedcba9"} and len(asked) == 1
+    assert published.committed(copied | {"dirty": True})["dirty"] is False
+    assert published.committed(copied | {"source": "0b0b0b0b"})["commit"] == "unknown"
+    asked.clear()
+    assert published.committed(clean) is clean and not asked
 
 
 def test_rewriting_a_readme(tmp_path):

@@ -10,7 +10,7 @@ from small import scripted_model
 
 import experiments
 from gdn_jax.errors import UserError
-from gdn_jax.evaluate import scoring
+from gdn_jax.evaluate import contexts, scoring
 from gdn_jax.evaluate.scoring import Scorer, bucket
 from gdn_jax.layers import Compute
 from gdn_jax.model import init_model
@@ -92,7 +92,7 @@ def test_any_order_gives_the_same_bits(model, scores):
 )
 def test_batches_buckets_and_devices_change_nothing_but_rounding(model, scores, monkeypatch, change):
     devices = jax.devices()[: change.pop("devices", 4)]
-    monkeypatch.setattr(scoring, "SHORTEST", change.pop("shortest", scoring.SHORTEST))
+    monkeypatch.setattr(contexts, "SHORTEST", change.pop("shortest", contexts.SHORTEST))
     found = Scorer(model, compute=FP32, max_length=256, devices=devices, **change).score(*pairs(), progress=SILENT)
     assert per_token(found, scores) < 1e-5
     assert [score.greedy for score in found] == [score.greedy for score in scores]

@@ -7,21 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 from small import prepare_text, scripted_model
 
 import experiments
-from experiments import figures, suites
-from experiments.commands.evaluation import TaskOptions, check
+from experiments import figures, suites, table3, table4, table5
+from experiments.commands.evaluation import TaskOptions, checked
 from experiments.run import main
 from experiments.suites import Asked, Column, Suite
 from gdn_jax import checkpoint, tokenizer
 from gdn_jax.errors import UserError
+from gdn_jax.evaluate.answering import Answering
 from gdn_jax.fingerprint import Identity
+from gdn_jax.layers import Compute
 from gdn_jax.model import init_model
+from gdn_jax.runs import OpenRun
 
 ROWS = Path(__file__).parent / "eval_rows"
 ID = "table3/gated-deltanet/tiny"
+FP32 = Compute(dtype=jnp.float32, chunk=16)
 COLUMN = Column("T", "t", "acc", range(10, 11), 100.0)
 SUITE = Suite("table3", {"t": COLUMN, "u": Column("U", "u", "acc", range(10, 11))}, None, averaged=("t", "u"))
 
@@ -78,7 +83,9 @@ def test_of_one_task_the_largest_measure_without_marks_stands_for_the_run(tmp_pa
 
 
 def test_what_tasks_name():
-    named = {suite.name: tasks for suite, tasks in check(TaskOptions(tasks="table4,table2/niah_single_1,copa"))}
+    asked, found = checked(TaskOptions(tasks="table4,table2/niah_single_1,copa", limit=3))
+    named = {suite.name: tasks for suite, tasks in found}
+    assert asked == Asked(limit=3)
     assert list(named) == ["table4", "table2", "table3"]
     assert len(named["table4"]) == 6 and named["table2"] == ["niah_single_1"] and named["table3"] == ["copa"]
 
@@ -190,17 +197,41 @@ def test_a_figure_without_runs(capsys):
     assert "There is no figure 'figure9' (did you mean 'figure2'?)" in capsys.readouterr().err
 
 
-def test_an_unfinished_training_is_marked(monkeypatch, tmp_path):
-    from gdn_jax.evaluate.answering import Answering
-    from gdn_jax.runs import OpenRun
+def run_of(id, directory, step):
+    """A run of the ID that says nothing."""
+    byte = tokenizer.load("byte")
+    return OpenRun(directory, experiments.get(id), scripted_model({}), step, Identity("a" * 64, byte.hash8), byte)
 
-    experiment = experiments.get(ID)
-    run = OpenRun(
-        tmp_path, experiment, scripted_model({}), 50, Identity("a" * 64, tokenizer.load("byte").hash8),
-        tokenizer.load("byte"),
-    )  # fmt: skip
+
+def test_an_unfinished_training_is_marked(tmp_path):
     suite = Suite("table3", {}, lambda *_: {"metrics": {}, "n": 1, "of": 1, "protocol": {}, "stand_in": ""})
-    (one,) = suites.measure(suite, ["t"], Answering(run), Asked())
+    (one,) = suites.measure(suite, ["t"], Answering(run_of(ID, tmp_path, 50)), Asked())
     assert one["marks"] == ["step 50 of 200"]
     with pytest.raises(UserError, match="limit is -1"):
-        suites.measure(suite, ["t"], Answering(run), Asked(limit=-1))
+        Asked(limit=-1)
+
+
+@pytest.mark.parametrize(
+    ("id", "asked", "read", "marks"),
+    [
+        ("table3/gated-deltanet/1.3b", None, 16384, []),
+        ("table3/gated-deltanet/1.3b", 600, 600, ["max_length 600 in place of 16,384"]),
+        (ID, None, 2048, []),
+        (ID, 600, 600, ["max_length 600 in place of 2,048"]),
+    ],
+)
+def test_table5_is_cut_to_its_own_length_unless_another_is_asked(tmp_path, id, asked, read, marks):
+    run = run_of(id, tmp_path, experiments.get(id).optim.steps)
+    options = Asked(folder=ROWS, max_length=asked)
+    (one,) = suites.measure(table5.SUITE, ["trec"], Answering(run, compute=FP32, max_length=asked), options)
+    assert (one["protocol"]["max_length"], one["marks"]) == (read, marks)
+
+
+def test_another_length_of_whole_texts_is_marked(tmp_path):
+    def measure(suite, **asked):
+        row = {"metrics": {}, "n": 1, "of": 1, "protocol": {}, "stand_in": ""}
+        answering = Answering(run_of(ID, tmp_path, 200), **asked)
+        return suites.measure(replace(suite, measure=lambda *_: row), ["t"], answering, Asked(**asked))[0]["marks"]
+
+    assert measure(table3.SUITE) == [] and measure(table3.SUITE, max_length=512) == ["max_length 512 in place of 2,048"]
+    assert measure(table4.SUITE, max_length=512) == [], "cut to 2K in its own way"

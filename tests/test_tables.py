@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments import SUITES, get, published, report, tables
+from experiments.commands.table import main as script
 from experiments.models import PAPER_MODELS
 from experiments.run import main
 from gdn_jax import metrics
@@ -172,6 +173,19 @@ def test_the_papers_rows_stand_beside_ours(capsys):
 def test_an_unknown_table_is_refused(capsys):
     assert main(["table", "table33"]) == 2
     assert "There is no table 'table33' (did you mean 'table3'?)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "sentence"),
+    [
+        ("", [], "There is no table ''; there are table2"),
+        ("s1", ["--models", "swa"], "s1 has no row 'swa'; it has gated"),
+    ],
+)
+def test_a_script_without_its_table_or_row(capsys, name, words, sentence):
+    with pytest.raises(SystemExit) as stop:
+        script(name, words)
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_cells_of_less_than_the_task_are_marked_and_lead_nothing(capsys):

@@ -23,15 +23,18 @@ class TaskOptions:
     tasks: str = ""  # a suite (table2, table3, table4, table5, figure2), or tasks of one or of lm-eval: a,b
     task_data: str = ""  # folder of local files, <task>.jsonl or .jsonl.gz; without one tasks of lm-eval ask the hub
     limit: int | None = None  # documents of each task; None: all
-    max_length: int | None = None  # tokens read at once; None: the training length, at least 2,048
+    max_length: int | None = None  # most tokens read at once; None: the suite's own. Another one marks the numbers
     haystack: str = ""  # file of the text that hides Table 2's needles; without one the novels stand in
 
 
-def check(options: TaskOptions) -> list[tuple[Suite, list[str]]]:
-    """The suites and tasks that `options` name, or a UserError."""
-    suites.check_limit(options.limit)
-    if options.max_length is not None and options.max_length < 1:
-        raise UserError(f"max_length is {options.max_length}; it must be positive.")
+def checked(options: TaskOptions) -> tuple[Asked, list[tuple[Suite, list[str]]]]:
+    """How tasks are to be measured, and the suites and tasks that `options` name, or a UserError."""
+    asked = Asked(
+        folder=Path(options.task_data) if options.task_data else None,
+        limit=options.limit,
+        max_length=options.max_length,
+        haystack=Path(options.haystack) if options.haystack else None,
+    )
     found: list[tuple[Suite, list[str]]] = []
     for name in filter(None, options.tasks.split(",")):
         suite, _, task = name.partition("/")
@@ -42,15 +45,7 @@ def check(options: TaskOptions) -> list[tuple[Suite, list[str]]]:
             found.append((experiments.SUITES[suite], [task] if task else of_suite))
         else:
             found.append((experiments.SUITES["table3"], [name]))  # any task of the harness
-    return found
-
-
-def asked(options: TaskOptions) -> Asked:
-    return Asked(
-        folder=Path(options.task_data) if options.task_data else None,
-        limit=options.limit,
-        haystack=Path(options.haystack) if options.haystack else None,
-    )
+    return asked, found
 
 
 def measure(experiment: Experiment, options: TaskOptions) -> list[dict[str, Any]]:
@@ -58,26 +53,26 @@ def measure(experiment: Experiment, options: TaskOptions) -> list[dict[str, Any]
     from experiments import report
     from gdn_jax.progress import Progress
 
-    named = check(options)
-    answering = opened(experiment, options.max_length)
+    asked, named = checked(options)
+    answering = opened(experiment, asked.max_length)
     found = []
     with Progress() as progress:
         for suite, tasks in named:
-            for task in _there(suite, tasks, options):
+            for task in _there(suite, tasks, asked):
                 progress.show(f"{suite.name}/{task} ...")
-                found += suites.measure(suite, [task], answering, asked(options))
+                found += suites.measure(suite, [task], answering, asked)
     if (answering.run.directory / "result.json").exists():
         report.result_row(answering.run.directory)
     return found
 
 
-def _there(suite: Suite, tasks: list[str], options: TaskOptions) -> list[str]:
+def _there(suite: Suite, tasks: list[str], asked: Asked) -> list[str]:
     """Of a figure's corpora those whose files are there; of a table all."""
     if suite.name != "figure2" or len(tasks) == 1:
         return tasks
     from gdn_jax.evaluate.rows import SUFFIXES
 
-    folder = asked(options).local(suite.name)
+    folder = asked.local(suite.name)
     found = [task for task in tasks if any((folder / f"{task}{suffix}").exists() for suffix in SUFFIXES)]
     if not found:
         raise UserError(f"{folder} holds no corpus; it takes {', '.join(f'{task}.jsonl' for task in tasks)} (or .gz).")
@@ -118,17 +113,17 @@ def _number(value: float | None) -> str:
 def write_requests(experiment: Experiment, options: TaskOptions, path: Path) -> None:
     """Write what the tasks would ask to `path`, for a machine that has the run but not the tasks."""
     from gdn_jax import runs
-    from gdn_jax.evaluate.answering import LEAST_LENGTH, RequestFile
+    from gdn_jax.evaluate.answering import RequestFile, default_length
 
-    named = check(options)
+    asked, named = checked(options)
     run = runs.open_run(runs.run_directory(experiment))
-    length = max(run.experiment.data.seq_len, LEAST_LENGTH) if options.max_length is None else options.max_length
+    length = default_length(run.experiment.data) if asked.max_length is None else asked.max_length
     file = RequestFile(path, run.tokenizer, max_length=length)
     for suite, tasks in named:
         if suite.name == "figure2":
             raise UserError("figure2 reads whole documents and asks nothing; run it where the run and its files are.")
         for task in tasks:
-            suite.measure(task, file, run, asked(options))
+            suite.measure(task, file, run, asked)
     print(f"Wrote {file.write():,} requests to {path}; answer them with: gdn eval RUN --answer {path.name}.")
 
 
@@ -146,8 +141,6 @@ def score_text(experiment: Experiment, files: tuple[str, ...], max_length: int |
     """Log-likelihood of whole texts, in blocks of max_length tokens, the first one after EOS."""
     import math
 
-    from gdn_jax.progress import Progress
-
     texts = {}
     for name in files:
         try:
@@ -157,8 +150,7 @@ def score_text(experiment: Experiment, files: tuple[str, ...], max_length: int |
         if not texts[name]:
             raise UserError(f"{name} is empty; give a file that holds text.")
     answering = opened(experiment, max_length)
-    with Progress():
-        found = answering.rolling(list(texts.values()))
+    found = answering.rolling(list(texts.values()))
     rows = []
     for (name, text), log_likelihood in zip(texts.items(), found, strict=True):
         size, words, tokens = len(text.encode()), len(text.split()), len(answering.tokenizer.encode(text))

@@ -163,7 +163,7 @@ def run(experiment: Experiment, options: RunOptions) -> None:
 
     # before hours of training
     check_scoring(experiment.data.seq_len, options.stride, options.windows)
-    evaluation.check(options)
+    evaluation.checked(options)
     run_dir = _train(experiment)
     measured = _evaluate(experiment, options.stride, options.windows)
     tasks = evaluation.measure(experiment, options) if options.tasks else []

@@ -36,7 +36,7 @@ def main(name: str, words: list[str] | None = None) -> None:
 
 
 def run_table(name: str, options: Options) -> None:
-    spec = tables.TABLES[name]
+    spec = tables.table_of(name)
     ids = spec.rows(options.scale)
     named = options.models.split(",") if options.models else list(ids)
     if unknown := [model for model in named if model not in ids]:

@@ -33,7 +33,7 @@ print(generate(run.model, run.tokenizer, ["She looked at "], max_tokens=40, comp
 # Loss by position: the further into a window, the more the state knows.
 
 # %%
-window, rows = 128, 16
+window, rows = 128, 256
 held_out = run.prepared.tokens("validation")[: rows * window + 1]
 tokens = np.stack([held_out[i * window : (i + 1) * window + 1] for i in range(rows)]).astype(np.int32)
 nll, likeliest = token_scores(run.model, jnp.asarray(tokens), compute)

@@ -23,6 +23,7 @@ print("auto takes here:", choice.impl, choice.reason)
 
 # %%
 keys = jnp.eye(K)[jnp.arange(T) % 2]  # e_0, e_1, e_0, ...
+origin = "values drawn at random, no run"
 first, second, third = jax.random.normal(jax.random.key(0), (3, V))
 values = jnp.where((jnp.arange(T) % 2 == 0)[:, None], jnp.where((jnp.arange(T) < 24)[:, None], first, third), second)
 

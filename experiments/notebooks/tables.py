@@ -19,6 +19,7 @@ for row in rows:
 # %%
 measured = [row for row in rows if row["ours"]["held_out_ppl"] != tables.NOT_RUN]
 measured.sort(key=lambda row: row["ours"]["held_out_ppl"])
+origin = f"the ten tiny runs of table3 ({'; '.join(sorted({row['from'] for row in measured}))})"
 figure, axes = plt.subplots(figsize=(7, 3.4), layout="constrained")
 axes.barh([row["model"] for row in measured], [row["ours"]["held_out_ppl"] for row in measured])
 axes.invert_yaxis()
@@ -29,6 +30,7 @@ plt.show()
 # The paper's own numbers at 1.3B: LAMBADA accuracy against Wiki perplexity.
 
 # %%
+origin = "the paper, arXiv 2412.06464"
 paper = {row["model"]: row["paper"] for row in tables.rows("table3", "1.3b")}
 figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
 for model, numbers in paper.items():

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from gdn_jax.config import Data
 from gdn_jax.errors import UserError
-from gdn_jax.evaluate.generation import Answer, Greedy, Truncation, answers
+from gdn_jax.evaluate.generation import Ask, Greedy, answers
 from gdn_jax.evaluate.kept import Kept, key_of
 from gdn_jax.evaluate.scoring import BATCH_TOKENS, Score, Scorer
 from gdn_jax.layers import Compute, compute_for
@@ -25,6 +26,7 @@ class Answers(Protocol):
 
     tokenizer: Tokenizer
     max_length: int  # most tokens read at once
+    ask: Ask  # the likeliest continuations
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether greedy decoding would write it) for each pair of texts."""
@@ -34,23 +36,11 @@ class Answers(Protocol):
         """log p(text) for each whole text, in blocks of max_length tokens (Scorer.rolling)."""
         ...
 
-    def ask(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_tokens: int,
-        stops: Sequence[str] = (),
-        max_length: int | None = None,
-        truncation: Truncation = "left",
-    ) -> list[Answer]:
-        """The likeliest continuations, as `generation.answers` gives them."""
-        ...
-
 
 class Answering:
     """A run's answers; each is kept in a file as it comes, and a request found there is not made again.
 
-    max_length    most tokens read at once; None: data.seq_len of the training, 2,048 where that is less
+    max_length    most tokens read at once; None: `default_length` of the training's data
     keep          the file; None: <run>/answers.jsonl. Answers are known by the parameters, the tokenizer, the
                   arithmetic and the request, so one file serves every checkpoint and may be copied between machines
 
@@ -63,10 +53,11 @@ class Answering:
     ):  # fmt: skip
         self.run, self.tokenizer = run, run.tokenizer
         self.compute = compute_for(run.experiment) if compute is None else compute
-        self.max_length = max(run.experiment.data.seq_len, LEAST_LENGTH) if max_length is None else max_length
+        self.max_length = default_length(run.experiment.data) if max_length is None else max_length
         self.progress = Progress() if progress is None else progress
         self.kept = Kept(run.directory / "answers.jsonl" if keep is None else keep)
         self._greedy = Greedy(run.model, self.tokenizer, self.compute)
+        self.ask: Ask = partial(answers, self._greedy, self.tokenizer, keep=self.kept, progress=self.progress)
         self._batch_tokens = batch_tokens
 
     @cached_property
@@ -91,20 +82,6 @@ class Answering:
             self._score(list(new), self._scorer.rolling, encoded, prefix=self.tokenizer.eos)
         return [self.kept[key][0] for key in keys]
 
-    def ask(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_tokens: int,
-        stops: Sequence[str] = (),
-        max_length: int | None = None,
-        truncation: Truncation = "left",
-    ) -> list[Answer]:
-        return answers(
-            self._greedy, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, max_length=max_length,
-            truncation=truncation, keep=self.kept, progress=self.progress,
-        )  # fmt: skip
-
     def _key(self, kind: str, *texts: str) -> str:
         return key_of(self._greedy.identity, kind, self.max_length, self.tokenizer.eos, texts)
 
@@ -117,6 +94,11 @@ class Answering:
             self.kept.add({keys[i]: [one.log_likelihood, one.greedy] for i, one in found.items()})
 
         score(*arguments, **options, progress=self.progress, done=done)
+
+
+def default_length(data: Data) -> int:
+    """The most tokens read at once unless something else is asked: those of a training window, at least 2,048."""
+    return max(data.seq_len, LEAST_LENGTH)
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[np.ndarray, np.ndarray]:
@@ -142,6 +124,7 @@ class RequestFile:
     def __init__(self, path: Path, tokenizer: Tokenizer, *, max_length: int):
         self.tokenizer, self.max_length, self._path = tokenizer, max_length, path
         self._lines: dict[str, None] = {}
+        self.ask: Ask = partial(answers, self, tokenizer)
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         self._add({"kind": "loglikelihood", "texts": list(pair)} for pair in pairs)
@@ -150,20 +133,6 @@ class RequestFile:
     def rolling(self, texts: Sequence[str]) -> list[float]:
         self._add({"kind": "rolling", "texts": [text]} for text in texts)
         return [-1.0] * len(texts)
-
-    def ask(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_tokens: int,
-        stops: Sequence[str] = (),
-        max_length: int | None = None,
-        truncation: Truncation = "left",
-    ) -> list[Answer]:
-        return answers(
-            self, self.tokenizer, prompts, max_tokens=max_tokens, stops=stops, max_length=max_length,
-            truncation=truncation,
-        )  # fmt: skip
 
     identity = "requests"  # this and __call__: continues prompts, as generation.Continues
 

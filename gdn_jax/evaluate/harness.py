@@ -65,11 +65,9 @@ def evaluate_task(answers: Answers, task: str, *, data: Path | None = None, limi
     """{"version", "n", "of", "metrics": {"acc": 0.5, ...}} of one of the harness's tasks, zero-shot.
 
     data     folder of local files; a task without one there takes the harness's own data set
-    limit    documents; None: all
-    Raises UserError for an unknown task, a group of tasks, data that cannot be had here, or a limit below 1.
+    limit    documents, at least one; None: all
+    Raises UserError for an unknown task, a group of tasks, or data that cannot be had here.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}; it must be positive, or left out for all.")
     if data is not None and not data.is_dir():
         raise UserError(f"{data} is no folder; give one that holds <task>.jsonl or <task>.jsonl.gz files.")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -19,7 +19,6 @@ from gdn_jax.evaluate.generation import Ask, Truncation
 from gdn_jax.evaluate.rows import Source, load_rows
 
 DATASET = "Xnhyacinth/LongBench"
-MAX_LENGTH = 16_384  # at 1.3b; the paper does not say its own
 
 Row = dict[str, Any]
 Metric = Callable[[str, str, Sequence[str]], float]  # (prediction, truth, classes)
@@ -210,7 +209,7 @@ def score(task: str, continuation: str, row: Row) -> float:
 
 
 def evaluate(
-    task: str, rows: Sequence[Row], ask: Ask, *, max_length: int = MAX_LENGTH, truncation: Truncation = "middle"
+    task: str, rows: Sequence[Row], ask: Ask, *, max_length: int, truncation: Truncation = "middle"
 ) -> dict[str, float | int | str]:
     """Mean scores in per cent, and what was measured.
 

@@ -1,28 +1,32 @@
 """Log-likelihoods of token sequences: the one core behind perplexity, tasks and tables.
 
 Requests of any lengths are sorted into buckets, one compiled program each, and padded on the right, which no causal
-model sees. Logits exist for a few thousand tokens at a time; a token's terms are fp32, their sums float64 on the host.
+model sees. A context that several continuations share is read once where that costs less (contexts.py). Logits exist
+for a few thousand tokens at a time; a token's terms are fp32, their sums float64 on the host.
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gdn_jax import sharding
 from gdn_jax.errors import UserError
+from gdn_jax.evaluate.contexts import Pair, bucket, by_size, divided, padded, power, room_of, state_bytes
 from gdn_jax.layers import Compute, dot_precision
 from gdn_jax.model import LM
+from gdn_jax.prefill import read_prompts
 from gdn_jax.progress import Progress
 
-SHORTEST = 32  # tokens of the first bucket; each next one is twice as long
 HEAD_TOKENS = 4096  # whose logits exist at once
 BATCH_TOKENS = 32768  # of a batch, padding included
+STATE_BYTES = 4 * 2**30  # on a device, of the states that a batch of contexts leaves; the copies take as much
 
 Tokens = Sequence[int] | np.ndarray
 
@@ -74,27 +78,21 @@ class Scorer:
         """
         pairs = [self._cut(i, *pair) for i, pair in enumerate(zip(contexts, continuations, strict=True))]
         out: list[Score | None] = [None] * len(pairs)
-        todo: dict[tuple, list[int]] = {}  # equal pairs are scored once
-        for i, (tokens, scored, cut) in enumerate(pairs):
-            todo.setdefault((bucket(len(tokens) - 1), len(tokens), tokens.tobytes(), scored, cut), []).append(i)
+        todo: dict[Pair, list[int]] = {}  # equal pairs are scored once
+        for i, pair in enumerate(pairs):
+            todo.setdefault(pair, []).append(i)
         # Sorted by content, so that any order of requests makes the same batches; the longest first.
-        buckets: dict[int, list[tuple]] = {}
-        for key in sorted(todo, reverse=True):
-            buckets.setdefault(key[0], []).append(key)
+        alone, together = divided(sorted(todo, reverse=True), self._model.config, self.compute)
         finished = 0
-        with progress or Progress() as display:
-            for length, keys in buckets.items():
-                rows = self._rows(length, len(keys))
-                for start in range(0, len(keys), rows):
-                    batch = keys[start : start + rows]
-                    scores = self._batch(length, rows, [pairs[todo[key][0]] for key in batch])
-                    found = {i: score for key, score in zip(batch, scores, strict=True) for i in todo[key]}
-                    for i, score in found.items():
-                        out[i] = score
-                    if done is not None:
-                        done(found)
-                    finished += len(found)
-                    display.show(f"Scored {finished:,} of {len(pairs):,} continuations.")
+        with progress or Progress() as display, jax.set_mesh(self._mesh):
+            for batch in itertools.chain(self._alone(alone), self._together(together)):
+                found = {i: score for pair, score in batch.items() for i in todo[pair]}
+                for i, score in found.items():
+                    out[i] = score
+                if done is not None:
+                    done(found)
+                finished += len(found)
+                display.show(f"Scored {finished:,} of {len(pairs):,} continuations.")
         return out  # type: ignore[return-value]
 
     def rolling(
@@ -135,8 +133,8 @@ class Scorer:
         self.score(contexts, parts, progress=progress, done=blocks_done)
         return [whole(i) for i in range(len(texts))]
 
-    def _cut(self, i: int, context: Tokens, continuation: Tokens) -> tuple[np.ndarray, int, int]:
-        """(tokens read and scored, how many of the last are scored, how many of the first were left out)."""
+    def _cut(self, i: int, context: Tokens, continuation: Tokens) -> Pair:
+        """The pair as it is read, or a UserError."""
         if not len(context):
             raise UserError(f"Context {i} is empty; give at least the token that begins a document.")
         if len(continuation) > self.max_length:
@@ -152,40 +150,65 @@ class Scorer:
                 f"vocabulary of {vocab}; use the tokenizer that it was trained with."
             )
         cut = max(0, len(tokens) - 1 - self.max_length)
-        return tokens[cut:], len(continuation), cut
+        return Pair(len(tokens) - cut, tokens[cut:].tobytes(), len(continuation), cut)
 
-    def _rows(self, length: int, wanted: int) -> int:
-        """Rows of a batch of this bucket: a power of two times the devices, no more than needed."""
+    def _alone(self, pairs: Sequence[Pair]) -> Iterator[dict[Pair, Score]]:
+        """Batches of pairs of one bucket, each read whole."""
+        program = functools.partial(token_scores, self._model, compute=self.compute)
+        for length, of_bucket in itertools.groupby(pairs, key=lambda pair: bucket(pair.size - 1)):
+            members = list(of_bucket)
+            rows = self._rows(length, len(members))
+            for batch in _batches(members, rows):
+                yield self._batch(program, {row: (pair, pair.size) for row, pair in enumerate(batch)}, rows, length)
+
+    def _together(self, groups: Sequence[list[Pair]]) -> Iterator[dict[Pair, Score]]:
+        """Batches of contexts, each read but for its last token; then from their states one continuation of each after
+        the other, with that token before it."""
+        for size, members in by_size(groups).items():
+            room = room_of(size, self._model.config)
+            rows = self._rows(size.longest, len(members), state_bytes(self._model.config, room, self.compute))
+            for batch in _batches(members, rows):
+                read = read_prompts(
+                    self._model, [np.frombuffer(group[0].context(), np.int32)[:-1] for group in batch], rows=rows,
+                    room=room, compute=self.compute, mesh=self._mesh, say=lambda tokens: None,
+                )  # fmt: skip
+                program = functools.partial(continuation_scores, self._model, read.cache, compute=self.compute)
+                for turn in range(max(map(len, batch))):
+                    pairs = {row: group[turn] for row, group in enumerate(batch) if turn < len(group)}
+                    asked = {row: (pair, 1 + pair.scored) for row, pair in pairs.items()}
+                    yield self._batch(program, asked, rows, padded(max(pair.scored for pair in pairs.values())))
+
+    def _rows(self, length: int, wanted: int, state: int = 0) -> int:
+        """Rows of a batch of this length: a power of two times the devices, no more than needed, and where each has a
+        state of so many bytes no more than there is room for."""
         devices = self._mesh.size
         most = max(1, self._batch_tokens // (length * devices))
-        return devices * min(_power(most, up=False), _power(-(-wanted // devices), up=True))
+        most = max(1, min(most, STATE_BYTES // state)) if state else most
+        return devices * min(power(most, up=False), power(-(-wanted // devices), up=True))
 
-    def _batch(self, length: int, rows: int, pairs: list[tuple[np.ndarray, int, int]]) -> list[Score]:
+    def _batch(
+        self, program: Callable, asked: dict[int, tuple[Pair, int]], rows: int, length: int
+    ) -> dict[Pair, Score]:
+        """The program's scores of pairs by their rows, each with how many of its last tokens are given to it."""
         tokens = np.zeros((rows, length + 1), np.int32)
-        for row, (sequence, _, _) in enumerate(pairs):
-            tokens[row, : len(sequence)] = sequence
-        with jax.set_mesh(self._mesh):
-            placed = sharding.place_batch(self._mesh, {"tokens": tokens})["tokens"]
-            nll, likeliest = map(np.asarray, token_scores(self._model, placed, self.compute))
-        out = []
-        for row, (sequence, scored, cut) in enumerate(pairs):
-            last = slice(len(sequence) - 1 - scored, len(sequence) - 1)
+        for row, (pair, count) in asked.items():
+            tokens[row, :count] = pair.ids()[-count:]
+        placed = sharding.place_batch(self._mesh, {"tokens": tokens})["tokens"]
+        nll, likeliest = map(np.asarray, program(placed))
+        out = {}
+        for row, (pair, count) in asked.items():
+            last = slice(count - 1 - pair.scored, count - 1)
             total = -float(nll[row, last].sum(dtype=np.float64))
             if not math.isfinite(total):
                 raise UserError(
                     f"A log-likelihood is {total}: the model's parameters have diverged; take an earlier checkpoint."
                 )
-            out.append(Score(total, bool(likeliest[row, last].all()), scored, cut))
+            out[pair] = Score(total, bool(likeliest[row, last].all()), pair.scored, pair.cut)
         return out
 
 
-def bucket(length: int) -> int:
-    """The padded length of `length` input tokens: the next of 32, 64, 128, ..."""
-    return max(SHORTEST, _power(max(length, 1), up=True))
-
-
-def _power(value: int, *, up: bool) -> int:
-    return 1 << ((value - 1).bit_length() if up else value.bit_length() - 1)
+def _batches(members: Sequence, size: int) -> Iterator[Sequence]:
+    return (members[start : start + size] for start in range(0, len(members), size))
 
 
 @functools.partial(jax.jit, static_argnames="compute")
@@ -196,8 +219,22 @@ def token_scores(
 
     Logits [B, c, vocab] exist for about HEAD_TOKENS tokens at a time.
     """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    hidden, _ = model(inputs, compute=compute)
+    hidden, _ = model(tokens[:, :-1], compute=compute)
+    return _of_targets(model, hidden, tokens[:, 1:])
+
+
+@functools.partial(jax.jit, static_argnames="compute")
+def continuation_scores(
+    model: LM, cache: PyTree, tokens: Int[Array, "B T+1"], compute: Compute
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
+    """token_scores of rows that continue a cache, which is left as it is."""
+    hidden, _ = model(tokens[:, :-1], compute=compute, cache=cache)
+    return _of_targets(model, hidden, tokens[:, 1:])
+
+
+def _of_targets(
+    model: LM, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     kernel, precision = model.head_kernel().astype(hidden.dtype), dot_precision(hidden.dtype)
     B, T = targets.shape
     slices = _divisor(T, max(1, HEAD_TOKENS // B))

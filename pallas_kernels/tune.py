@@ -82,7 +82,7 @@ def inputs(shape: DeltaShape, seed: int = 0) -> dict[str, Any]:
         bf16 = {name: x.astype(jnp.bfloat16) for name, x in {"q": q, "k": k, "v": v, "do": do}.items()}
         return bf16 | {"g": g, "beta": beta, "initial_state": state, "d_final": state}
 
-    return draw() | {"documents": None, "chunk_documents": None}
+    return draw() | {"documents": None}
 
 
 def timed(call: Callable[[], Any], repetitions: int) -> float:

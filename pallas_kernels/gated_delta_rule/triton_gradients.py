@@ -20,7 +20,7 @@ TILES = 3  # of pairs, numbered late half + early half
 def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, interpret):
     """(M1, M2 [B,Hv,T/128,128,128] bf16).
 
-    total [B,Hv,T] from prepare; beta [B,Hv,T]; runs ([B,T], [B,T/128]) or None; do, dv, rho [B,T,Hv,V] bf16.
+    total [B,Hv,T] from prepare; beta [B,Hv,T]; runs ([B,T], [B,T/64]) or None; do, dv, rho [B,T,Hv,V] bf16.
     """
     B, T, Hv, V = rho.shape
 

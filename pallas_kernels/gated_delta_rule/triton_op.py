@@ -69,7 +69,7 @@ class Stage(NamedTuple):
 
 STAGES = {
     "prepare": Stage(
-        triton_prepare.prepare, "q k g beta chunk_documents", "inverse attention total gamma leaving write", ("scale",)
+        triton_prepare.prepare, "q k g beta documents", "inverse attention total gamma leaving write", ("scale",)
     ),
     "forward": Stage(
         triton_state.forward, "k v gamma write inverse initial_state q attention", "o rho kept final",
@@ -81,7 +81,7 @@ STAGES = {
         triton_state.reverse, "q k do gamma write inverse attention d_final", "dv d_kept d_initial", ("scale", "block")
     ),
     "chunks": Stage(
-        triton_chunks.chunks, "q k total gamma leaving beta chunk_documents do dv rho kept d_kept", "dq dk dg dbeta",
+        triton_chunks.chunks, "q k total gamma leaving beta documents do dv rho kept d_kept", "dq dk dg dbeta",
         ("scale", "dtype"),
     ),
     "pairs": Stage(triton_gradients.pairs, "total beta documents do dv rho", "m1 m2", ("scale",)),
@@ -187,9 +187,9 @@ def _heads_first(x):
     return jnp.swapaxes(x, 1, 2)
 
 
-def _before(runs, size):
-    """The document that enters each tile of `size` tokens; the first tile is entered by document 0."""
-    return jnp.pad(runs, ((0, 0), (1, 0)))[:, : runs.shape[1] : size]
+def _entering(runs):
+    """The document that enters each chunk; the first one is entered by document 0."""
+    return jnp.pad(runs, ((0, 0), (1, 0)))[:, : runs.shape[1] : CHUNK]
 
 
 class _Static(NamedTuple):
@@ -247,14 +247,14 @@ def _outputs(static, tokens, initial_state, documents, keep):
     """(o, final state) and what the backward takes."""
     q, k, v, g, beta = tokens
     given = {"q": q, "k": k, "v": v, "g": _heads_first(g), "beta": _heads_first(beta), "initial_state": initial_state}
-    given |= documents
+    given["documents"] = documents
     arrays = _forward(given, static, outputs=True, keep=keep)
     final = arrays["final"]
     final = final.reshape(-1, static.pieces, *final.shape[1:])[:, -1]
     if keep:
         names = ["q", "k", "beta", "rho", "kept", "inverse", "attention", "total", "gamma", "leaving", "write"]
         names += ["maps"] * (static.pieces > 1)
-        given = {name: arrays[name] for name in names} | documents
+        given = {name: arrays[name] for name in [*names, "documents"]}
     return (arrays["o"], final), given
 
 
@@ -301,14 +301,11 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residu
     def cut(x):
         return x.reshape(batch * count, -1, *x.shape[2:])
 
-    documents = {"documents": None, "chunk_documents": None}
+    documents = None
     if segment_ids is not None:
         runs = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
         runs = jnp.pad(runs, ((0, 0), (0, padding)), mode="edge")
-        documents = {
-            "documents": (cut(runs), cut(_before(runs, BLOCK))),
-            "chunk_documents": (cut(runs), cut(_before(runs, CHUNK))),
-        }
+        documents = cut(runs), cut(_entering(runs))
     g = jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g, beta.astype(jnp.float32)]
     if padding:  # k = v = beta = g = 0 writes nothing and keeps the state

@@ -63,28 +63,6 @@ def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
     return [row for i, row in enumerate(found[stage]) if row not in found[stage][:i]]
 
 
-def inputs(shape: DeltaShape, seed: int = 0) -> dict[str, Any]:
-    """Arrays that the first stages take: unit q and k, normal v and do, decays and strengths of a fresh model."""
-    import jax
-    import jax.numpy as jnp
-
-    B, T, H, K, V = shape
-    keys = jax.random.split(jax.random.key(seed), 6)
-
-    @jax.jit
-    def draw():
-        q, k = (jax.random.normal(key, (B, T, H, K)) for key in keys[:2])
-        q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-        v, do = (jax.random.normal(key, (B, T, H, V)) for key in keys[2:4])
-        g = jax.nn.log_sigmoid(jax.random.normal(keys[4], (B, H, T))) / 4
-        beta = jax.nn.sigmoid(jax.random.normal(keys[5], (B, H, T)))
-        state = jnp.zeros((B, H, K, V), jnp.float32)
-        bf16 = {name: x.astype(jnp.bfloat16) for name, x in {"q": q, "k": k, "v": v, "do": do}.items()}
-        return bf16 | {"g": g, "beta": beta, "initial_state": state, "d_final": state}
-
-    return draw() | {"documents": None}
-
-
 def timed(call: Callable[[], Any], repetitions: int) -> float:
     """Milliseconds of one call: median over repetitions of calls back to back."""
     import jax
@@ -101,18 +79,19 @@ def timed(call: Callable[[], Any], repetitions: int) -> float:
     return statistics.median(run(calls) / calls for _ in range(repetitions))
 
 
-def apart(got: dict[str, Any], want: dict[str, Any]) -> float:
+def apart(got: Any, want: Any) -> float:
     """The largest relative L2 distance of an array from its like; NaN for what is not finite."""
     import jax
     import jax.numpy as jnp
 
+    @jax.jit
     def distance(x, y):
         if x.shape != y.shape:  # sums over tiles of key columns, whose number differs
             x, y = x.sum(0), y.sum(0)
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
         return jnp.linalg.norm((x - y).ravel()) / jnp.maximum(jnp.linalg.norm(y.ravel()), 1e-30)
 
-    return float(jnp.stack([jax.jit(distance)(got[name], want[name]) for name in want]).max())
+    return float(jnp.stack(jax.tree.leaves(jax.tree.map(distance, got, want))).max())
 
 
 def measure(
@@ -120,48 +99,35 @@ def measure(
 ) -> dict[str, list]:
     """Stage -> [(ms, configuration)], fastest first; what does not compile, run or agree is said and left out."""
     import jax
-    import jax.numpy as jnp
 
-    from pallas_kernels.gated_delta_rule import triton_op
+    from pallas_kernels.gated_delta_rule import triton_op, tuning
 
-    def compiled(stage, arrays, configuration):
-        taken = triton_op.STAGES[stage].takes.split()
+    def call(stage, configuration, interpret):
+        return partial(
+            tuning.run, stage, configuration=configuration, scale=shape.key_dim**-0.5, block=block, interpret=interpret
+        )
 
-        def call(*given):
-            constants = {"scale": shape.key_dim**-0.5, "dtype": jnp.bfloat16, "interpret": False, "block": block}
-            named = dict(zip(taken, given, strict=True))
-            return {k: v for k, v in triton_op.run(stage, named, configuration, **constants).items() if k not in named}
+    def compiled(stage, kinds, configuration):
+        return jax.jit(call(stage, configuration, False)).lower(kinds).compile()
 
-        kinds = [arrays[name] for name in taken]
-        return jax.jit(call).lower(*kinds).compile()
-
-    def of(stage, arrays):
-        return {name: arrays[name] for name in triton_op.STAGES[stage].takes.split()}
-
-    def shapes_after(stage, kinds):
-        constants = {"scale": 1.0, "dtype": jnp.bfloat16, "interpret": True, "block": block}
-        given = of(stage, kinds)
-        results = jax.eval_shape(lambda x: triton_op.run(stage, x, triton_op.DEFAULTS[stage], **constants), given)
-        return kinds | results
-
-    kinds, found, jobs = jax.eval_shape(lambda: inputs(shape)), {}, {}
+    kinds, found, jobs = jax.eval_shape(lambda: tuning.inputs(shape)), {}, {}
     with ThreadPoolExecutor(options.threads) as pool:
         for stage in triton_op.stages(block):
+            default = triton_op.DEFAULTS[stage]
             tried = candidates(stage, shape.key_dim) if stage in stages else []
-            tried = [triton_op.DEFAULTS[stage], *(row for row in tried if row != triton_op.DEFAULTS[stage])]
+            tried = [default, *(row for row in tried if row != default)]
             jobs[stage] = [(row, pool.submit(compiled, stage, kinds, row)) for row in tried]
-            kinds = shapes_after(stage, kinds)
+            kinds = kinds.with_made(jax.eval_shape(call(stage, default, True), kinds))
         wait([job for row in jobs.values() for _, job in row])  # a busy host would be timed too
-        arrays = inputs(shape)
+        work = tuning.inputs(shape)
         for stage, tried in jobs.items():
-            given, times = list(of(stage, arrays).values()), []
-            results = tried[0][1].result()(*given)
+            results, times = tried[0][1].result()(work), []
             for configuration, job in tried if stage in stages else ():
                 try:
-                    call = partial(job.result(), *given)
-                    distance = apart(call(), results)
+                    run = partial(job.result(), work)
+                    distance = apart(run(), results)
                     if distance <= APART:
-                        times.append((timed(call, options.repetitions), configuration))
+                        times.append((timed(run, options.repetitions), configuration))
                     else:
                         say(f"{stage} {_short(configuration)} is {distance:.1e} from the default: left out")
                 except Exception as error:  # out of shared memory, most often: that is its answer
@@ -169,7 +135,7 @@ def measure(
             if times:
                 found[stage] = sorted(times, key=lambda row: row[0])
                 say(f"{stage} " + ", ".join(f"{ms:.3f} ms {_short(c)}" for ms, c in found[stage][:3]))
-            arrays |= results
+            work = work.with_made(results)
     return found
 
 
@@ -188,7 +154,7 @@ def _fastest_block(shape, options, say):
 
     tried, whole = {}, {}
     for block in (64, 128) if shape.key_dim in (64, 128) else (128,):
-        tried[block] = measure(shape, block, list(triton_op.STAGES), options, say)
+        tried[block] = measure(shape, block, list(triton_op.KERNELS), options, say)
         if set(tried[block]) == set(triton_op.stages(block)):
             whole[block] = sum(rows[0][0] for rows in tried[block].values())
             say(f"states every {block} tokens: {whole[block]:.3f} ms in all")
@@ -243,10 +209,10 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
     from pallas_kernels import triton_dialect
     from pallas_kernels.gated_delta_rule import triton_op
 
-    stages = list(triton_op.STAGES) if options.stages == "all" else options.stages.split(",")
+    stages = list(triton_op.KERNELS) if options.stages == "all" else options.stages.split(",")
     for stage in stages:
-        if stage not in triton_op.STAGES:
-            raise ValueError(f"stages names {stage!r}; it must be all or some of {', '.join(triton_op.STAGES)}.")
+        if stage not in triton_op.KERNELS:
+            raise ValueError(f"stages names {stage!r}; it must be all or some of {', '.join(triton_op.KERNELS)}.")
     for name in ("repetitions", "threads"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be positive.")
@@ -275,7 +241,7 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
         tuned.add(size)
         say = lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True)  # noqa: E731
         before = {}
-        if set(stages) == set(triton_op.STAGES):
+        if set(stages) == set(triton_op.KERNELS):
             times = _fastest_block(shape, options, say)
         else:  # under the block that is in force, and the rest stays as it is: an entry is always whole
             held = devices.get(size) or triton_op.config(

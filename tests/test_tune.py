@@ -11,7 +11,7 @@ import pytest
 from experiments.run import main
 from gdn_jax.metrics import environment
 from pallas_kernels import triton_dialect, tune
-from pallas_kernels.gated_delta_rule import conformance, resolve, triton_op
+from pallas_kernels.gated_delta_rule import conformance, resolve, triton_op, tuning
 from pallas_kernels.shapes import DeltaShape
 
 SHAPE = DeltaShape(1, 256, 1, 64, 64)
@@ -20,11 +20,9 @@ SHAPE = DeltaShape(1, 256, 1, 64, 64)
 @pytest.fixture
 def interpreted(monkeypatch):
     """A CPU that passes for a Hopper device: kernels are interpreted, and the check is one short case."""
-    run, failures = triton_op.run, conformance.failures
+    run, failures = tuning.run, conformance.failures
     monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
-    monkeypatch.setattr(
-        triton_op, "run", lambda stage, arrays, c, **options: run(stage, arrays, c, **options | {"interpret": True})
-    )
+    monkeypatch.setattr(tuning, "run", lambda *arguments, **options: run(*arguments, **options | {"interpret": True}))
     monkeypatch.setattr(conformance, "failures", lambda case, impl: failures(case, "triton_interpret"))
     monkeypatch.setattr(tune, "CHECKS", ("T=65",))
 
@@ -66,15 +64,15 @@ def test_configurations_that_fail_are_not_admitted(monkeypatch):
 
 
 def test_what_does_not_agree_with_the_default_is_left_out(interpreted, monkeypatch):
-    run, said = triton_op.run, []
+    run, said = tuning.run, []
 
-    def wrong_at_128(stage, arrays, c, **options):
-        results = run(stage, arrays, c, **options)
-        if stage == "prepare" and c["key_tile"] == 128:
-            results["total"] *= 1.01
-        return results
+    def wrong_at_128(stage, work, configuration, **options):
+        made = run(stage, work, configuration, **options)
+        if stage == "prepare" and configuration["key_tile"] == 128:
+            return made._replace(prepared=made.prepared._replace(total=1.01 * made.prepared.total))
+        return made
 
-    monkeypatch.setattr(triton_op, "run", wrong_at_128)
+    monkeypatch.setattr(tuning, "run", wrong_at_128)
     options = tune.Options(repetitions=1, threads=2)
     times = tune.measure(SHAPE, 64, ["prepare"], options, said.append)["prepare"]
     assert {c["key_tile"] for _, c in times} == {64}
@@ -86,7 +84,7 @@ def test_states_every_64_or_128_tokens_whichever_is_the_faster_whole(monkeypatch
     ms = {64: {"chunks": 1.0}, 128: {"tokens": 1.0}}
 
     def measure(shape, block, stages, options, say):
-        assert stages == list(triton_op.STAGES)
+        assert stages == list(triton_op.KERNELS)
         times = {stage: ms[block].get(stage, 1.0) for stage in triton_op.stages(block)}
         return {stage: [(time, {"block was": block})] for stage, time in times.items() if time}
 

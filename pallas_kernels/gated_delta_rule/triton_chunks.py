@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, pair_decay, square
+from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Gradients, Kept, Reversed
+from pallas_kernels.gated_delta_rule.triton_prepare import pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
 
 LEAST = 2.0**-40  # of beta here: far below what fp32 sees in a sum, far above what a quotient could not bear
@@ -58,17 +59,14 @@ def over_values(V, block_v, step, *zeros):
 
 
 def chunks(
-    q, k, total, gamma, leaving, beta, runs, do, dv, rho, kept, d_kept,
-    *, scale, dtype, block_v, key_tile, warps, stages, interpret,
-):  # fmt: skip
-    """(dq, dk [B,T,Hv,K] of `dtype`, per value head; dg, dbeta [B,Hv,T] fp32).
-
-    q, k [B,T,H,K], do, dv, rho [B,T,Hv,V] bf16; total, gamma, leaving [B,Hv,T] from prepare; beta [B,Hv,T]; runs
-    ([B,T], [B,T/64]) or None; kept, d_kept [B,Hv,T/64,V,K] bf16: the state entering each chunk and the gradient of the
-    one leaving it.
-    """
-    B, T, H, K = q.shape
-    Hv, V = rho.shape[2:]
+    kept: Kept, do: jax.Array, backward: Reversed,
+    *, scale: float, block_v: int, key_tile: int, warps: int, stages: int, interpret: bool,
+) -> Gradients:  # fmt: skip
+    """Every chunk's gradients, from do [B,T,Hv,V] bf16 and states and their gradients every 64 tokens."""
+    tokens, prepared = kept.tokens, kept.prepared
+    B, T, H, K = tokens.q.shape
+    Hv, V = kept.rho.shape[2:]
+    dtype = jnp.bfloat16 if Hv == H else jnp.float32  # one a value head, until they are summed
 
     def gdn_chunks(refs):
         rows = triton.ds(0, CHUNK)
@@ -78,8 +76,8 @@ def chunks(
         held = {name: ref[...] for name, ref in sources.items()} if block_v >= V else {}
         after = square(0) - square(1)  # rows after columns
         allowed = after >= 0
-        if runs is not None:
-            allowed = allowed & (refs.runs[...][:, None] == refs.runs[...][None, :])
+        if refs.numbers is not None:
+            allowed = allowed & (refs.numbers[...][:, None] == refs.numbers[...][None, :])
 
         def values(name, columns):
             return held[name] if held else sources[name][rows, columns]
@@ -101,7 +99,7 @@ def chunks(
             moved, written_sum, ends, inner = sums
 
             def states(values_at, asked, read, written, inner):
-                state, d_state = refs.kept[values_at, columns], refs.d_kept[values_at, columns]
+                state, d_state = refs.states[values_at, columns], refs.d_states[values_at, columns]
                 inner = inner + shared(state, d_state, tile, inner.size)
                 asked = asked + triton.dot(values("do", values_at), state)
                 read = read + triton.dot(values("dv", values_at), state)
@@ -135,15 +133,18 @@ def chunks(
     value = BlockSpec((None, CHUNK, None, V), lambda n, h, b: (b, n, h, 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     state = BlockSpec((None, None, None, V, K), lambda n, h, b: (b, h, n, 0, 0))
-    run, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
-    numbers, entering = (None, None) if runs is None else runs
+    number, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
+    documents = tokens.documents or Documents(None, None)
     key_shape, gate_shape = jax.ShapeDtypeStruct((B, T, Hv, K), dtype), jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
     made = triton.call(
         gdn_chunks,
         {
-            "q": (q, key), "k": (k, key), "total": (total, gate), "gamma": (gamma, gate), "leaving": (leaving, gate),
-            "beta": (beta, gate), "do": (do, value), "dv": (dv, value), "rho": (rho, value), "kept": (kept, state),
-            "d_kept": (d_kept, state), "runs": (numbers, run), "entering": (entering, entered),
+            "q": (tokens.q, key), "k": (tokens.k, key), "total": (prepared.total, gate),
+            "gamma": (prepared.gamma, gate), "leaving": (prepared.leaving, gate), "beta": (tokens.beta, gate),
+            "do": (do, value),
+            "dv": (backward.dv, value), "rho": (kept.rho, value), "states": (kept.states, state),
+            "d_states": (backward.d_states, state),
+            "numbers": (documents.numbers, number), "entering": (documents.entering, entered),
         },
         {
             "dq": (key_shape, d_key), "dk": (key_shape, d_key),
@@ -151,4 +152,4 @@ def chunks(
         },
         grid=(T // CHUNK, Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
-    return tuple(made.values())
+    return Gradients(**made)

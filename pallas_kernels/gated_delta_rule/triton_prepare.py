@@ -14,9 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Prepared, Tokens
 from pallas_kernels.triton_dialect import BlockSpec
-
-CHUNK = 64
 
 
 def square(axis):
@@ -47,14 +46,12 @@ def invert(lower):
     return x
 
 
-def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
-    """(inverse, attention [B,Hv,N,64,64] bf16; total, gamma, leaving, write [B,Hv,T] fp32).
-
-    q, k [B,T,H,K] bf16; g, beta [B,Hv,T]; runs is None or ([B,T] numbers of documents, [B,N] the one that entered each
-    chunk). T is a multiple of 64.
-    """
-    B, T, H, K = q.shape
-    Hv, N = g.shape[1], T // CHUNK
+def prepare(
+    tokens: Tokens, *, scale: float, key_tile: int, warps: int, stages: int, interpret: bool
+) -> Prepared:  # fmt: skip
+    """Every chunk's pairs and decays, all at once."""
+    B, T, H, K = tokens.q.shape
+    Hv, N = tokens.g.shape[1], T // CHUNK
     group = Hv // H
 
     def gdn_prepare(refs):
@@ -63,11 +60,11 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
         total = jnp.cumsum(g)
         gamma, leaving = triton.exp(total, interpret), triton.exp(jnp.sum(g) - total, interpret)
         allowed = square(0) >= square(1)
-        if refs.runs is not None:
-            runs_here = refs.runs[...]
-            allowed = allowed & (runs_here[:, None] == runs_here[None, :])
-            gamma = jnp.where(runs_here == refs.entering[0], gamma, 0.0)
-            leaving = jnp.where(runs_here == jnp.max(runs_here), leaving, 0.0)
+        if refs.numbers is not None:
+            numbers = refs.numbers[...]
+            allowed = allowed & (numbers[:, None] == numbers[None, :])
+            gamma = jnp.where(numbers == refs.entering[0], gamma, 0.0)
+            leaving = jnp.where(numbers == jnp.max(numbers), leaving, 0.0)
         refs.total[...] = total
         refs.gamma[...] = gamma
         refs.leaving[...] = leaving
@@ -87,18 +84,18 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     pair = BlockSpec((None, None, None, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
-    run, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
-    numbers, entering = (None, None) if runs is None else runs
+    number, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
+    documents = tokens.documents or Documents(None, None)
     pair_shape = jax.ShapeDtypeStruct((B, Hv, N, CHUNK, CHUNK), jnp.bfloat16)
     gate_shape = jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
     made = triton.call(
         gdn_prepare,
         {
-            "q": (q, key), "k": (k, key), "g": (g, gate), "beta": (beta, gate),
-            "runs": (numbers, run), "entering": (entering, entered),
+            "q": (tokens.q, key), "k": (tokens.k, key), "g": (tokens.g, gate), "beta": (tokens.beta, gate),
+            "numbers": (documents.numbers, number), "entering": (documents.entering, entered),
         },
         {"inverse": (pair_shape, pair), "attention": (pair_shape, pair)}
         | dict.fromkeys(("total", "gamma", "leaving", "write"), (gate_shape, gate)),
         grid=(N, Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
-    return tuple(made.values())
+    return Prepared(**made)

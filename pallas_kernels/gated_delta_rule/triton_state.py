@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
+from pallas_kernels.gated_delta_rule.arrays import CHUNK, Prepared, Reversed, Scanned, Tokens
 from pallas_kernels.triton_dialect import BlockSpec
 
 
@@ -43,7 +43,7 @@ TRANSPOSED = _Held(lambda x: x.T, lambda x: x[None, :], lambda a, x: triton.dot(
 
 
 def _specs(T, K, V, group, block):
-    """Block specs over grid (value block, head, batch): key, value, gate, pair, kept state, fp32 state."""
+    """Block specs over grid (value block, head, batch): key, value, gate, pair, kept states, fp32 state."""
     key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
     value = BlockSpec((None, T, None, V), lambda i, h, b: (b, 0, h, 0))
     gate = BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
@@ -60,25 +60,21 @@ def _read_state(ref, columns, tiles, held):
     return tuple(held.turn(triton.load_own_rows(ref, tile, columns)) for tile in tiles)
 
 
-def _keep(kept_ref, number, columns, tiles, states, held):
+def _keep(ref, number, columns, tiles, states, held):
     """Store the state [V, K] of block `number`."""
     for tile, state in zip(tiles, states, strict=True):
         transposed = state if held is TRANSPOSED else state.T
-        triton.store_own(kept_ref, columns, tile, transposed, (number,))
+        triton.store_own(ref, columns, tile, transposed, (number,))
 
 
 def forward(
-    k, v, gamma, write, inverse, initial_state, q=None, attention=None,
-    *, scale, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
-):  # fmt: skip
-    """[o [B,T,Hv,V] bf16 where q is given; rho [B,T,Hv,V], the state entering each block [B,Hv,T/block,V,K] bf16 where
-    `keep`, final state [B,Hv,K,V] fp32].
-
-    q, k [B,T,H,K], v [B,T,Hv,V] bf16, or None for zeros with V = K; gamma, write [B,Hv,T], inverse and attention
-    [B,Hv,T/64,64,64] from prepare; initial_state or None for zeros. T is a multiple of `block`.
-    """
-    B, T, H, K = k.shape
-    Hv, V = gamma.shape[1], K if v is None else v.shape[3]
+    tokens: Tokens, prepared: Prepared, initial_state: jax.Array | None, *, read: bool, keep: bool, scale: float,
+    block: int, block_v: int, key_tile: int, transposed: bool, warps: int, stages: int, interpret: bool,
+) -> Scanned:  # fmt: skip
+    """The states of all chunks in a row from initial_state [B,Hv,K,V] fp32, or None for zeros: outputs where `read`,
+    prediction errors and the state every `block` tokens where `keep`."""
+    B, T, H, K = tokens.k.shape
+    Hv, V = tokens.beta.shape[1], K if tokens.v is None else tokens.v.shape[3]
     tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
     def gdn_state(refs):
@@ -93,7 +89,7 @@ def forward(
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == 0
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(refs.kept, number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.states, number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
                 keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
                 rounded = [state.astype(jnp.bfloat16) for state in states]
@@ -129,31 +125,32 @@ def forward(
     made = triton.call(
         gdn_state,
         {
-            "k": (k, key), "gamma": (gamma, gate), "write": (write, gate), "inverse": (inverse, pair),
-            "q": (q, key), "attention": (attention, pair), "v": (v, value), "initial_state": (initial_state, state),
+            "k": (tokens.k, key), "gamma": (prepared.gamma, gate), "write": (prepared.write, gate),
+            "inverse": (prepared.inverse, pair), "q": (tokens.q if read else None, key),
+            "attention": (prepared.attention if read else None, pair), "v": (tokens.v, value),
+            "initial_state": (initial_state, state),
         },
         {
-            "o": (None if q is None else value_shape, value),
+            "o": (value_shape if read else None, value),
             "rho": (value_shape if keep else None, value),
-            "kept": (kept_shape if keep else None, kept),
+            "states": (kept_shape if keep else None, kept),
             "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
         grid=(triton.count_of_tiles(V, block_v), Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
-    return tuple(x for x in made.values() if x is not None)
+    return Scanned(**made)
 
 
 def reverse(
-    q, k, do, gamma, write, inverse, attention, d_final,
-    *, scale, block, keep=True, block_v, key_tile, transposed, ahead, warps, stages, interpret,
-):  # fmt: skip
-    """[dv [B,T,Hv,V] bf16 and the gradient of the state leaving each block [B,Hv,T/block,V,K] bf16 where `keep`,
-    dinitial [B,Hv,K,V] fp32].
+    tokens: Tokens, prepared: Prepared, do: jax.Array, d_final: jax.Array | None, *, keep: bool, scale: float,
+    block: int, block_v: int, key_tile: int, transposed: bool, ahead: bool, warps: int, stages: int, interpret: bool,
+) -> Reversed:  # fmt: skip
+    """The gradients of all chunks' states in a row, from do [B,T,Hv,V] bf16 and d_final [B,Hv,K,V] fp32, or None for
+    zeros; dv and the gradient of the state leaving every block where `keep`.
 
-    do like v, bf16; d_final [B,Hv,K,V] fp32 or None for zeros; the rest as in `forward`. With `ahead`, write is on its
-    way while the chunk before computes, for a few registers.
+    With `ahead`, write is on its way while the chunk before computes, for a few registers.
     """
-    B, T, H, K = k.shape
+    B, T, H, K = tokens.k.shape
     Hv, V = do.shape[2:]
     tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
 
@@ -169,7 +166,7 @@ def reverse(
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == block // CHUNK - 1
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(refs.d_kept, number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.d_states, number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
                 keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
                 do = triton.as_made(held.turn(refs.do[rows, columns]), interpret)
@@ -205,14 +202,15 @@ def reverse(
     made = triton.call(
         gdn_reverse,
         {
-            "q": (q, key), "k": (k, key), "do": (do, value), "gamma": (gamma, gate), "write": (write, gate),
-            "inverse": (inverse, pair), "attention": (attention, pair), "d_final": (d_final, state),
+            "q": (tokens.q, key), "k": (tokens.k, key), "do": (do, value), "gamma": (prepared.gamma, gate),
+            "write": (prepared.write, gate), "inverse": (prepared.inverse, pair),
+            "attention": (prepared.attention, pair), "d_final": (d_final, state),
         },
         {
             "dv": (value_shape if keep else None, value),
-            "d_kept": (kept_shape if keep else None, kept),
+            "d_states": (kept_shape if keep else None, kept),
             "d_initial": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
         grid=(triton.count_of_tiles(V, block_v), Hv, B), warps=warps, stages=stages, interpret=interpret,
     )  # fmt: skip
-    return tuple(x for x in made.values() if x is not None)
+    return Reversed(**made)

@@ -9,7 +9,7 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
-from pallas_kernels.gated_delta_rule import chunked, reference, triton_op
+from pallas_kernels.gated_delta_rule import chunked, configurations, reference, triton_op
 
 NAME = "gated_delta_rule"
 CHUNKS = (16, 32, 64, 128)
@@ -47,7 +47,7 @@ def resolve(
     def by_itself(impl):
         reason = named(impl)
         if reason is None and impl == "triton":
-            return triton_op.not_admitted(key_dim, value_dim, jax.devices()[0].device_kind)
+            return configurations.not_admitted(key_dim, value_dim, jax.devices()[0].device_kind)
         return reason
 
     return dispatch.choose(NAME, impl, by_itself)
@@ -67,6 +67,7 @@ def gated_delta_rule(
     impl: dispatch.Impl = "auto",
     chunk: int = 64,
     residuals: Literal["saved", "inputs"] = "saved",
+    configuration: configurations.Configuration | None = None,
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
     """Gated delta rule of every token and head, and the state after the last one.
 
@@ -85,6 +86,7 @@ def gated_delta_rule(
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the prediction errors
                    [B, T, Hv, V] and the state every 128 tokens (the kernels: bf16, every 64 or 128, and for each token
                    and head 2 K + 264 bytes of what its chunk prepared); "inputs" runs that part of the forward again
+    configuration  of the kernels: absent, the table's for this device and these sizes; no other implementation reads it
 
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
     q, k, v are bfloat16 (bf16 operands at the large dots, fp32 elsewhere), float32 or float64 (exact throughout).
@@ -109,7 +111,8 @@ def gated_delta_rule(
     sizes = {"key_dim": q.shape[-1], "value_dim": v.shape[-1], "elements": elements}
     taken = resolve(impl, **sizes, chunk=chunk, dtype=wide).impl
     if taken.startswith("triton"):
-        run = partial(triton_op.gated_delta_rule, scale=scale, residuals=residuals, interpret=taken != "triton")
+        static = {"scale": scale, "residuals": residuals, "configuration": configuration}
+        run = partial(triton_op.gated_delta_rule, **static, interpret=taken != "triton")
     else:
         if initial_state is None:
             initial_state = jnp.zeros((q.shape[0], value_heads, q.shape[-1], v.shape[-1]))

@@ -15,7 +15,7 @@ dg, which under strong decay is small beside it: so both have it from one rounde
 and no beta is smaller than LEAST. M1 and M2 go through memory, since a transposed accumulator must not feed a product
 (some Triton releases miscompile it on Hopper): they lie where dQ and dK will be until those take their place.
 
-Heads of at most `block_v` value columns have dO, dV and rho in shared memory from the start, and the loop over key
+Heads of at most `value_tile` value columns have dO, dV and rho in shared memory from the start, and the loop over key
 tiles is the one whose loads the compiler pipelines. Wider ones run over value columns within each key tile.
 """
 
@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Gradients, Kept, Reversed
 from pallas_kernels.gated_delta_rule.triton_prepare import pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
@@ -49,19 +50,18 @@ def shared(state, d_state, tile, size):
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (size,), 0) == 0, jnp.sum(sums), 0.0)
 
 
-def over_values(V, block_v, step, *zeros):
+def over_values(V, value_tile, step, *zeros):
     """The sums that step(columns, *sums) returns, over all tiles of value columns."""
 
     def with_columns(sums, tile):
         return step(triton.ds(tile[0], tile[1]), *sums)
 
-    return triton.over_tiles(V, block_v, with_columns, zeros)
+    return triton.over_tiles(V, value_tile, with_columns, zeros)
 
 
 def chunks(
-    kept: Kept, do: jax.Array, backward: Reversed,
-    *, scale: float, block_v: int, key_tile: int, warps: int, stages: int, interpret: bool,
-) -> Gradients:  # fmt: skip
+    kept: Kept, do: jax.Array, backward: Reversed, *, scale: float, config: configurations.Chunks, interpret: bool
+) -> Gradients:
     """Every chunk's gradients, from do [B,T,Hv,V] bf16 and states and their gradients every 64 tokens."""
     tokens, prepared = kept.tokens, kept.prepared
     B, T, H, K = tokens.q.shape
@@ -73,7 +73,7 @@ def chunks(
         total, gamma, leaving, b = (ref[...] for ref in (refs.total, refs.gamma, refs.leaving, refs.beta))
         b = nonzero(b)
         sources = {"do": refs.do, "dv": refs.dv, "rho": refs.rho}
-        held = {name: ref[...] for name, ref in sources.items()} if block_v >= V else {}
+        held = {name: ref[...] for name, ref in sources.items()} if config.value_tile >= V else {}
         after = square(0) - square(1)  # rows after columns
         allowed = after >= 0
         if refs.numbers is not None:
@@ -86,7 +86,7 @@ def chunks(
             rho = values("rho", columns).T
             return m1 + triton.dot(values("do", columns), rho), m2 + triton.dot(values("dv", columns), rho)
 
-        m1, m2 = over_values(V, block_v, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = over_values(V, config.value_tile, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret) * b[None, :]
         for ref, m in ((refs.dq, scale * decay * m1), (refs.dk, jnp.where(after == 0, 0.0, -decay * m2))):
             ref[rows, rows] = m.astype(jnp.bfloat16).astype(dtype)
@@ -108,7 +108,7 @@ def chunks(
 
             key, query = triton.load_own(refs.k, rows, tile), triton.load_own(refs.q, rows, tile)
             zero = jnp.zeros((CHUNK, width), jnp.float32)
-            asked, read, written, inner = over_values(V, block_v, states, zero, zero, zero, inner)
+            asked, read, written, inner = over_values(V, config.value_tile, states, zero, zero, zero, inner)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
             triton.store_own(refs.dq, rows, tile, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
@@ -121,8 +121,8 @@ def chunks(
             return moved, written_sum, ends, inner
 
         none = jnp.zeros((CHUNK,), jnp.float32)
-        sums = none, none, none, jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
-        moved, written_sum, ends, inner = triton.over_tiles(K, key_tile, key_columns, sums)
+        sums = none, none, none, jnp.zeros((triton.full_and_rest(V, config.value_tile)[0],), jnp.float32)
+        moved, written_sum, ends, inner = triton.over_tiles(K, config.key_tile, key_columns, sums)
         refs.dbeta[...] = written_sum / b
         moved -= written_sum
         ends = jnp.sum(ends) + refs.gamma[CHUNK - 1] * jnp.sum(inner)
@@ -150,6 +150,6 @@ def chunks(
             "dq": (key_shape, d_key), "dk": (key_shape, d_key),
             "dg": (gate_shape, gate), "dbeta": (gate_shape, gate),
         },
-        grid=(T // CHUNK, Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(T // CHUNK, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Gradients(**made)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Gradients, Kept, Pairs, Reversed, Sums
 from pallas_kernels.gated_delta_rule.triton_chunks import nonzero, over_values, shared, where_written
 from pallas_kernels.gated_delta_rule.triton_prepare import pair_decay, square
@@ -18,9 +19,8 @@ TILES = 3  # of pairs, numbered late half + early half
 
 
 def pairs(
-    kept: Kept, do: jax.Array, dv: jax.Array,
-    *, scale: float, block_v: int, warps: int, stages: int, interpret: bool,
-) -> Pairs:  # fmt: skip
+    kept: Kept, do: jax.Array, dv: jax.Array, *, scale: float, config: configurations.Pairs, interpret: bool
+) -> Pairs:
     """M1 and M2 of every block, from do and dv [B,T,Hv,V] bf16."""
     B, T, Hv, V = kept.rho.shape
 
@@ -39,7 +39,7 @@ def pairs(
             m1, m2 = sums
             return m1 + triton.dot(refs.do[rows, values], early), m2 + triton.dot(refs.dv[rows, values], early)
 
-        m1, m2 = triton.over_tiles(V, block_v, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = triton.over_tiles(V, config.value_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         until = refs.early_total[...] - jnp.where(same, 0.0, refs.early_total[CHUNK - 1])
         decay = pair_decay(refs.late_total[...], until, allowed, interpret) * nonzero(refs.beta[...])[None, :]
         late = triton.ds(triton.quotient(number + 1, 2) * CHUNK, CHUNK)
@@ -70,14 +70,14 @@ def pairs(
             "late_numbers": (numbers, number(late)), "early_numbers": (numbers, number(early)),
         },
         {"m1": (pair_shape, pair), "m2": (pair_shape, pair)},
-        grid=(TILES * (T // BLOCK), Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(TILES * (T // BLOCK), Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Pairs(**made)
 
 
 def tokens(
     kept: Kept, do: jax.Array, backward: Reversed, paired: Pairs,
-    *, scale: float, block_v: int, key_tile: int, pair_tile: int, warps: int, stages: int, interpret: bool,
+    *, scale: float, config: configurations.Tokens, interpret: bool,
 ) -> Sums:  # fmt: skip
     """dQ, dK and the sums that dg and dbeta are made of: q . dQ + k . dR - k . dW, k . dW and <S', dS'>, each over its
     own tile of key columns.
@@ -89,7 +89,8 @@ def tokens(
     B, T, H, K = kept.tokens.q.shape
     Hv, V = kept.rho.shape[2:]
     dtype = jnp.bfloat16 if Hv == H else jnp.float32  # one a value head, until they are summed
-    full, _, rest = triton.full_and_rest(K, key_tile)
+    pair_tile = config.pair_tile
+    full, _, rest = triton.full_and_rest(K, config.key_tile)
     overlapping, tiles = len(rest) > 1, -(-K // full)
 
     def gdn_tokens(refs):
@@ -134,14 +135,14 @@ def tokens(
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = refs.gamma[CHUNK - 1], refs.gamma[BLOCK - 1]  # what each half leaves
             gamma = refs.gamma[...] * jnp.where(late, first, 1.0)
-            (asked,) = over_values(V, block_v, asked_states, zero)
+            (asked,) = over_values(V, config.value_tile, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
             query = triton.own(refs.q[rows, columns].astype(jnp.float32), tile)
             moved = jnp.sum(query * dq, axis=1)
             store(refs.dq, dq)
 
-            none = jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
-            read, written, inner = over_values(V, block_v, states, zero, zero, none)
+            none = jnp.zeros((triton.full_and_rest(V, config.value_tile)[0],), jnp.float32)
+            read, written, inner = over_values(V, config.value_tile, states, zero, zero, none)
             written *= (nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
             key = triton.own(refs.k[rows, columns].astype(jnp.float32), tile)
             refs.d_last[0] = jnp.sum(jnp.sum(key * written, axis=1)) + first * last * jnp.sum(inner)
@@ -156,7 +157,7 @@ def tokens(
             start = triton.aligned(jnp.minimum(index * full, K - full), 8, interpret)
             body((start, full, full + start - index * full))
         else:
-            triton.for_tile(index, K, key_tile, body)
+            triton.for_tile(index, K, config.key_tile, body)
 
     block = lambda x: triton.quotient(x, tiles)  # noqa: E731
     key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), triton.quotient(h, Hv // H), 0))
@@ -184,7 +185,7 @@ def tokens(
             "dq": (key_shape, d_key), "dk": (key_shape, d_key),
             "d_total": (sum_shape, sums), "d_log_beta": (sum_shape, sums), "d_last": (last_shape, last),
         },
-        grid=(T // BLOCK * tiles, Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(T // BLOCK * tiles, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Sums(**made)
 

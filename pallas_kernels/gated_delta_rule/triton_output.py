@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Prepared, Scanned, Tokens
 from pallas_kernels.triton_dialect import BlockSpec
 
 
 def output(
     tokens: Tokens, prepared: Prepared, scanned: Scanned,
-    *, scale: float, block_v: int, key_tile: int, warps: int, stages: int, interpret: bool,
+    *, scale: float, config: configurations.Output, interpret: bool,
 ) -> jax.Array:  # fmt: skip
     """o [B,T,Hv,V] bf16, from prediction errors and the state that enters each block of 128."""
     B, T, H, K = tokens.k.shape
     Hv, V = scanned.rho.shape[2:]
-    columns = triton.tiles(K, key_tile)
+    columns = triton.tiles(K, config.key_tile)
     first, last = triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)
 
     def gdn_output(refs):
@@ -50,7 +51,7 @@ def output(
             late = left * asked(1) + triton.dot(pairs[1], refs.rho[last, values])
             refs.o[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
 
-        triton.over_tiles(V, block_v, part, None)
+        triton.over_tiles(V, config.value_tile, part, None)
 
     key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, triton.quotient(h, Hv // H), 0))
     value = BlockSpec((None, BLOCK, None, V), lambda n, h, b: (b, n, h, 0))
@@ -65,6 +66,6 @@ def output(
             "attention": (prepared.attention, pair),
         },
         {"o": (jax.ShapeDtypeStruct(scanned.rho.shape, jnp.bfloat16), value)},
-        grid=(T // BLOCK, Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(T // BLOCK, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return made["o"]

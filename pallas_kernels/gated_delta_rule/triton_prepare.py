@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Prepared, Tokens
 from pallas_kernels.triton_dialect import BlockSpec
 
@@ -46,9 +47,7 @@ def invert(lower):
     return x
 
 
-def prepare(
-    tokens: Tokens, *, scale: float, key_tile: int, warps: int, stages: int, interpret: bool
-) -> Prepared:  # fmt: skip
+def prepare(tokens: Tokens, *, scale: float, config: configurations.Prepare, interpret: bool) -> Prepared:
     """Every chunk's pairs and decays, all at once."""
     B, T, H, K = tokens.q.shape
     Hv, N = tokens.g.shape[1], T // CHUNK
@@ -75,7 +74,7 @@ def prepare(
             query, key = triton.load_own(refs.q, rows, tile), triton.load_own(refs.k, rows, tile)
             return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
 
-        kk, qk = triton.over_tiles(K, key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        kk, qk = triton.over_tiles(K, config.key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)
         refs.attention[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
         lower = jnp.where(square(0) > square(1), decay * kk * b[None, :], 0.0)
@@ -96,6 +95,6 @@ def prepare(
         },
         {"inverse": (pair_shape, pair), "attention": (pair_shape, pair)}
         | dict.fromkeys(("total", "gamma", "leaving", "write"), (gate_shape, gate)),
-        grid=(N, Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(N, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Prepared(**made)

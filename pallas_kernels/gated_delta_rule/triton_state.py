@@ -1,6 +1,6 @@
 """The serial passes over a sequence's chunks: states and prediction errors forward, their gradients in reverse.
 
-A program owns one head's `block_v` value columns and keeps their state in fp32 registers. Forward:
+A program owns one head's `value_tile` value columns and keeps their state in fp32 registers. Forward:
 
     rho = inverse (V - gamma (K S))           S' = gamma_C S + K^T (write rho)
     O   = scale gamma (Q S) + attention rho
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import CHUNK, Prepared, Reversed, Scanned, Tokens
 from pallas_kernels.triton_dialect import BlockSpec
 
@@ -68,19 +69,19 @@ def _keep(ref, number, columns, tiles, states, held):
 
 
 def forward(
-    tokens: Tokens, prepared: Prepared, initial_state: jax.Array | None, *, read: bool, keep: bool, scale: float,
-    block: int, block_v: int, key_tile: int, transposed: bool, warps: int, stages: int, interpret: bool,
+    tokens: Tokens, prepared: Prepared, initial_state: jax.Array | None,
+    *, read: bool, keep: bool, scale: float, block: int, config: configurations.Scan, interpret: bool,
 ) -> Scanned:  # fmt: skip
     """The states of all chunks in a row from initial_state [B,Hv,K,V] fp32, or None for zeros: outputs where `read`,
     prediction errors and the state every `block` tokens where `keep`."""
     B, T, H, K = tokens.k.shape
     Hv, V = tokens.beta.shape[1], K if tokens.v is None else tokens.v.shape[3]
-    tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
+    tiles, chunks = triton.tiles(K, config.key_tile), T // CHUNK
 
     def gdn_state(refs):
         def body(tile):
             columns = triton.ds(tile[0], tile[1])
-            held = TRANSPOSED if transposed and columns.size >= CHUNK else PLAIN
+            held = TRANSPOSED if config.transposed and columns.size >= CHUNK else PLAIN
 
             def step(chunk, carry):
                 left, states = carry
@@ -117,7 +118,7 @@ def forward(
             for tile, state in zip(tiles, states, strict=True):
                 triton.store_own_rows(refs.final, tile, columns, held.turn(state))
 
-        triton.for_tile(triton.program_id(0), V, block_v, body)
+        triton.for_tile(triton.program_id(0), V, config.value_tile, body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     value_shape = jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16)
@@ -136,28 +137,26 @@ def forward(
             "states": (kept_shape if keep else None, kept),
             "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
-        grid=(triton.count_of_tiles(V, block_v), Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(triton.count_of_tiles(V, config.value_tile), Hv, B),
+        warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Scanned(**made)
 
 
 def reverse(
-    tokens: Tokens, prepared: Prepared, do: jax.Array, d_final: jax.Array | None, *, keep: bool, scale: float,
-    block: int, block_v: int, key_tile: int, transposed: bool, ahead: bool, warps: int, stages: int, interpret: bool,
+    tokens: Tokens, prepared: Prepared, do: jax.Array, d_final: jax.Array | None,
+    *, keep: bool, scale: float, block: int, config: configurations.Reverse, interpret: bool,
 ) -> Reversed:  # fmt: skip
     """The gradients of all chunks' states in a row, from do [B,T,Hv,V] bf16 and d_final [B,Hv,K,V] fp32, or None for
-    zeros; dv and the gradient of the state leaving every block where `keep`.
-
-    With `ahead`, write is on its way while the chunk before computes, for a few registers.
-    """
+    zeros; dv and the gradient of the state leaving every block where `keep`."""
     B, T, H, K = tokens.k.shape
     Hv, V = do.shape[2:]
-    tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
+    tiles, chunks = triton.tiles(K, config.key_tile), T // CHUNK
 
     def gdn_reverse(refs):
         def body(tile):
             columns = triton.ds(tile[0], tile[1])
-            held = TRANSPOSED if transposed and columns.size >= CHUNK else PLAIN
+            held = TRANSPOSED if config.transposed and columns.size >= CHUNK else PLAIN
 
             def step(i, carry):
                 left, states = carry
@@ -175,7 +174,7 @@ def reverse(
                     reached += held.product(key, state.astype(jnp.bfloat16))
                 gamma = refs.gamma[rows]
                 drho = held.product(refs.attention[chunk].T, do)
-                if ahead:
+                if config.ahead:
                     drho = triton.summand(drho, interpret)
                 drho += held.along_tokens(refs.write[rows]) * reached
                 dv = held.product(refs.inverse[chunk].T, drho.astype(jnp.bfloat16))
@@ -194,7 +193,7 @@ def reverse(
             for tile, state in zip(tiles, states, strict=True):
                 triton.store_own_rows(refs.d_initial, tile, columns, held.turn(state))
 
-        triton.for_tile(triton.program_id(0), V, block_v, body)
+        triton.for_tile(triton.program_id(0), V, config.value_tile, body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     value_shape = jax.ShapeDtypeStruct(do.shape, jnp.bfloat16)
@@ -211,6 +210,7 @@ def reverse(
             "d_states": (kept_shape if keep else None, kept),
             "d_initial": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
-        grid=(triton.count_of_tiles(V, block_v), Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(triton.count_of_tiles(V, config.value_tile), Hv, B),
+        warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Reversed(**made)

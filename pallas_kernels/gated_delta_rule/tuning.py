@@ -1,11 +1,15 @@
-"""The kernels one by one, as `gdn tune` times them: random inputs, and what each makes of the arrays so far."""
+"""The kernels one by one, as `gdn tune` times them: random inputs, what each makes of the arrays
+so far, and the configurations worth a try."""
 
-from typing import Any, NamedTuple
+import itertools
+from dataclasses import replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.gated_delta_rule import (
+    configurations,
     triton_chunks,
     triton_gradients,
     triton_output,
@@ -23,6 +27,7 @@ from pallas_kernels.gated_delta_rule.arrays import (
     Sums,
     Tokens,
 )
+from pallas_kernels.gated_delta_rule.configurations import Kernel
 from pallas_kernels.shapes import DeltaShape
 
 
@@ -68,27 +73,62 @@ def inputs(shape: DeltaShape, seed: int = 0) -> Work:
     return draw()
 
 
-def run(
-    kernel: str, work: Work, configuration: dict[str, Any], *, scale: float, block: int, interpret: bool
-) -> Work:  # fmt: skip
-    """What a kernel makes of the arrays so far, alone."""
-    constants = {"scale": scale, "interpret": interpret, **configuration}
-    match kernel:
-        case "prepare":
+def run(work: Work, config: Kernel, *, block: int, scale: float, interpret: bool) -> Work:
+    """What the kernel of this configuration makes of the arrays so far, alone, with states every `block` tokens."""
+    constants = {"scale": scale, "interpret": interpret, "config": config}
+    match config:
+        case configurations.Prepare():
             return Work(prepared=triton_prepare.prepare(work.tokens, **constants))
-        case "forward" | "state":
+        case configurations.Scan():
             given, read = (work.tokens, work.prepared, work.initial_state), block == CHUNK
             return Work(scanned=triton_state.forward(*given, read=read, keep=True, block=block, **constants))
-        case "output":
+        case configurations.Output():
             return Work(o=triton_output.output(work.tokens, work.prepared, work.scanned, **constants))
-        case "reverse":
+        case configurations.Reverse():
             given = work.tokens, work.prepared, work.do, work.d_final
             return Work(backward=triton_state.reverse(*given, keep=True, block=block, **constants))
-        case "chunks":
+        case configurations.Chunks():
             return Work(gradients=triton_chunks.chunks(work.kept(), work.do, work.backward, **constants))
-        case "pairs":
+        case configurations.Pairs():
             return Work(paired=triton_gradients.pairs(work.kept(), work.do, work.backward.dv, **constants))
-        case "tokens":
+        case configurations.Tokens():
             given = work.kept(), work.do, work.backward, work.paired
             return Work(gradients=triton_gradients.tokens(*given, **constants))
-    raise ValueError(f"There is no kernel {kernel!r}.")
+
+
+def candidates(default: Kernel, key_dim: int) -> list[Kernel]:
+    """Configurations of a kernel worth a try: its default, those that were among the fastest at some size, and their
+    neighbours."""
+    widest = 1 << (key_dim.bit_length() - 1)
+    wide, widest = min(128, widest), min(256, widest)
+
+    def grid(**choices):
+        rows = itertools.product(*choices.values())
+        return [replace(default, **dict(zip(choices, values, strict=True))) for values in rows]
+
+    def scans(**more):
+        found = grid(
+            value_tile=(64,), key_tile=(64, widest), transposed=(False, True), warps=(4,), num_stages=(2, 3), **more
+        )
+        found += grid(value_tile=(128,), key_tile=(widest,), transposed=(True,), warps=(8,), num_stages=(2, 3), **more)
+        return found + grid(value_tile=(32,), key_tile=(widest,), warps=(4,), num_stages=(2, 3), **more)
+
+    match default:
+        case configurations.Prepare():
+            found = grid(key_tile=(64, 128), warps=(4,), num_stages=(2, 3))
+        case configurations.Scan():
+            found = scans()
+        case configurations.Reverse():
+            found = scans(ahead=(True,)) + scans(ahead=(False,))
+        case configurations.Output():
+            found = grid(value_tile=(32, 64), key_tile=(64, widest), warps=(4,), num_stages=(2, 3))
+            found += grid(value_tile=(64, 128), key_tile=(widest,), warps=(8,), num_stages=(2,))
+        case configurations.Chunks():
+            found = grid(value_tile=(64, 128), key_tile=(32, 64), warps=(4,), num_stages=(2, 3))
+            found += grid(value_tile=(64, 128), key_tile=(wide,), warps=(8,), num_stages=(2, 3))
+        case configurations.Pairs():
+            found = grid(value_tile=(32, 64), warps=(4,), num_stages=(2, 3))
+        case configurations.Tokens():
+            found = grid(value_tile=(32, 64), key_tile=(wide,), pair_tile=(32, 64), warps=(8,), num_stages=(2, 3))
+            found += grid(value_tile=(64,), key_tile=(64,), pair_tile=(32,), warps=(4, 8), num_stages=(2, 3))
+    return list(dict.fromkeys([default, *found]))

@@ -73,7 +73,7 @@ def test_chained_pieces_match_float64(K, V, reverse):
         want[:, piece] = state
         state = (np.swapaxes(maps[:, piece], -1, -2) if reverse else maps[:, piece]) @ state + local[:, piece]
     flat = lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:]), jnp.float32)  # noqa: E731
-    got = triton_pieces.chain(flat(maps), flat(local), flat(outer), count=count, reverse=reverse, interpret=True)
+    got = triton_pieces.chain_pieces(flat(maps), flat(local), flat(outer), count=count, reverse=reverse, interpret=True)
     want = want.reshape(got.shape)
     error = np.linalg.norm(got - want, axis=(2, 3)) / np.linalg.norm(want, axis=(2, 3))
     assert error.max() < 3e-5, error

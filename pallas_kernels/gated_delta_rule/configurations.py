@@ -17,7 +17,7 @@ ONE_EACH = 128  # programs of a serial pass: about one a multiprocessor
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """triton_prepare.prepare."""
+    """triton_prepare.solve_chunks."""
 
     key_tile: int = 64  # key columns of one product
     warps: int = 4  # of one program
@@ -26,7 +26,7 @@ class Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """triton_state.forward."""
+    """triton_state.scan_forward."""
 
     value_tile: int = 64  # value columns of one program
     key_tile: int = 64
@@ -37,7 +37,7 @@ class Scan:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """triton_output.output."""
+    """triton_output.make_outputs."""
 
     value_tile: int = 64
     key_tile: int = 64
@@ -47,7 +47,7 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Reverse:
-    """triton_state.reverse."""
+    """triton_state.scan_reverse."""
 
     value_tile: int = 64
     key_tile: int = 64
@@ -59,7 +59,7 @@ class Reverse:
 
 @dataclass(frozen=True, kw_only=True)
 class Chunks:
-    """triton_chunks.chunks."""
+    """triton_chunks.make_gradients."""
 
     value_tile: int = 64
     key_tile: int = 64
@@ -69,7 +69,7 @@ class Chunks:
 
 @dataclass(frozen=True, kw_only=True)
 class Pairs:
-    """triton_gradients.pairs."""
+    """triton_gradients.pair_tokens."""
 
     value_tile: int = 64
     warps: int = 4
@@ -78,7 +78,7 @@ class Pairs:
 
 @dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """triton_gradients.tokens."""
+    """triton_gradients.sum_gradients."""
 
     value_tile: int = 64
     key_tile: int = 128

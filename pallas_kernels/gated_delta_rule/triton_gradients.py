@@ -11,14 +11,20 @@ import jax.numpy as jnp
 from pallas_kernels import triton_dialect as triton
 from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Gradients, Kept, Pairs, Reversed, Sums
-from pallas_kernels.gated_delta_rule.triton_chunks import nonzero, over_values, shared, where_written
-from pallas_kernels.gated_delta_rule.triton_prepare import pair_decay, square
+from pallas_kernels.gated_delta_rule.triton_terms import (
+    inner_product,
+    nonzero,
+    over_values,
+    pair_decay,
+    square,
+    where_nonzero,
+)
 from pallas_kernels.triton_dialect import BlockSpec
 
 TILES = 3  # of pairs, numbered late half + early half
 
 
-def pairs(
+def pair_tokens(
     kept: Kept, do: jax.Array, dv: jax.Array, *, scale: float, config: configurations.Pairs, interpret: bool
 ) -> Pairs:
     """M1 and M2 of every block, from do and dv [B,T,Hv,V] bf16."""
@@ -75,7 +81,7 @@ def pairs(
     return Pairs(**made)
 
 
-def tokens(
+def sum_gradients(
     kept: Kept, do: jax.Array, backward: Reversed, paired: Pairs,
     *, scale: float, config: configurations.Tokens, interpret: bool,
 ) -> Sums:  # fmt: skip
@@ -107,12 +113,12 @@ def tokens(
             columns = triton.ds(start, width)
             zero = jnp.zeros((BLOCK, width), jnp.float32)
 
-            def states(values, read, written, inner):
+            def states(values, read, d_write, inner):
                 state, d_state = refs.states[values, columns], refs.d_states[values, columns]
                 read = read + triton.dot(refs.dv[rows, values], state)
-                inner = inner + shared(state, d_state, tile, inner.size)
-                written = written + triton.dot(refs.rho[rows, values], d_state)
-                return read, triton.finished(written, interpret), inner
+                inner = inner + inner_product(state, d_state, tile, inner.size)
+                d_write = d_write + triton.dot(refs.rho[rows, values], d_state)
+                return read, triton.finished(d_write, interpret), inner
 
             def store(ref, x):
                 if overlapping:
@@ -120,11 +126,11 @@ def tokens(
                 else:
                     triton.store_own(ref, rows, tile, x)
 
-            def key_pairs(part, read, written):
+            def key_pairs(part, read, d_write):
                 key = refs.k[part, columns]
-                written = written + triton.dot(refs.m2[part, rows].T, key)
-                written = written + triton.dot(refs.m1[part, rows].T, refs.q[part, columns])
-                return read + triton.dot(refs.m2[rows, part], key), written
+                d_write = d_write + triton.dot(refs.m2[part, rows].T, key)
+                d_write = d_write + triton.dot(refs.m1[part, rows].T, refs.q[part, columns])
+                return read + triton.dot(refs.m2[rows, part], key), d_write
 
             def asked_states(values, asked):
                 return (asked + triton.dot(refs.do[rows, values], refs.states[values, columns]),)
@@ -138,19 +144,19 @@ def tokens(
             (asked,) = over_values(V, config.value_tile, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
             query = triton.own(refs.q[rows, columns].astype(jnp.float32), tile)
-            moved = jnp.sum(query * dq, axis=1)
+            of_queries = jnp.sum(query * dq, axis=1)
             store(refs.dq, dq)
 
             none = jnp.zeros((triton.full_and_rest(V, config.value_tile)[0],), jnp.float32)
-            read, written, inner = over_values(V, config.value_tile, states, zero, zero, none)
-            written *= (nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
+            read, d_write, inner = over_values(V, config.value_tile, states, zero, zero, none)
+            d_write *= (nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
             key = triton.own(refs.k[rows, columns].astype(jnp.float32), tile)
-            refs.d_last[0] = jnp.sum(jnp.sum(key * written, axis=1)) + first * last * jnp.sum(inner)
-            read, written = over_pairs(key_pairs, -gamma[:, None] * read, written)
-            written_sum = jnp.sum(key * written, axis=1)
-            refs.d_log_beta[...] = written_sum
-            refs.d_total[...] = moved + jnp.sum(key * read, axis=1) - written_sum
-            store(refs.dk, read + where_written(refs.beta[...], written))
+            refs.d_last[0] = jnp.sum(jnp.sum(key * d_write, axis=1)) + first * last * jnp.sum(inner)
+            read, d_write = over_pairs(key_pairs, -gamma[:, None] * read, d_write)
+            d_log_beta = jnp.sum(key * d_write, axis=1)
+            refs.d_log_beta[...] = d_log_beta
+            refs.d_total[...] = of_queries + jnp.sum(key * read, axis=1) - d_log_beta
+            store(refs.dk, read + where_nonzero(refs.beta[...], d_write))
 
         index = triton.remainder(triton.program_id(0), tiles)
         if overlapping:
@@ -190,7 +196,7 @@ def tokens(
     return Sums(**made)
 
 
-def gates(beta: jax.Array, sums: Sums) -> Gradients:
+def gate_gradients(beta: jax.Array, sums: Sums) -> Gradients:
     """dg and dbeta from the sums over tiles, beside dq and dk."""
     blocks = (*beta.shape[:2], -1, BLOCK)
     later = jax.lax.cumsum(sums.d_total.sum(0).reshape(blocks), axis=3, reverse=True)

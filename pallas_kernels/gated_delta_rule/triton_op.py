@@ -82,22 +82,22 @@ def _forward(static, tokens, initial_state, *, read, keep):
     """(o where `read`, final state of every piece, what the backward takes where `keep`)."""
     chosen, constants = static.configuration, {"scale": static.scale, "interpret": static.interpret}
     at_once = read and isinstance(chosen, Every64)  # outputs come with the states
-    prepared = triton_prepare.prepare(tokens, config=chosen.prepare, **constants)
+    prepared = triton_prepare.solve_chunks(tokens, config=chosen.prepare, **constants)
     serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
-    scan = partial(triton_state.forward, prepared=prepared, block=chosen.block, config=serial, **constants)
+    scan = partial(triton_state.scan_forward, prepared=prepared, block=chosen.block, config=serial, **constants)
     maps = None
     if static.pieces > 1:
         rows, K, heads = tokens.k.shape[0], tokens.k.shape[-1], tokens.v.shape[2]
         identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
         maps = scan(tokens._replace(v=None), initial_state=identity, read=False, keep=False).final
         local = scan(tokens, initial_state=None, read=False, keep=False).final
-        initial_state = triton_pieces.chain(
+        initial_state = triton_pieces.chain_pieces(
             maps, local, initial_state, count=static.pieces, reverse=False, interpret=static.interpret
         )
     scanned = scan(tokens, initial_state=initial_state, read=at_once, keep=keep or not at_once)
     o = scanned.o
     if read and not at_once:
-        o = triton_output.output(tokens, prepared, scanned, config=chosen.output, **constants)
+        o = triton_output.make_outputs(tokens, prepared, scanned, config=chosen.output, **constants)
     kept = Kept(tokens._replace(v=None, g=None), prepared, scanned.rho, scanned.states, maps)
     return o, scanned.final, kept if keep else None
 
@@ -125,19 +125,21 @@ def _op_bwd(static, saved, cotangents):
         *_, kept = _forward(static, *saved, read=False, keep=True)
     tokens, prepared, (do, d_final) = kept.tokens, kept.prepared, cotangents
     chosen, constants = static.configuration, {"scale": static.scale, "interpret": static.interpret}
-    scan = partial(triton_state.reverse, tokens, prepared, do, block=chosen.block, config=chosen.reverse, **constants)
+    scan = partial(
+        triton_state.scan_reverse, tokens, prepared, do, block=chosen.block, config=chosen.reverse, **constants
+    )
     if static.pieces > 1:
         local = scan(None, keep=False).d_initial
-        d_final = triton_pieces.chain(
+        d_final = triton_pieces.chain_pieces(
             kept.maps, local, d_final, count=static.pieces, reverse=True, interpret=static.interpret
         )
     backward = scan(d_final, keep=True)
     if isinstance(chosen, Every64):
-        gradients = triton_chunks.chunks(kept, do, backward, config=chosen.chunks, **constants)
+        gradients = triton_chunks.make_gradients(kept, do, backward, config=chosen.chunks, **constants)
     else:
-        paired = triton_gradients.pairs(kept, do, backward.dv, config=chosen.pairs, **constants)
-        sums = triton_gradients.tokens(kept, do, backward, paired, config=chosen.tokens, **constants)
-        gradients = triton_gradients.gates(tokens.beta, sums)
+        paired = triton_gradients.pair_tokens(kept, do, backward.dv, config=chosen.pairs, **constants)
+        sums = triton_gradients.sum_gradients(kept, do, backward, paired, config=chosen.tokens, **constants)
+        gradients = triton_gradients.gate_gradients(tokens.beta, sums)
     dq, dk, dg, dbeta = gradients
     group = tokens.beta.shape[1] // tokens.k.shape[2]
     if group > 1:

@@ -16,7 +16,7 @@ from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Prepared, Scann
 from pallas_kernels.triton_dialect import BlockSpec
 
 
-def output(
+def make_outputs(
     tokens: Tokens, prepared: Prepared, scanned: Scanned,
     *, scale: float, config: configurations.Output, interpret: bool,
 ) -> jax.Array:  # fmt: skip
@@ -34,7 +34,7 @@ def output(
         for query, tile in zip(queries[1], columns, strict=True):
             crossing += triton.dot(query, triton.load_own(refs.k, first, tile).T)
         crossing = (reads[1][:, None] * crossing * refs.write[first][None, :]).astype(jnp.bfloat16)
-        left = refs.gamma[CHUNK - 1]
+        gamma_end = refs.gamma[CHUNK - 1]
 
         def part(_, tile):
             values = triton.ds(tile[0], tile[1])
@@ -48,7 +48,7 @@ def output(
 
             early = refs.rho[first, values]
             refs.o[first, values] = (asked(0) + triton.dot(pairs[0], early)).astype(jnp.bfloat16)
-            late = left * asked(1) + triton.dot(pairs[1], refs.rho[last, values])
+            late = gamma_end * asked(1) + triton.dot(pairs[1], refs.rho[last, values])
             refs.o[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
 
         triton.over_tiles(V, config.value_tile, part, None)

@@ -21,7 +21,7 @@ def _halves(x):
     return leading.astype(jnp.bfloat16), (x - leading).astype(jnp.bfloat16)
 
 
-def chain(maps, local, outer, *, count, reverse, interpret):
+def chain_pieces(maps, local, outer, *, count, reverse, interpret):
     """The state entering each piece, or with `reverse` the gradient of the one leaving it [B count,Hv,K,V] fp32.
 
     maps [B count,Hv,K,K] and local [B count,Hv,K,V]: M and B of `count` pieces a row; outer [B,Hv,K,V]: the state

@@ -16,17 +16,8 @@ import jax.numpy as jnp
 from pallas_kernels import triton_dialect as triton
 from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Prepared, Tokens
+from pallas_kernels.gated_delta_rule.triton_terms import pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
-
-
-def square(axis):
-    """The token number along `axis` of a 64 x 64 tile."""
-    return jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis)
-
-
-def pair_decay(rows, columns, allowed, interpret):
-    """exp(rows_i - columns_j) where allowed, else 0; the exponent is masked first."""
-    return triton.exp(jnp.where(allowed, rows[:, None] - columns[None, :], -jnp.inf), interpret)
 
 
 def invert(lower):
@@ -47,7 +38,7 @@ def invert(lower):
     return x
 
 
-def prepare(tokens: Tokens, *, scale: float, config: configurations.Prepare, interpret: bool) -> Prepared:
+def solve_chunks(tokens: Tokens, *, scale: float, config: configurations.Prepare, interpret: bool) -> Prepared:
     """Every chunk's pairs and decays, all at once."""
     B, T, H, K = tokens.q.shape
     Hv, N = tokens.g.shape[1], T // CHUNK

@@ -32,9 +32,9 @@ from pallas_kernels.triton_dialect import BlockSpec
 
 
 class _Held(NamedTuple):
-    """How arrays with value columns are held: `turn` takes them from memory and back."""
+    """How arrays with value columns are held: `flip` takes them from memory and back."""
 
-    turn: Callable[[Any], Any]
+    flip: Callable[[Any], Any]
     along_tokens: Callable[[Any], Any]  # [C] -> to be multiplied with what is held
     product: Callable[[Any, Any], Any]  # (loaded a, held x) -> a x, held
 
@@ -57,8 +57,8 @@ def _specs(T, K, V, group, block):
 def _read_state(ref, columns, tiles, held):
     """The fp32 state of these value columns, held tile by tile along the keys."""
     if ref is None:
-        return tuple(held.turn(jnp.zeros((width, columns.size), jnp.float32)) for _, width, _ in tiles)
-    return tuple(held.turn(triton.load_own_rows(ref, tile, columns)) for tile in tiles)
+        return tuple(held.flip(jnp.zeros((width, columns.size), jnp.float32)) for _, width, _ in tiles)
+    return tuple(held.flip(triton.load_own_rows(ref, tile, columns)) for tile in tiles)
 
 
 def _keep(ref, number, columns, tiles, states, held):
@@ -68,7 +68,7 @@ def _keep(ref, number, columns, tiles, states, held):
         triton.store_own(ref, columns, tile, transposed, (number,))
 
 
-def forward(
+def scan_forward(
     tokens: Tokens, prepared: Prepared, initial_state: jax.Array | None,
     *, read: bool, keep: bool, scale: float, block: int, config: configurations.Scan, interpret: bool,
 ) -> Scanned:  # fmt: skip
@@ -84,9 +84,9 @@ def forward(
             held = TRANSPOSED if config.transposed and columns.size >= CHUNK else PLAIN
 
             def step(chunk, carry):
-                left, states = carry
+                gamma_end, states = carry
                 # on its way while this chunk computes
-                next_left = refs.gamma[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]
+                next_end = refs.gamma[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == 0
                     number = triton.quotient(chunk, block // CHUNK)
@@ -94,29 +94,29 @@ def forward(
                 rows = triton.ds(chunk * CHUNK, CHUNK)
                 keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
                 rounded = [state.astype(jnp.bfloat16) for state in states]
-                seen = asked = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
+                seen = asked = held.flip(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(rounded, keys, strict=True):
                     seen += held.product(key, state)
                 gamma = held.along_tokens(refs.gamma[rows])
                 error = -gamma * seen
                 if refs.v is not None:
-                    error += held.turn(refs.v[rows, columns]).astype(jnp.float32)
+                    error += held.flip(refs.v[rows, columns]).astype(jnp.float32)
                 rho = held.product(refs.inverse[chunk], error.astype(jnp.bfloat16))
                 if keep:
-                    refs.rho[rows, columns] = held.turn(rho).astype(jnp.bfloat16)
+                    refs.rho[rows, columns] = held.flip(rho).astype(jnp.bfloat16)
                 if refs.q is not None:
                     for state, tile in zip(rounded, tiles, strict=True):
                         asked += held.product(triton.load_own(refs.q, rows, tile), state)
                     o = scale * gamma * asked + held.product(refs.attention[chunk], rho.astype(jnp.bfloat16))
-                    refs.o[rows, columns] = held.turn(o).astype(jnp.bfloat16)
-                written = (rho * held.along_tokens(refs.write[rows])).astype(jnp.bfloat16)
-                new = (left * state + held.product(key.T, written) for state, key in zip(states, keys, strict=True))
-                return next_left, tuple(new)
+                    refs.o[rows, columns] = held.flip(o).astype(jnp.bfloat16)
+                added = (rho * held.along_tokens(refs.write[rows])).astype(jnp.bfloat16)
+                new = (gamma_end * state + held.product(key.T, added) for state, key in zip(states, keys, strict=True))
+                return next_end, tuple(new)
 
             states = _read_state(refs.initial_state, columns, tiles, held)
             _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[CHUNK - 1], states))
             for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(refs.final, tile, columns, held.turn(state))
+                triton.store_own_rows(refs.final, tile, columns, held.flip(state))
 
         triton.for_tile(triton.program_id(0), V, config.value_tile, body)
 
@@ -143,7 +143,7 @@ def forward(
     return Scanned(**made)
 
 
-def reverse(
+def scan_reverse(
     tokens: Tokens, prepared: Prepared, do: jax.Array, d_final: jax.Array | None,
     *, keep: bool, scale: float, block: int, config: configurations.Reverse, interpret: bool,
 ) -> Reversed:  # fmt: skip
@@ -159,17 +159,17 @@ def reverse(
             held = TRANSPOSED if config.transposed and columns.size >= CHUNK else PLAIN
 
             def step(i, carry):
-                left, states = carry
+                gamma_end, states = carry
                 chunk = chunks - 1 - i
-                next_left = refs.gamma[jnp.maximum(chunk, 1) * CHUNK - 1]
+                next_end = refs.gamma[jnp.maximum(chunk, 1) * CHUNK - 1]
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == block // CHUNK - 1
                     number = triton.quotient(chunk, block // CHUNK)
                     triton.when(boundary)(lambda: _keep(refs.d_states, number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
                 keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
-                do = triton.as_made(held.turn(refs.do[rows, columns]), interpret)
-                reached = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
+                do = triton.as_made(held.flip(refs.do[rows, columns]), interpret)
+                reached = held.flip(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(states, keys, strict=True):
                     reached += held.product(key, state.astype(jnp.bfloat16))
                 gamma = refs.gamma[rows]
@@ -179,19 +179,19 @@ def reverse(
                 drho += held.along_tokens(refs.write[rows]) * reached
                 dv = held.product(refs.inverse[chunk].T, drho.astype(jnp.bfloat16))
                 if keep:
-                    refs.dv[rows, columns] = held.turn(dv).astype(jnp.bfloat16)
+                    refs.dv[rows, columns] = held.flip(dv).astype(jnp.bfloat16)
                 error = (-held.along_tokens(gamma) * dv).astype(jnp.bfloat16)
                 asked = (held.along_tokens(scale * gamma) * do.astype(jnp.float32)).astype(jnp.bfloat16)
                 new = []
                 for state, key, tile in zip(states, keys, tiles, strict=True):
-                    entered = left * state + held.product(triton.load_own(refs.q, rows, tile).T, asked)
+                    entered = gamma_end * state + held.product(triton.load_own(refs.q, rows, tile).T, asked)
                     new.append(entered + held.product(key.T, error))
-                return next_left, tuple(new)
+                return next_end, tuple(new)
 
             states = _read_state(refs.d_final, columns, tiles, held)
             _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[chunks * CHUNK - 1], states))
             for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(refs.d_initial, tile, columns, held.turn(state))
+                triton.store_own_rows(refs.d_initial, tile, columns, held.flip(state))
 
         triton.for_tile(triton.program_id(0), V, config.value_tile, body)
 

@@ -78,22 +78,22 @@ def run(work: Work, config: Kernel, *, block: int, scale: float, interpret: bool
     constants = {"scale": scale, "interpret": interpret, "config": config}
     match config:
         case configurations.Prepare():
-            return Work(prepared=triton_prepare.prepare(work.tokens, **constants))
+            return Work(prepared=triton_prepare.solve_chunks(work.tokens, **constants))
         case configurations.Scan():
             given, read = (work.tokens, work.prepared, work.initial_state), block == CHUNK
-            return Work(scanned=triton_state.forward(*given, read=read, keep=True, block=block, **constants))
+            return Work(scanned=triton_state.scan_forward(*given, read=read, keep=True, block=block, **constants))
         case configurations.Output():
-            return Work(o=triton_output.output(work.tokens, work.prepared, work.scanned, **constants))
+            return Work(o=triton_output.make_outputs(work.tokens, work.prepared, work.scanned, **constants))
         case configurations.Reverse():
             given = work.tokens, work.prepared, work.do, work.d_final
-            return Work(backward=triton_state.reverse(*given, keep=True, block=block, **constants))
+            return Work(backward=triton_state.scan_reverse(*given, keep=True, block=block, **constants))
         case configurations.Chunks():
-            return Work(gradients=triton_chunks.chunks(work.kept(), work.do, work.backward, **constants))
+            return Work(gradients=triton_chunks.make_gradients(work.kept(), work.do, work.backward, **constants))
         case configurations.Pairs():
-            return Work(paired=triton_gradients.pairs(work.kept(), work.do, work.backward.dv, **constants))
+            return Work(paired=triton_gradients.pair_tokens(work.kept(), work.do, work.backward.dv, **constants))
         case configurations.Tokens():
             given = work.kept(), work.do, work.backward, work.paired
-            return Work(gradients=triton_gradients.tokens(*given, **constants))
+            return Work(gradients=triton_gradients.sum_gradients(*given, **constants))
 
 
 def candidates(default: Kernel, key_dim: int) -> list[Kernel]:

@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from gdn_jax.config import Experiment, Model
+from pallas_kernels.chunkwise import document_starts
 from pallas_kernels.gated_norm import gated_norm
 from pallas_kernels.short_conv import short_conv
-from pallas_kernels.tiles import document_starts
 
 LEAST_ROWS = 8  # of a bf16 product
 

@@ -23,7 +23,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import cut, document_numbers, dot, operand_dtype, pad_tokens, put, reverse_cumsum
+from pallas_kernels.chunkwise import cut, document_numbers, dot, operand_dtype, pad_tokens, put, reverse_cumsum
 
 BLOCK = 128  # tokens between kept states, and per step of the backward's gradient stage
 

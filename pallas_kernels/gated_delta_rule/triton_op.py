@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.chunkwise import document_starts, pad_tokens
 from pallas_kernels.gated_delta_rule import (
     configurations,
     triton_chunks,
@@ -28,7 +29,6 @@ from pallas_kernels.gated_delta_rule import (
 )
 from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Documents, Kept, Tokens
 from pallas_kernels.gated_delta_rule.configurations import Configuration, Every64
-from pallas_kernels.tiles import document_starts, pad_tokens
 
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (192, 384), (200, 400), (256, 256), (256, 512))
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, jaxtyped
 
 from gdn_jax.config import Experiment, Model
 from pallas_kernels import gated_norm, short_conv
-from pallas_kernels.tiles import document_starts
+from pallas_kernels.chunkwise import document_starts
 
 LEAST_ROWS = 8  # of a bf16 product
 

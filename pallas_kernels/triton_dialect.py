@@ -38,7 +38,7 @@ def call(
     *,
     grid: tuple[int, ...],
     warps: int,
-    stages: int,
+    num_stages: int,
     interpret: bool,
 ) -> dict[str, jax.Array | None]:
     """One kernel launch: name -> array of `outputs`.
@@ -59,7 +59,7 @@ def call(
         in_specs=[spec for _, spec in given.values()],
         out_specs=[spec for _, spec in made.values()],
         out_shape=[shape for shape, _ in made.values()],
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=num_stages),
         interpret=interpret,
     )(*(array for array, _ in given.values()))
     return dict.fromkeys(outputs) | dict(zip(made, results, strict=True))

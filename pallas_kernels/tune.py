@@ -1,24 +1,27 @@
 """The fastest configuration of every kernel at given sizes, on the device at hand.
 
-Candidates of a stage are compiled side by side and timed one by one on what the stages before it make of random inputs.
-One that does not agree with the default there is left out. The fastest of each stage go into the op together, and into
-the table only when the op then matches its float64 oracle; failing that the defaults are tried.
+Candidates of a kernel are compiled side by side and timed one by one on what those before it make of random inputs. One
+that does not agree with the default there is left out. The fastest of each go into the op together, and into the table
+only when the op then matches its float64 oracle; failing that the defaults are tried.
 """
 
-import itertools
-import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pallas_kernels import bench
 from pallas_kernels.shapes import DeltaShape
+
+if TYPE_CHECKING:  # importing it imports jax, which `gdn list` does without
+    from pallas_kernels.gated_delta_rule.configurations import Configuration, Kernel, Table
+
+Times = dict[str, list[tuple[float, "Kernel"]]]  # kernel -> (ms, configuration), fastest first
 
 # cases of gated_delta_rule/conformance.py that a configuration must pass before it is admitted
 CHECKS = ("T=129", "documents", "decay 0.3", "group value", "beta in (1,2)")
@@ -37,54 +40,6 @@ class Options:
     out: str = ""  # the table to write; empty: the one that the kernels read
 
 
-def candidates(stage: str, key_dim: int) -> list[dict[str, Any]]:
-    """Configurations of a stage worth a try: those that were among the fastest at some size, and their neighbours."""
-    widest = 1 << (key_dim.bit_length() - 1)
-    wide, widest = min(128, widest), min(256, widest)
-
-    def grid(**choices):
-        return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
-
-    found = {
-        "prepare": grid(key_tile=(64, 128), warps=(4,), stages=(2, 3)),
-        "state": grid(block_v=(64,), key_tile=(64, widest), transposed=(False, True), warps=(4,), stages=(2, 3))
-        + grid(block_v=(128,), key_tile=(widest,), transposed=(True,), warps=(8,), stages=(2, 3))
-        + grid(block_v=(32,), key_tile=(widest,), transposed=(False,), warps=(4,), stages=(2, 3)),
-        "output": grid(block_v=(32, 64), key_tile=(64, widest), warps=(4,), stages=(2, 3))
-        + grid(block_v=(64, 128), key_tile=(widest,), warps=(8,), stages=(2,)),
-        "chunks": grid(block_v=(64, 128), key_tile=(32, 64), warps=(4,), stages=(2, 3))
-        + grid(block_v=(64, 128), key_tile=(wide,), warps=(8,), stages=(2, 3)),
-        "pairs": grid(block_v=(32, 64), warps=(4,), stages=(2, 3)),
-        "tokens": grid(block_v=(32, 64), key_tile=(wide,), pair_tile=(32, 64), warps=(8,), stages=(2, 3))
-        + grid(block_v=(64,), key_tile=(64,), pair_tile=(32,), warps=(4, 8), stages=(2, 3)),
-    }
-    found["forward"] = found["state"]
-    found["reverse"] = [row | {"ahead": ahead} for ahead in (True, False) for row in found["state"]]
-    return [row for i, row in enumerate(found[stage]) if row not in found[stage][:i]]
-
-
-def inputs(shape: DeltaShape, seed: int = 0) -> dict[str, Any]:
-    """Arrays that the first stages take: unit q and k, normal v and do, decays and strengths of a fresh model."""
-    import jax
-    import jax.numpy as jnp
-
-    B, T, H, K, V = shape
-    keys = jax.random.split(jax.random.key(seed), 6)
-
-    @jax.jit
-    def draw():
-        q, k = (jax.random.normal(key, (B, T, H, K)) for key in keys[:2])
-        q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-        v, do = (jax.random.normal(key, (B, T, H, V)) for key in keys[2:4])
-        g = jax.nn.log_sigmoid(jax.random.normal(keys[4], (B, H, T))) / 4
-        beta = jax.nn.sigmoid(jax.random.normal(keys[5], (B, H, T)))
-        state = jnp.zeros((B, H, K, V), jnp.float32)
-        bf16 = {name: x.astype(jnp.bfloat16) for name, x in {"q": q, "k": k, "v": v, "do": do}.items()}
-        return bf16 | {"g": g, "beta": beta, "initial_state": state, "d_final": state}
-
-    return draw() | {"documents": None, "chunk_documents": None}
-
-
 def timed(call: Callable[[], Any], repetitions: int) -> float:
     """Milliseconds of one call: median over repetitions of calls back to back."""
     import jax
@@ -101,75 +56,62 @@ def timed(call: Callable[[], Any], repetitions: int) -> float:
     return statistics.median(run(calls) / calls for _ in range(repetitions))
 
 
-def apart(got: dict[str, Any], want: dict[str, Any]) -> float:
+def apart(got: Any, want: Any) -> float:
     """The largest relative L2 distance of an array from its like; NaN for what is not finite."""
     import jax
     import jax.numpy as jnp
 
+    @jax.jit
     def distance(x, y):
         if x.shape != y.shape:  # sums over tiles of key columns, whose number differs
             x, y = x.sum(0), y.sum(0)
         x, y = x.astype(jnp.float32), y.astype(jnp.float32)
         return jnp.linalg.norm((x - y).ravel()) / jnp.maximum(jnp.linalg.norm(y.ravel()), 1e-30)
 
-    return float(jnp.stack([jax.jit(distance)(got[name], want[name]) for name in want]).max())
+    return float(jnp.stack(jax.tree.leaves(jax.tree.map(distance, got, want))).max())
 
 
 def measure(
-    shape: DeltaShape, block: int, stages: list[str], options: Options, say: Callable[[str], None]
-) -> dict[str, list]:
-    """Stage -> [(ms, configuration)], fastest first; what does not compile, run or agree is said and left out."""
+    shape: DeltaShape, default: "Configuration", names: Collection[str], options: Options, say: Callable[[str], None]
+) -> Times:
+    """Times of the kernels of `default` that `names` has; what does not compile, run or agree with it is said and left
+    out."""
     import jax
-    import jax.numpy as jnp
 
-    from pallas_kernels.gated_delta_rule import triton_op
+    from pallas_kernels.gated_delta_rule import tuning
+    from pallas_kernels.gated_delta_rule.configurations import kernels
 
-    def compiled(stage, arrays, configuration):
-        taken = triton_op.STAGES[stage].takes.split()
+    def call(config, interpret):
+        static = {"block": default.block, "scale": shape.key_dim**-0.5, "interpret": interpret}
+        return partial(tuning.run, config=config, **static)
 
-        def call(*given):
-            constants = {"scale": shape.key_dim**-0.5, "dtype": jnp.bfloat16, "interpret": False, "block": block}
-            named = dict(zip(taken, given, strict=True))
-            return {k: v for k, v in triton_op.run(stage, named, configuration, **constants).items() if k not in named}
+    def compiled(kinds, config):
+        return jax.jit(call(config, False)).lower(kinds).compile()
 
-        kinds = [arrays[name] for name in taken]
-        return jax.jit(call).lower(*kinds).compile()
-
-    def of(stage, arrays):
-        return {name: arrays[name] for name in triton_op.STAGES[stage].takes.split()}
-
-    def shapes_after(stage, kinds):
-        constants = {"scale": 1.0, "dtype": jnp.bfloat16, "interpret": True, "block": block}
-        given = of(stage, kinds)
-        results = jax.eval_shape(lambda x: triton_op.run(stage, x, triton_op.DEFAULTS[stage], **constants), given)
-        return kinds | results
-
-    kinds, found, jobs = jax.eval_shape(lambda: inputs(shape)), {}, {}
+    kinds, found, jobs = jax.eval_shape(lambda: tuning.inputs(shape)), {}, {}
     with ThreadPoolExecutor(options.threads) as pool:
-        for stage in triton_op.stages(block):
-            tried = candidates(stage, shape.key_dim) if stage in stages else []
-            tried = [triton_op.DEFAULTS[stage], *(row for row in tried if row != triton_op.DEFAULTS[stage])]
-            jobs[stage] = [(row, pool.submit(compiled, stage, kinds, row)) for row in tried]
-            kinds = shapes_after(stage, kinds)
+        for name, first in kernels(default).items():
+            tried = tuning.candidates(first, shape.key_dim) if name in names else [first]
+            jobs[name] = [(config, pool.submit(compiled, kinds, config)) for config in tried]
+            kinds = kinds.with_made(jax.eval_shape(call(first, True), kinds))
         wait([job for row in jobs.values() for _, job in row])  # a busy host would be timed too
-        arrays = inputs(shape)
-        for stage, tried in jobs.items():
-            given, times = list(of(stage, arrays).values()), []
-            results = tried[0][1].result()(*given)
-            for configuration, job in tried if stage in stages else ():
+        work = tuning.inputs(shape)
+        for name, tried in jobs.items():
+            results, times = tried[0][1].result()(work), []
+            for config, job in tried if name in names else ():
                 try:
-                    call = partial(job.result(), *given)
-                    distance = apart(call(), results)
+                    run = partial(job.result(), work)
+                    distance = apart(run(), results)
                     if distance <= APART:
-                        times.append((timed(call, options.repetitions), configuration))
+                        times.append((timed(run, options.repetitions), config))
                     else:
-                        say(f"{stage} {_short(configuration)} is {distance:.1e} from the default: left out")
+                        say(f"{name} {_short(config)} is {distance:.1e} from the default: left out")
                 except Exception as error:  # out of shared memory, most often: that is its answer
-                    say(f"{stage} {_short(configuration)}: {str(error).splitlines()[0][:100]}")
+                    say(f"{name} {_short(config)}: {str(error).splitlines()[0][:100]}")
             if times:
-                found[stage] = sorted(times, key=lambda row: row[0])
-                say(f"{stage} " + ", ".join(f"{ms:.3f} ms {_short(c)}" for ms, c in found[stage][:3]))
-            arrays |= results
+                found[name] = sorted(times, key=lambda row: row[0])
+                say(f"{name} " + ", ".join(f"{ms:.3f} ms {_short(config)}" for ms, config in found[name][:3]))
+            work = work.with_made(results)
     return found
 
 
@@ -181,72 +123,70 @@ def in_pieces(shape: DeltaShape) -> DeltaShape:
     return shape._replace(batch=shape.batch * count, tokens=shape.tokens // count)
 
 
-def _fastest_block(shape, options, say):
-    """`measure` of every stage with states every 64 or every 128 tokens, whichever makes the faster whole; "all" says
-    which. Wide heads are tried at 128 alone: states every 64 tokens would be most of their traffic."""
-    from pallas_kernels.gated_delta_rule import triton_op
+def _fastest_block(
+    shape: DeltaShape, options: Options, say: Callable[[str], None]
+) -> "tuple[Configuration, Times] | None":  # fmt: skip
+    """Every kernel's times with states every 64 or every 128 tokens, whichever makes the faster whole, and the default
+    there. Wide heads are tried at 128 alone: states every 64 tokens would be most of their traffic."""
+    from pallas_kernels.gated_delta_rule.configurations import Every64, Every128, kernels
 
-    tried, whole = {}, {}
-    for block in (64, 128) if shape.key_dim in (64, 128) else (128,):
-        tried[block] = measure(shape, block, list(triton_op.STAGES), options, say)
-        if set(tried[block]) == set(triton_op.stages(block)):
-            whole[block] = sum(rows[0][0] for rows in tried[block].values())
-            say(f"states every {block} tokens: {whole[block]:.3f} ms in all")
-    if not whole:
-        return {}
-    block = min(whole, key=whole.get)
-    return {"all": [(whole[block], {"block": block})]} | tried[block]
+    whole = []
+    for kind in (Every64, Every128) if shape.key_dim in (64, 128) else (Every128,):
+        default = kind()
+        times = measure(shape, default, kernels(default), options, say)
+        if set(times) == set(kernels(default)):
+            whole.append((sum(rows[0][0] for rows in times.values()), default, times))
+            say(f"states every {default.block} tokens: {whole[-1][0]:.3f} ms in all")
+    return min(whole, key=lambda row: row[0])[1:] if whole else None
 
 
-def _short(configuration: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in configuration.items())
+def _short(config: "Kernel") -> str:
+    return " ".join(f"{key}={value}" for key, value in asdict(config).items())
 
 
 def admitted(
-    shape: DeltaShape, before: dict[str, dict], times: dict[str, list], kind: str, threads: int,
-    say: Callable[[str], None],
-) -> dict[str, dict]:  # fmt: skip
-    """Stage -> configuration with which the op passes CHECKS at these sizes: the fastest of each, or else the defaults;
-    a stage not timed has the one it had `before`. Empty when neither passes."""
-    from pallas_kernels.gated_delta_rule import conformance, triton_op
+    shape: DeltaShape, before: "Configuration", times: Times, threads: int, say: Callable[[str], None]
+) -> "Configuration | None":
+    """The configuration with which the op passes CHECKS at these sizes: the fastest of each kernel that was timed, or
+    else the defaults, and the rest as `before`. None when neither passes."""
+    from pallas_kernels.gated_delta_rule import conformance
 
-    def failures(chosen):
-        triton_op.use({kind: {f"{shape.key_dim}x{shape.value_dim}": chosen}})
+    def failures(configuration):
         cases = [case for case in conformance.CASES if case.name in CHECKS]
         sized = [replace(case, K=shape.key_dim, V=shape.value_dim, dtype="bfloat16") for case in cases]
-        try:
-            with ThreadPoolExecutor(threads) as pool:  # most of the time is compilation
-                found = pool.map(lambda case: conformance.failures(case, "triton"), sized)
-                return [f"{case.name}: {error}" for case, wrong in zip(sized, found, strict=True) for error in wrong]
-        finally:
-            triton_op.use(None)
+        check = partial(conformance.failures, impl="triton", configuration=configuration)
+        with ThreadPoolExecutor(threads) as pool:  # most of the time is compilation
+            found = list(pool.map(check, sized))
+        return [f"{case.name}: {error}" for case, wrong in zip(sized, found, strict=True) for error in wrong]
 
-    fastest = {stage: rows[0][1] for stage, rows in times.items()}
-    default = {stage: triton_op.DEFAULTS[stage] for stage in times if stage != "all"}
-    for name, configurations in ("fastest", fastest), ("default", fastest | default):
-        wrong = failures(before | configurations)
+    fastest = {name: rows[0][1] for name, rows in times.items()}
+    default = {name: type(config)() for name, config in fastest.items()}
+    for said, chosen in ("fastest", fastest), ("default", default):
+        configuration = replace(before, **chosen)
+        wrong = failures(configuration)
         if not wrong:
-            return before | configurations
-        say(f"the {name} configurations are not admitted: {wrong[0]}")
-    return {}
+            return configuration
+        say(f"the {said} configurations are not admitted: {wrong[0]}")
+    return None
 
 
-def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Tune, write the table, return it: {"devices": kind -> "KxV" or "KxV few" -> stage -> configuration, "admitted":
-    kind -> the "KxV" that passed, "measured": like "devices", milliseconds with date, commit, versions and shape}.
+def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -> "Table":
+    """Tune, write the table, return it.
 
     "few": where rows times heads leave the serial passes about one program a multiprocessor. An entry that several
-    shapes share is tuned at the first of them. ValueError with a sentence for options that cannot be read;
+    shapes share is tuned at the first of them. ValueError with a sentence for options or a table that cannot be read;
     NotImplementedError off a Hopper device.
     """
     shapes = bench.shapes_of(op, options.shapes)
     from pallas_kernels import triton_dialect
-    from pallas_kernels.gated_delta_rule import triton_op
+    from pallas_kernels.gated_delta_rule import configurations, triton_op
+    from pallas_kernels.gated_delta_rule.configurations import kernels
 
-    stages = list(triton_op.STAGES) if options.stages == "all" else options.stages.split(",")
-    for stage in stages:
-        if stage not in triton_op.STAGES:
-            raise ValueError(f"stages names {stage!r}; it must be all or some of {', '.join(triton_op.STAGES)}.")
+    known = configurations.KERNELS
+    names = known if options.stages == "all" else options.stages.split(",")
+    for name in names:
+        if name not in known:
+            raise ValueError(f"stages names {name!r}; it must be all or some of {', '.join(known)}.")
     for name in ("repetitions", "threads"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be positive.")
@@ -259,61 +199,63 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
         raise NotImplementedError(f"{op} cannot be tuned here: {reason}.")
     import jax
 
-    kind, path = jax.devices()[0].device_kind, Path(options.out or triton_op.TUNED)
-    table = json.loads(path.read_text()) if path.exists() else {}
+    kind, path = jax.devices()[0].device_kind, Path(options.out or configurations.TUNED)
+    table = configurations.read(path) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = path.with_name(path.name + ".new")
     whole.touch()  # before minutes of measuring
-    empty = {"devices": {}, "admitted": [], "measured": {}}
-    devices, admissions, measured = (table.setdefault(key, {}).setdefault(kind, none) for key, none in empty.items())
-    tuned = set()
+    entries, tuned = table.setdefault(kind, {}), set()
     for name, shape in shapes.items():
         shape = in_pieces(shape)
-        size = triton_op.entry(shape.key_dim, shape.value_dim, shape.batch * shape.heads)
+        sizes = shape.key_dim, shape.value_dim, shape.batch * shape.heads
+        size = configurations.entry_name(*sizes)
         if size in tuned:
             continue
         tuned.add(size)
         say = lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True)  # noqa: E731
-        before = {}
-        if set(stages) == set(triton_op.STAGES):
-            times = _fastest_block(shape, options, say)
+        timings = {}
+        if set(names) == set(known):
+            before, times = _fastest_block(shape, options, say) or (None, {})
         else:  # under the block that is in force, and the rest stays as it is: an entry is always whole
-            held = devices.get(size) or triton_op.config(
-                shape.key_dim, shape.value_dim, kind, shape.batch * shape.heads
-            )
-            runs = triton_op.stages(held["all"]["block"])
-            before = {stage: held[stage] for stage in ("all", *runs)}
-            if not set(stages) & set(runs):
-                say(f"{', '.join(stages)}: not among the stages that run here, {', '.join(runs)}")
+            if size in entries:
+                before, timings = entries[size].configuration, entries[size].timings
+            else:
+                before = configurations.choose(*sizes[:2], kind, sizes[2])
+            if not set(names) & set(kernels(before)):
+                say(f"{', '.join(names)}: not among the stages that run here, {', '.join(kernels(before))}")
                 continue
-            times = measure(shape, before["all"]["block"], stages, options, say)
-        chosen = admitted(shape, before, times, kind, options.threads, say) if times else {}
-        if not chosen:
+            times = measure(shape, type(before)(), names, options, say)
+        chosen = admitted(shape, before, times, options.threads, say) if times else None
+        if chosen is None:
             say("nothing is admitted; the table keeps what it had")
             continue
+        new = {name: next(ms for ms, c in rows if c == kernels(chosen)[name]) for name, rows in times.items()}
+        if set(names) == set(known):
+            new = {configurations.WHOLE: sum(new.values())} | new
         here = environment()
-        facts = {"shape": name} | {key: here[key] for key in ("date", "commit", "dirty", "source", "versions")}
-        new = {stage: next(ms for ms, c in rows if c == chosen[stage]) for stage, rows in times.items()}
-        if "all" in new:
-            new["all"] = sum(ms for stage, ms in new.items() if stage != "all")
-        kept = measured.get(size, {}) if before else {}
-        devices[size] = chosen
-        measured[size] = kept | {stage: facts | {"ms": round(ms, 4)} for stage, ms in new.items()}
-        if not size.endswith("few"):
-            admissions[:] = sorted({*admissions, size})
-        whole.write_text(json.dumps(table, indent=1) + "\n")
+        facts = {key: here[key] for key in ("date", "commit", "dirty", "source")}
+        facts |= {"shape": name, "jax": here["versions"]["jax"], "jaxlib": here["versions"]["jaxlib"]}
+        timings = timings | {kernel: configurations.Timing(ms=round(ms, 4), **facts) for kernel, ms in new.items()}
+        entries[size] = configurations.Entry(
+            configuration=chosen, admitted=not size.endswith("few"), timings=timings
+        )  # fmt: skip
+        whole.write_text(configurations.written(table))
         whole.replace(path)
-        say("admitted: " + "; ".join(f"{stage} {ms:.3f} ms" for stage, ms in new.items()))
+        say("admitted: " + "; ".join(f"{kernel} {ms:.3f} ms" for kernel, ms in new.items()))
     whole.unlink(missing_ok=True)
     return table
 
 
-def markdown(table: dict[str, Any]) -> str:
-    """The table's configurations, one row a stage, with their milliseconds where they were measured."""
+def markdown(table: "Table") -> str:
+    """The table's configurations, one row a kernel, with their milliseconds where they were measured."""
+    from pallas_kernels.gated_delta_rule.configurations import WHOLE, kernels
+
     lines = ["| device | K x V | stage | ms | configuration |", "| --- | --- | --- | --- | --- |"]
-    for kind, sizes in table["devices"].items():
-        for size, chosen in sizes.items():
-            for stage, configuration in chosen.items():
-                ms = table["measured"].get(kind, {}).get(size, {}).get(stage, {}).get("ms", "not run")
-                lines.append(f"| {kind} | {size} | {stage} | {ms} | {_short(configuration)} |")
+    for kind, entries in table.items():
+        for size, entry in entries.items():
+            rows = {WHOLE: f"block={entry.configuration.block}"}
+            rows |= {name: _short(config) for name, config in kernels(entry.configuration).items()}
+            for name, words in rows.items():
+                ms = entry.timings[name].ms if name in entry.timings else "not run"
+                lines.append(f"| {kind} | {size} | {name} | {ms} | {words} |")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from gdn_jax.mixers import attention
 from gdn_jax.model import init_model
 from gdn_jax.train import train
 from gdn_jax.tree import named_leaves
-from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, triton_op
+from pallas_kernels.gated_delta_rule import configurations, conformance, gated_delta_rule, triton_op
 from pallas_kernels.gated_delta_rule.conformance import CASES, Case
 
 pytestmark = pytest.mark.gpu
@@ -60,17 +60,13 @@ def test_triton_matches_float64_at_every_size(K, V, name):
 
 @pytest.mark.parametrize("name", ["T=129", "documents"])
 @pytest.mark.parametrize(
-    "kind,entry", [(kind, entry) for kind, sizes in triton_op._tuned()["devices"].items() for entry in sizes]
+    "kind,entry", [(kind, entry) for kind, entries in configurations.table().items() for entry in entries]
 )
 def test_every_entry_of_the_table_matches_float64(kind, entry, name):
-    size = entry.removesuffix(" few")
-    K, V = map(int, size.split("x"))
+    K, V = map(int, entry.removesuffix(" few").split("x"))
     case = dataclasses.replace(next(c for c in CASES if c.name == name), K=K, V=V, dtype="bfloat16")
-    triton_op.use({jax.devices()[0].device_kind: {size: triton_op._tuned()["devices"][kind][entry]}})
-    try:
-        assert conformance.failures(case, "triton", seed=4) == []
-    finally:
-        triton_op.use(None)
+    configuration = configurations.table()[kind][entry].configuration
+    assert conformance.failures(case, "triton", seed=4, configuration=configuration) == []
 
 
 @pytest.mark.parametrize("name", ["decay 0.999", "documents", "inputs kept"])

@@ -10,18 +10,19 @@ import pytest
 from test_cuda_lowering import hopper
 
 from pallas_kernels import triton_dialect
-from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, resolve, triton_op, triton_pieces
+from pallas_kernels.gated_delta_rule import (
+    configurations,
+    conformance,
+    gated_delta_rule,
+    resolve,
+    triton_op,
+    triton_pieces,
+)
+from pallas_kernels.gated_delta_rule.configurations import Every64, Every128, Reverse, Scan
 from pallas_kernels.gated_delta_rule.conformance import CASES
 
-TABLE = triton_op._tuned()["devices"]
+TABLE = configurations.table()
 OTHER_SIZES = [size for size in triton_op.SIZES if size != (64, 64)]
-
-
-@pytest.fixture
-def only():
-    """Makes one configuration the only one there is."""
-    yield lambda size, configuration: triton_op.use({"": {size: configuration}})
-    triton_op.use(None)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.chunk == 64], ids=lambda case: case.name)
@@ -38,12 +39,11 @@ def test_interpreted_kernels_match_float64_at_every_size(K, V, name):
     assert conformance.failures(case, "triton_interpret", seed=6) == []
 
 
-@pytest.mark.parametrize("block", [64, 128])
-def test_pairs_after_a_token_leave_nothing_in_its_dg(block, only):
+@pytest.mark.parametrize("configuration", [Every64(), Every128()], ids=["64", "128"])
+def test_pairs_after_a_token_leave_nothing_in_its_dg(configuration):
     """Under strong decay dg is small beside what cancels in it, which must therefore be rounded alike."""
     case = dataclasses.replace(next(c for c in CASES if c.name == "decay 0.3"), K=64, V=64, dtype="bfloat16")
-    only("64x64", {"all": {"block": block}})
-    errors = [conformance.errors(case, "triton_interpret", seed)["dg"] for seed in range(4)]
+    errors = [conformance.errors(case, "triton_interpret", seed, configuration)["dg"] for seed in range(4)]
     assert np.mean(errors) < 6e-3, errors
 
 
@@ -73,7 +73,7 @@ def test_chained_pieces_match_float64(K, V, reverse):
         want[:, piece] = state
         state = (np.swapaxes(maps[:, piece], -1, -2) if reverse else maps[:, piece]) @ state + local[:, piece]
     flat = lambda x: jnp.asarray(x.reshape(-1, *x.shape[2:]), jnp.float32)  # noqa: E731
-    got = triton_pieces.chain(flat(maps), flat(local), flat(outer), count=count, reverse=reverse, interpret=True)
+    got = triton_pieces.chain_pieces(flat(maps), flat(local), flat(outer), count=count, reverse=reverse, interpret=True)
     want = want.reshape(got.shape)
     error = np.linalg.norm(got - want, axis=(2, 3)) / np.linalg.norm(want, axis=(2, 3))
     assert error.max() < 3e-5, error
@@ -81,18 +81,18 @@ def test_chained_pieces_match_float64(K, V, reverse):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("kind,entry", [(kind, e) for kind, sizes in TABLE.items() for e in sizes])
-def test_every_entry_of_the_table_lowers_to_cuda(kind, entry, packed, only, monkeypatch):
+def test_every_entry_of_the_table_lowers_to_cuda(kind, entry, packed, monkeypatch):
     monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)  # lowering needs no device
-    size, configs = entry.removesuffix(" few"), TABLE[kind][entry]
-    only(size, configs)
-    K, V = map(int, size.split("x"))
+    configuration = TABLE[kind][entry].configuration
+    K, V = map(int, entry.removesuffix(" few").split("x"))
     array = jax.ShapeDtypeStruct
     key, value = array((2, 1024, 2, K), jnp.bfloat16), array((2, 1024, 4, V), jnp.bfloat16)
     gate, segments = array((2, 1024, 4), jnp.float32), array((2, 1024), jnp.int32)
 
     def run(q, k, v, g, beta, segments, do):
         def op(*tokens):
-            return gated_delta_rule(*tokens, segment_ids=segments if packed else None, impl="triton")[0]
+            given = {"segment_ids": segments if packed else None, "configuration": configuration}
+            return gated_delta_rule(*tokens, **given, impl="triton")[0]
 
         o, vjp = jax.vjp(op, q, k, v, g, beta)
         return o, vjp(do)
@@ -100,11 +100,11 @@ def test_every_entry_of_the_table_lowers_to_cuda(kind, entry, packed, only, monk
     with hopper():
         lowered = jax.jit(run).trace(key, key, value, gate, gate, segments, value).lower(lowering_platforms=("cuda",))
     kernels = [line for line in lowered.as_text().splitlines() if "__gpu$xla.gpu.triton" in line]
-    assert len(kernels) == len(triton_op.stages(configs["all"]["block"]))
+    assert len(kernels) == len(configurations.kernels(configuration))
     # S and dS' feed products and a sum in one loop, which must wait for its products before it loads the next ones
     waiting = [line for line in kernels if "mov.b32 $0, $1;" in line]
     ahead = [line for line in waiting if "gdn_reverse" in line]
-    assert bool(ahead) == configs["reverse"]["ahead"]
+    assert bool(ahead) == configuration.reverse.ahead
     (gradients,) = set(waiting) - set(ahead)
     assert "gdn_tokens" in gradients or "gdn_chunks" in gradients
     # M1 and M2 go through memory, from all threads of the program to all
@@ -147,32 +147,29 @@ def test_the_lowering_is_still_there():
     assert triton_dialect.AVAILABLE, "this jax has no Triton lowering of Pallas: gated_delta_rule falls back to chunked"
 
 
-@pytest.fixture
-def defaults(monkeypatch):
-    """What would run had nothing been tuned, for a test to change."""
-    changed = {stage: dict(configuration) for stage, configuration in triton_op.DEFAULTS.items()}
-    monkeypatch.setattr(triton_op, "DEFAULTS", changed)
-    monkeypatch.setattr(triton_op, "_tuned", dict)
-    jax.clear_caches()
-    yield changed
-    jax.clear_caches()
+HELD = Scan(transposed=True)
 
 
-@pytest.mark.parametrize(("size", "block"), [((64, 64), 64), ((64, 64), 128), ((200, 400), 128)])
-def test_states_held_transposed_match_float64(size, block, defaults):
-    defaults["all"]["block"] = block
-    for stage in ("forward", "state", "reverse"):
-        defaults[stage]["transposed"] = True
+@pytest.mark.parametrize(
+    ("size", "configuration"),
+    [
+        ((64, 64), Every64(forward=HELD, reverse=Reverse(transposed=True))),
+        ((64, 64), Every128(state=HELD, reverse=Reverse(transposed=True))),
+        ((200, 400), Every128(state=HELD, reverse=Reverse(transposed=True))),
+    ],
+    ids=["64-64x64", "128-64x64", "128-200x400"],
+)
+def test_states_held_transposed_match_float64(size, configuration):
     case = dataclasses.replace(next(c for c in CASES if c.name == "T=65"), K=size[0], V=size[1], B=1, H=1, Hv=1)
-    assert conformance.failures(case, "triton_interpret", seed=8) == []
+    assert conformance.failures(case, "triton_interpret", seed=8, configuration=configuration) == []
 
 
 @pytest.mark.parametrize(("size", "block"), [((64, 64), 64), ((128, 64), 64), ((200, 400), 64), ((64, 64), 128)])
 @pytest.mark.parametrize("name", ["documents", "group value", "resets strewn in"])
-def test_states_kept_every_block_match_float64(size, block, name, defaults):
-    defaults["all"]["block"] = block
+def test_states_kept_every_block_match_float64(size, block, name):
     case = dataclasses.replace(next(c for c in CASES if c.name == name), K=size[0], V=size[1], B=1, T=150)
-    assert conformance.failures(case, "triton_interpret", seed=9) == []
+    configuration = configurations.BLOCKS[block]()
+    assert conformance.failures(case, "triton_interpret", seed=9, configuration=configuration) == []
 
 
 def test_the_kernels_work_with_x64_on():

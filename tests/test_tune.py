@@ -1,7 +1,6 @@
 """`gdn tune`: what it times, what it admits, what "auto" then takes. Kernels run in interpret mode here."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,8 @@ from experiments.run import main
 from gdn_jax.metrics import environment
 from pallas_kernels import triton_dialect, tune
 from pallas_kernels.dispatch import Choice
-from pallas_kernels.gated_delta_rule import conformance, resolve, triton_op
+from pallas_kernels.gated_delta_rule import configurations, conformance, resolve, tuning
+from pallas_kernels.gated_delta_rule.configurations import Entry, Every64, Every128, Pairs, Timing, kernels
 from pallas_kernels.shapes import DeltaShape
 
 SHAPE = DeltaShape(1, 256, 1, 64, 64)
@@ -21,64 +21,67 @@ SHAPE = DeltaShape(1, 256, 1, 64, 64)
 @pytest.fixture
 def interpreted(monkeypatch):
     """A CPU that passes for a Hopper device: kernels are interpreted, and the check is one short case."""
-    run, failures = triton_op.run, conformance.failures
+    run, failures = tuning.run, conformance.failures
     monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    monkeypatch.setattr(tuning, "run", lambda *arguments, **options: run(*arguments, **options | {"interpret": True}))
     monkeypatch.setattr(
-        triton_op, "run", lambda stage, arrays, c, **options: run(stage, arrays, c, **options | {"interpret": True})
+        conformance, "failures", lambda case, impl, **given: failures(case, "triton_interpret", **given)
     )
-    monkeypatch.setattr(conformance, "failures", lambda case, impl: failures(case, "triton_interpret"))
     monkeypatch.setattr(tune, "CHECKS", ("T=65",))
 
 
+def timing(ms=1.0):
+    return Timing(ms=ms, shape="head-128", date="", commit="", dirty=False, source="", jax="0.12", jaxlib="0.12")
+
+
 def test_the_table_holds_what_was_timed_and_passed(interpreted, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(triton_op, "ONE_EACH", 0)  # one program counts as many
+    monkeypatch.setattr(configurations, "ONE_EACH", 0)  # one program counts as many
     path = tmp_path / "table.json"
     options = tune.Options(shapes="1x256,1,64,64", stages="prepare", repetitions=1, threads=2, out=str(path))
     table = tune.tune("gated_delta_rule", options, environment)
-    assert json.loads(path.read_text()) == table and list(tmp_path.iterdir()) == [path]
-    assert table["admitted"] == {"cpu": ["64x64"]}
-    (chosen,) = table["devices"]["cpu"].values()
-    assert set(chosen) == {"all", *triton_op.stages(chosen["all"]["block"])}  # the other stages as they were
-    assert chosen["prepare"] in tune.candidates("prepare", 64)
-    facts = table["measured"]["cpu"]["64x64"]["prepare"]
-    assert facts["ms"] > 0 and facts["shape"] == "1x256,1,64,64" and facts["commit"] and facts["versions"]["jax"]
+    assert configurations.read(path) == table and list(tmp_path.iterdir()) == [path]
+    entry = table["cpu"]["64x64"]
+    assert entry.admitted and list(table["cpu"]) == ["64x64"]
+    before = configurations.choose(64, 64, "cpu")  # the other kernels stay as they were
+    assert dataclasses.replace(entry.configuration, prepare=before.prepare) == before
+    assert entry.configuration.prepare in tuning.candidates(configurations.Prepare(), 64)
+    assert list(entry.timings) == ["prepare"]
+    facts = entry.timings["prepare"]
+    assert facts.ms > 0 and facts.shape == "1x256,1,64,64" and facts.commit and facts.jax == jax.__version__
     assert "1x256,1,64,64: admitted: prepare " in capsys.readouterr().err
-    assert f"| cpu | 64x64 | prepare | {facts['ms']} | key_tile=" in tune.markdown(table)
+    assert f"| cpu | 64x64 | prepare | {facts.ms} | key_tile=" in tune.markdown(table)
+    assert f"| cpu | 64x64 | all | not run | block={before.block} |" in tune.markdown(table)
 
 
 def test_configurations_that_fail_are_not_admitted(monkeypatch):
-    def failures(case, impl):
-        return ["dk 1.0e+00 > 1.0e-02"] if triton_op.config(64, 64, "cpu")["pairs"]["warps"] == 8 else []
+    def failures(case, impl, configuration):
+        return ["dk 1.0e+00 > 1.0e-02"] if configuration.pairs.warps == 8 else []
 
     monkeypatch.setattr(conformance, "failures", failures)
-    prepare, slow, fast, said = {"key_tile": 64}, {"warps": 4}, {"warps": 8}, []
-    times = {"all": [(2.0, {"block": 128})], "prepare": [(1.0, prepare)], "pairs": [(1.0, slow), (2.0, fast)]}
-    fastest = {"all": {"block": 128}, "prepare": prepare, "pairs": slow}
-    assert tune.admitted(SHAPE, {}, times, "cpu", 1, said.append) == fastest and said == []
-    old = {"state": {"block_v": 64}}  # of a stage that was not timed this time
-    assert tune.admitted(SHAPE, old, times, "cpu", 1, said.append) == old | fastest
+    prepare, slow, fast, said = configurations.Prepare(key_tile=128), Pairs(warps=4), Pairs(warps=8), []
+    times = {"prepare": [(1.0, prepare)], "pairs": [(1.0, slow), (2.0, fast)]}
+    old = Every128(state=configurations.Scan(value_tile=32))  # of a kernel that was not timed this time
+    assert tune.admitted(SHAPE, old, times, 1, said.append) == dataclasses.replace(old, prepare=prepare) and said == []
     times["pairs"].reverse()
-    default = {stage: triton_op.DEFAULTS[stage] for stage in ("prepare", "pairs")}
-    assert tune.admitted(SHAPE, old, times, "cpu", 1, said.append) == old | fastest | default
+    assert tune.admitted(SHAPE, old, times, 1, said.append) == old
     assert said == ["the fastest configurations are not admitted: T=129: dk 1.0e+00 > 1.0e-02"]
-    monkeypatch.setattr(conformance, "failures", lambda case, impl: ["o nan"])
-    assert tune.admitted(SHAPE, old, times, "cpu", 1, said.append) == {}
-    assert triton_op._trial == []
+    monkeypatch.setattr(conformance, "failures", lambda case, impl, configuration: ["o nan"])
+    assert tune.admitted(SHAPE, old, times, 1, said.append) is None
 
 
 def test_what_does_not_agree_with_the_default_is_left_out(interpreted, monkeypatch):
-    run, said = triton_op.run, []
+    run, said = tuning.run, []
 
-    def wrong_at_128(stage, arrays, c, **options):
-        results = run(stage, arrays, c, **options)
-        if stage == "prepare" and c["key_tile"] == 128:
-            results["total"] *= 1.01
-        return results
+    def wrong_at_128(work, config, **static):
+        made = run(work, config, **static)
+        if made.prepared is not None and config.key_tile == 128:
+            return made._replace(prepared=made.prepared._replace(total=1.01 * made.prepared.total))
+        return made
 
-    monkeypatch.setattr(triton_op, "run", wrong_at_128)
+    monkeypatch.setattr(tuning, "run", wrong_at_128)
     options = tune.Options(repetitions=1, threads=2)
-    times = tune.measure(SHAPE, 64, ["prepare"], options, said.append)["prepare"]
-    assert {c["key_tile"] for _, c in times} == {64}
+    times = tune.measure(SHAPE, Every64(), ["prepare"], options, said.append)["prepare"]
+    assert {config.key_tile for _, config in times} == {64}
     assert sum(line.endswith("is 1.0e-02 from the default: left out") for line in said) == 2
     assert np.isnan(tune.apart({"o": jnp.full(3, jnp.nan)}, {"o": jnp.ones(3)}))
 
@@ -86,48 +89,49 @@ def test_what_does_not_agree_with_the_default_is_left_out(interpreted, monkeypat
 def test_states_every_64_or_128_tokens_whichever_is_the_faster_whole(monkeypatch):
     ms = {64: {"chunks": 1.0}, 128: {"tokens": 1.0}}
 
-    def measure(shape, block, stages, options, say):
-        assert stages == list(triton_op.STAGES)
-        times = {stage: ms[block].get(stage, 1.0) for stage in triton_op.stages(block)}
-        return {stage: [(time, {"block was": block})] for stage, time in times.items() if time}
+    def measure(shape, default, names, options, say):
+        assert list(names) == list(kernels(default))
+        times = {name: (ms[default.block].get(name, 1.0), config) for name, config in kernels(default).items()}
+        return {name: [row] for name, row in times.items() if row[0]}
 
     def fastest(key_dim=64):
         shape = DeltaShape(1, 256, 1, key_dim, 2 * key_dim)
         found = tune._fastest_block(shape, tune.Options(), lambda line: None)
-        if found:
-            block = found["all"][0][1]["block"]
-            assert set(found) == {"all", *triton_op.stages(block)}
-            assert found["reverse"] == [(1.0, {"block was": block})]
-        return found.get("all")
+        if found is None:
+            return None
+        default, times = found
+        assert list(times) == list(kernels(default)) and times["reverse"] == [(1.0, default.reverse)]
+        return default.block
 
     monkeypatch.setattr(tune, "measure", measure)
-    assert fastest() == [(4.0, {"block": 64})]
+    assert fastest() == 64
     ms[64]["chunks"] = 3.5
-    assert fastest() == [(6.0, {"block": 128})]
-    assert fastest(200) == [(6.0, {"block": 128})]  # wide heads are tried at 128 alone
-    ms[128]["tokens"] = 0  # did not run: a whole that lacks a stage is no faster
-    assert fastest() == [(6.5, {"block": 64})] and fastest(200) is None
+    assert fastest() == 128
+    assert fastest(200) == 128  # wide heads are tried at 128 alone
+    ms[128]["tokens"] = 0  # did not run: a whole that lacks a kernel is no faster
+    assert fastest() == 64 and fastest(200) is None
 
 
-def test_some_stages_are_measured_under_the_block_of_the_table_that_is_written(interpreted, tmp_path, capsys):
+def test_some_kernels_are_measured_under_the_block_of_the_table_that_is_written(interpreted, tmp_path, capsys):
     path = tmp_path / "table.json"
-    entry = {stage: triton_op.DEFAULTS[stage] for stage in triton_op.stages(128)} | {"all": {"block": 128}}
-    assert triton_op.config(64, 64, "cpu", rows=1)["all"] == {"block": 64}  # of the package's own table
-    old = {"devices": {"cpu": {"64x64 few": entry}}, "admitted": {"cpu": []}, "measured": {"cpu": {}}}
-    path.write_text(json.dumps(old))
-    options = tune.Options(shapes="1x256,1,64,64", repetitions=1, threads=2, out=str(path))
+    assert configurations.choose(64, 64, "cpu", rows=1).block == 64  # of the package's own table
+    entry = Entry(configuration=Every128(), admitted=False, timings={"state": timing()})
+    path.write_text(configurations.written({"cpu": {"64x64 few": entry}}))
+    old, options = path.read_text(), tune.Options(shapes="1x256,1,64,64", repetitions=1, threads=2, out=str(path))
     tune.tune("gated_delta_rule", dataclasses.replace(options, stages="chunks"), environment)
-    assert json.loads(path.read_text()) == old
+    assert path.read_text() == old
     assert "chunks: not among the stages that run here, prepare, state, output," in capsys.readouterr().err
     table = tune.tune("gated_delta_rule", dataclasses.replace(options, stages="pairs"), environment)
-    assert set(table["devices"]["cpu"]["64x64 few"]) == {"all", *triton_op.stages(128)}
-    assert set(table["measured"]["cpu"]["64x64 few"]) == {"pairs"}
+    found = table["cpu"]["64x64 few"]
+    assert found.configuration.block == 128 and set(found.timings) == {"state", "pairs"}
+    assert found.timings["state"] == timing() and configurations.read(path) == table
 
 
 def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
     monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
     kind = jax.devices()[0].device_kind
-    monkeypatch.setattr(triton_op, "_tuned", lambda: {"admitted": {kind: ["128x128"]}})
+    entry = Entry(configuration=Every64(), admitted=True, timings={})
+    monkeypatch.setattr(configurations, "table", lambda: {kind: {"128x128": entry}})
     assert resolve("auto", key_dim=128, value_dim=128) == Choice("gated_delta_rule", "triton")
     refused = resolve("auto", key_dim=256, value_dim=512)
     assert refused.impl == "chunked"
@@ -140,24 +144,47 @@ def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
 
 
 def test_few_rows_have_an_entry_of_their_own(monkeypatch):
-    monkeypatch.setattr(triton_op, "_trial", [{"cpu": {"128x128": {"all": 1}, "128x128 few": {"all": 2}}}])
-    assert triton_op.config(128, 128, "cpu", rows=65)["all"] == 1 and triton_op.config(128, 128, "cpu")["all"] == 1
-    assert triton_op.config(128, 128, "cpu", rows=64)["all"] == 2
-    assert triton_op.config(256, 512, "cpu", rows=1) == triton_op.DEFAULTS
+    many, few = (Entry(configuration=one, admitted=True, timings={}) for one in (Every64(), Every128()))
+    monkeypatch.setattr(configurations, "table", lambda: {"cpu": {"128x128": many, "128x128 few": few}})
+    assert configurations.choose(128, 128, "cpu", rows=65) == configurations.choose(128, 128, "cpu") == Every64()
+    assert configurations.choose(128, 128, "cpu", rows=64) == Every128()
+    assert configurations.choose(128, 128, "another card", rows=65) == Every64()  # the first kind there is
+    assert configurations.choose(256, 512, "cpu", rows=1) == configurations.DEFAULT
     assert tune.in_pieces(DeltaShape(1, 65536, 8, 128, 128)) == DeltaShape(16, 4096, 8, 128, 128)
 
 
 def test_the_table_in_the_package_is_complete():
-    table = json.loads(triton_op.TUNED.read_text())
-    for kind, sizes in table["devices"].items():
-        assert set(table["admitted"][kind]) == {size for size in sizes if not size.endswith(" few")}
-        for size in sizes:
-            configuration = table["devices"][kind][size]
-            assert set(configuration) == {"all", *triton_op.stages(configuration["all"]["block"])}, size
-            for stage, facts in table["measured"][kind][size].items():
-                assert stage in configuration and facts["ms"] > 0
-                committed = facts["commit"] != "unknown" and not facts["dirty"]
-                assert committed or len(facts["source"]) == 8  # a tree without git has a hash
+    text = configurations.TUNED.read_text()
+    assert text == configurations.written(configurations.table()) and text.count("\n") <= 300
+    for entries in configurations.table().values():
+        for size, entry in entries.items():
+            assert entry.admitted != size.endswith(" few")
+            assert set(entry.timings) == {configurations.WHOLE, *kernels(entry.configuration)}, size
+            for facts in entry.timings.values():
+                committed = facts.commit != "unknown" and not facts.dirty
+                assert facts.ms > 0 and (committed or len(facts.source) == 8)  # a tree without git has a hash
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ('"warps": 4, ', "", "cpu 64x64: prepare has no field 'warps'; it must have key_tile, warps, num_stages,"),
+        ('"warps"', '"wraps"', "cpu 64x64: prepare has an unknown field 'wraps'; it must have key_tile, warps,"),
+        ('"warps": 4', '"warps": true', "cpu 64x64: prepare: warps is True; it must be of type int."),
+        ('"block": 64', '"block": 32', "cpu 64x64: block is 32; it must be one of 64, 128."),
+        ('"chunks"', '"pairs"', "cpu 64x64 has an unknown field 'pairs'; it must have entry, prepare, forward,"),
+        ('"entry": {', '"entry": [{', "is not JSON (Expecting ',' delimiter"),
+    ],
+)
+def test_a_table_is_read_strictly(tmp_path, old, new, sentence):
+    entry = Entry(configuration=Every64(), admitted=True, timings={"chunks": timing(), "prepare": timing(2.0)})
+    path, text = tmp_path / "table.json", configurations.written({"cpu": {"64x64": entry}})
+    path.write_text(text)
+    assert configurations.read(path) == {"cpu": {"64x64": entry}}
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ValueError) as error:
+        configurations.read(path)
+    assert str(error.value).startswith(str(path)) and sentence in str(error.value)
 
 
 @pytest.mark.parametrize(

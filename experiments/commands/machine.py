@@ -69,9 +69,10 @@ def bench_generate(name: str, options: BenchGenerateOptions) -> None:
 
 def tune_op(op: str, options: TuneOptions) -> None:
     from gdn_jax.metrics import environment
+    from pallas_kernels.gated_delta_rule import configurations
 
     try:
         table = tune.tune(op, options, environment)
     except (ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from None
-    print(json.dumps(table, indent=1) if options.json else tune.markdown(table))
+    print(configurations.written(table) if options.json else tune.markdown(table))

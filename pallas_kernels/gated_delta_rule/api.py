@@ -9,7 +9,7 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
-from pallas_kernels.gated_delta_rule import chunked, reference, triton_op
+from pallas_kernels.gated_delta_rule import chunked, configurations, reference, triton_op
 
 NAME = "gated_delta_rule"
 IMPLS = dispatch.WITH_KERNELS
@@ -49,7 +49,7 @@ def resolve(
     def by_itself(impl):
         reason = named(impl)
         if reason is None and impl == "triton":
-            return triton_op.not_admitted(key_dim, value_dim, jax.devices()[0].device_kind)
+            return configurations.not_admitted(key_dim, value_dim, jax.devices()[0].device_kind)
         return reason
 
     return dispatch.choose(NAME, impl, by_itself)
@@ -69,6 +69,7 @@ def gated_delta_rule(
     impl: dispatch.Impl = "auto",
     chunk: int = 64,
     residuals: Literal["saved", "inputs"] = "saved",
+    configuration: configurations.Configuration | None = None,
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
     """Gated delta rule of every token and head, and the state after the last one.
 
@@ -87,6 +88,7 @@ def gated_delta_rule(
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the prediction errors
                    [B, T, Hv, V] and the state every 128 tokens (the kernels: bf16, every 64 or 128, and for each token
                    and head 2 K + 264 bytes of what its chunk prepared); "inputs" runs that part of the forward again
+    configuration  of the kernels: absent, the table's for this device and these sizes; no other implementation reads it
 
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
     q, k, v are bfloat16 (bf16 operands at the large dots, fp32 elsewhere), float32 or float64 (exact throughout).
@@ -105,7 +107,8 @@ def gated_delta_rule(
             raise ValueError(f"{name} is {x.dtype}; q, k and v must be bfloat16, float32 or float64.")
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    run = partial(_on_one_device, scale=scale, impl=impl, chunk=chunk, residuals=residuals)
+    static = {"scale": scale, "impl": impl, "chunk": chunk, "residuals": residuals, "configuration": configuration}
+    run = partial(_on_one_device, **static)
     token, state = ("batch", None, "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
         run,
@@ -115,7 +118,7 @@ def gated_delta_rule(
     )
 
 
-def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl, chunk, residuals):
+def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl, chunk, residuals, configuration):
     """The implementation that is right for the part of the arrays that one device has."""
     (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
     sizes = {"key_dim": K, "value_dim": V, "elements": triton_op.largest_array(batch, tokens, Hv, K, V)}
@@ -123,8 +126,9 @@ def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl,
     impl = dispatch.taken(choice)
     if impl in ("triton", "triton_interpret"):
         return triton_op.gated_delta_rule(
-            q, k, v, g, beta, initial_state, segment_ids, scale, residuals, interpret=impl == "triton_interpret"
-        )
+            q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration,
+            interpret=impl == "triton_interpret",
+        )  # fmt: skip
     initial_state = jnp.zeros((batch, Hv, K, V)) if initial_state is None else initial_state
     initial_state = initial_state.astype(g.dtype)
     if impl == "reference":

@@ -2,17 +2,18 @@
 
 One head, one chunk of C tokens, rows q_i, k_i [K] and v_i [V], state S [K, V] entering the chunk:
 
-    G_i = g_1 + ... + g_i      gamma_i = exp(G_i)      D_ij = exp(G_i - G_j) for i >= j, else 0      r_j = D_Cj
+    total_i = g_1 + ... + g_i      gamma_i = exp(total_i)
+    D_ij = exp(total_i - total_j) for i >= j, else 0      leaving_j = D_Cj
     inverse = (I + strict(D . K K^T) diag(beta))^-1
     rho = inverse (V - gamma (K S))                    rho_i = v_i - alpha_i S_{i-1}^T k_i, the prediction error
     O   = scale gamma (Q S) + scale (D . Q K^T) (beta rho)
-    S' = gamma_C S + K^T (r beta rho)
+    S' = gamma_C S + K^T (leaving beta rho)
 
 The paper's WY form writes the same with W and U; the residual form needs neither, and its backward (below) never
 differentiates the inverse. What the forward keeps for the backward is rho and the state every BLOCK tokens.
 
 Documents: `runs` numbers them along the sequence. A pair (i, j) interacts when both are of one document; gamma_i
-counts when token i still belongs to the document that entered the chunk; r_j when it belongs to the last one.
+counts when token i still belongs to the document that entered the chunk; leaving_j when it belongs to the last one.
 
 Axes in einsum strings: b batch, h key head, r value heads of a key head, i j tokens, k key dim, v value dim.
 """
@@ -22,16 +23,16 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import cut, document_numbers, dot, operand_dtype, pad_tokens, put, reverse_cumsum
+from pallas_kernels.chunkwise import cut, document_numbers, dot, operand_dtype, pad_tokens, put, reverse_cumsum
 
 BLOCK = 128  # tokens between kept states, and per step of the backward's gradient stage
 
 
 def _decays(g, runs):
-    """D [b h r i j], gamma [b h r i], r [b h r j] and gamma_C [b h r] of one tile; runs [b, 1 + tile] or None.
+    """D [b h r i j], gamma [b h r i], leaving [b h r j] and gamma_C [b h r] of one tile; runs [b, 1 + tile] or None.
 
-    G_i - G_j is summed over its own tokens: as a difference of two cumulative sums it would lose the digits that a
-    strongly decaying token elsewhere in the tile has used up. Exponents are masked before exp.
+    total_i - total_j is summed over its own tokens: as a difference of two cumulative sums it would lose the digits
+    that a strongly decaying token elsewhere in the tile has used up. Exponents are masked before exp.
     """
     tokens = jnp.arange(g.shape[-1])
     log_decay = jnp.cumsum(jnp.where(tokens[:, None] > tokens, g[..., :, None], 0), axis=-2)
@@ -66,12 +67,12 @@ def _invert(lower):
 
 def _prepare(q, k, g, beta, runs, scale, operand):
     """What a chunk's tokens do to each other, independent of the state."""
-    decay, gamma, r, gamma_all = _decays(g, runs)
+    decay, gamma, leaving, gamma_end = _decays(g, runs)
     strict = jnp.tril(dot("bhik,bhjk->bhij", k, k, operand), -1)[:, :, None]
     lower = decay * strict * beta[..., None, :]
     inverse = _invert(lower)
     attention = scale * decay * dot("bhik,bhjk->bhij", q, k, operand)[:, :, None] * beta[..., None, :]
-    return gamma, r, gamma_all, inverse, attention
+    return gamma, leaving, gamma_end, inverse, attention
 
 
 def _prepare_chunks(q, k, g, beta, runs, scale, operand, chunk):
@@ -98,14 +99,14 @@ def _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, *, read=True, 
         qb, kb, vb, gb, betab, runsb = cut((q, k, v, g, beta), runs, start, block)
         o_parts, rho_parts = [], []
         chunks = _prepare_chunks(qb, kb, gb, betab, runsb, scale, operand, chunk)
-        for span, qc, kc, bc, gamma, r, gamma_all, inverse, attention in chunks:
+        for span, qc, kc, bc, gamma, leaving, gamma_end, inverse, attention in chunks:
             error = vb[..., span, :] - gamma[..., None] * dot("bhik,bhrkv->bhriv", kc, state, operand)
             rho = dot("bhrij,bhrjv->bhriv", inverse, error, operand)
             if read:
                 carried = scale * gamma[..., None] * dot("bhik,bhrkv->bhriv", qc, state, operand)
                 o_parts.append(carried + dot("bhrij,bhrjv->bhriv", attention, rho, operand))
-            written = dot("bhik,bhriv->bhrkv", kc, (r * bc)[..., None] * rho, operand)
-            state = gamma_all[..., None, None] * state + written
+            added = dot("bhik,bhriv->bhrkv", kc, (leaving * bc)[..., None] * rho, operand)
+            state = gamma_end[..., None, None] * state + added
             rho_parts.append(rho)
         if read:
             o = put(o, jnp.concatenate(o_parts, axis=3), start)
@@ -124,12 +125,12 @@ def _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, *, read=True, 
 def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale, chunk):
     """All gradients in one reverse scan over blocks: the serial stage chunk by chunk, then the block's gradients.
 
-    serial, reverse:  drho = attention^T dO + r beta (K dS'),   dV = inverse^T drho,
+    serial, reverse:  drho = attention^T dO + leaving beta (K dS'),   dV = inverse^T drho,
                       dS = gamma_C dS' + Q^T (scale gamma dO) - K^T (gamma dV)
     per block:        M1 = scale D . (dO rho^T),  M2 = -strict(D . (dV rho^T)),  H = M1 . QK^T + M2 . KK^T
                       dQ = scale gamma (dO S^T) + (M1 beta) K
-                      dK = -(gamma dV) S^T + beta r (rho dS'^T) + (M2 beta) K + (M1 beta)^T Q + (M2 beta)^T K
-                      dbeta_j = sum_i H_ij + k_j . (r rho dS'^T)_j
+                      dK = -(gamma dV) S^T + beta leaving (rho dS'^T) + (M2 beta) K + (M1 beta)^T Q + (M2 beta)^T K
+                      dbeta_j = sum_i H_ij + k_j . (leaving rho dS'^T)_j
                       dg_m = sum_{i >= m > j} H_ij beta_j + (reads of S by i >= m) + (writes by j < m that leave)
                              + gamma_C <S, dS'>
     g_m scales every pair it lies between. As a cumulative sum of row sums less column sums the same number would
@@ -147,25 +148,25 @@ def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale,
         d_left = d_state  # gradient of the state that leaves the block
         dv_parts = []
         chunks = _prepare_chunks(qb, kb, gb, betab, runsb, scale, operand, chunk)
-        for span, qc, kc, bc, gamma, r, gamma_all, inverse, attention in reversed(chunks):
+        for span, qc, kc, bc, gamma, leaving, gamma_end, inverse, attention in reversed(chunks):
             doc = dob[..., span, :]
             drho = product("bhrji,bhrjv->bhriv", attention, doc)
-            drho += (r * bc)[..., None] * product("bhik,bhrkv->bhriv", kc, d_state)
+            drho += (leaving * bc)[..., None] * product("bhik,bhrkv->bhriv", kc, d_state)
             dvc = product("bhrji,bhrjv->bhriv", inverse, drho)
-            d_state = gamma_all[..., None, None] * d_state
+            d_state = gamma_end[..., None, None] * d_state
             d_state += product("bhik,bhriv->bhrkv", qc, (scale * gamma)[..., None] * doc)
             d_state -= product("bhik,bhriv->bhrkv", kc, gamma[..., None] * dvc)
             dv_parts.append(dvc)
         dvb = jnp.concatenate(dv_parts[::-1], axis=3)
 
-        decay, gamma, r, gamma_all = _decays(gb, runsb)
+        decay, gamma, leaving, gamma_end = _decays(gb, runsb)
         m1 = scale * decay * product("bhriv,bhrjv->bhrij", dob, rho)
         m2 = -decay * jnp.tril(product("bhriv,bhrjv->bhrij", dvb, rho), -1)
         h = m1 * product("bhik,bhjk->bhij", qb, kb)[:, :, None] + m2 * product("bhik,bhjk->bhij", kb, kb)[:, :, None]
         m1, m2 = m1 * betab[..., None, :], m2 * betab[..., None, :]
         dq_read = scale * gamma[..., None] * product("bhriv,bhrkv->bhrik", dob, state)
         dk_read = -product("bhriv,bhrkv->bhrik", gamma[..., None] * dvb, state)
-        dk_write = product("bhriv,bhrkv->bhrik", r[..., None] * rho, d_left)
+        dk_write = product("bhriv,bhrkv->bhrik", leaving[..., None] * rho, d_left)
         # dq and dk of a key head are summed over its value heads before they leave fp32
         dqb = dq_read.sum(2) + product("bhrij,bhjk->bhik", m1, kb)
         dkb = (dk_read + betab[..., None] * dk_write).sum(2) + product("bhrij,bhjk->bhik", m2, kb)
@@ -175,7 +176,7 @@ def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale,
         between = jnp.tril(reverse_cumsum(h * betab[..., None, :], axis=-2), -1).sum(-1)
         read = reverse_cumsum((qb[:, :, None] * dq_read).sum(-1) + (kb[:, :, None] * dk_read).sum(-1), axis=-1)
         written = jnp.cumsum(betab * kw, axis=-1) - betab * kw
-        through = gamma_all * (state * d_left).sum((-2, -1))
+        through = gamma_end * (state * d_left).sum((-2, -1))
         dgb = between + read + written + through[..., None]
 
         put_key = lambda buffer, tile: put(buffer, tile[:, :, None], start)  # noqa: E731

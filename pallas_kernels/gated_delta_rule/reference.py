@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import document_starts
+from pallas_kernels.chunkwise import document_starts
 
 
 def step(q, k, v, g, beta, state, scale):

@@ -9,20 +9,26 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_chunks import nonzero, over_values, shared, where_written
-from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK, pair_decay, square
+from pallas_kernels.gated_delta_rule import configurations
+from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Gradients, Kept, Pairs, Reversed, Sums
+from pallas_kernels.gated_delta_rule.triton_terms import (
+    inner_product,
+    nonzero,
+    over_values,
+    pair_decay,
+    square,
+    where_nonzero,
+)
 from pallas_kernels.triton_dialect import BlockSpec
 
-BLOCK = 128
 TILES = 3  # of pairs, numbered late half + early half
 
 
-def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, interpret):
-    """(M1, M2 [B,Hv,T/128,128,128] bf16).
-
-    total [B,Hv,T] from prepare; beta [B,Hv,T]; runs ([B,T], [B,T/128]) or None; do, dv, rho [B,T,Hv,V] bf16.
-    """
-    B, T, Hv, V = rho.shape
+def pair_tokens(
+    kept: Kept, do: jax.Array, dv: jax.Array, *, scale: float, config: configurations.Pairs, interpret: bool
+) -> Pairs:
+    """M1 and M2 of every block, from do and dv [B,T,Hv,V] bf16."""
+    B, T, Hv, V = kept.rho.shape
 
     def gdn_pairs(refs):
         rows = triton.ds(0, CHUNK)
@@ -30,8 +36,8 @@ def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, inte
         same = number != 1
         order = square(0) - square(1)  # how many tokens i is after j, in one half
         allowed = jnp.logical_not(same) | (order >= 0)
-        if runs is not None:
-            allowed = allowed & (refs.late_runs[...][:, None] == refs.early_runs[...][None, :])
+        if refs.late_numbers is not None:
+            allowed = allowed & (refs.late_numbers[...][:, None] == refs.early_numbers[...][None, :])
 
         def products(sums, tile):
             values = triton.ds(tile[0], tile[1])
@@ -39,7 +45,7 @@ def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, inte
             m1, m2 = sums
             return m1 + triton.dot(refs.do[rows, values], early), m2 + triton.dot(refs.dv[rows, values], early)
 
-        m1, m2 = triton.over_tiles(V, block_v, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = triton.over_tiles(V, config.value_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         until = refs.early_total[...] - jnp.where(same, 0.0, refs.early_total[CHUNK - 1])
         decay = pair_decay(refs.late_total[...], until, allowed, interpret) * nonzero(refs.beta[...])[None, :]
         late = triton.ds(triton.quotient(number + 1, 2) * CHUNK, CHUNK)
@@ -57,39 +63,40 @@ def pairs(total, beta, runs, do, dv, rho, *, scale, block_v, warps, stages, inte
     early = lambda x: 2 * block(x) + triton.quotient(triton.remainder(x, TILES), 2)  # noqa: E731
     value = lambda at: BlockSpec((None, CHUNK, None, V), lambda x, h, b: (b, at(x), h, 0))  # noqa: E731
     gate = lambda at: BlockSpec((None, None, CHUNK), lambda x, h, b: (b, h, at(x)))  # noqa: E731
-    run = lambda at: BlockSpec((None, CHUNK), lambda x, h, b: (b, at(x)))  # noqa: E731
-    numbers = None if runs is None else runs[0]
+    number = lambda at: BlockSpec((None, CHUNK), lambda x, h, b: (b, at(x)))  # noqa: E731
+    beta, total, documents = kept.tokens.beta, kept.prepared.total, kept.tokens.documents
+    numbers = None if documents is None else documents.numbers
     pair = BlockSpec((None, None, None, BLOCK, BLOCK), lambda x, h, b: (b, h, block(x), 0, 0))
     pair_shape = jax.ShapeDtypeStruct((B, Hv, T // BLOCK, BLOCK, BLOCK), jnp.bfloat16)
     made = triton.call(
         gdn_pairs,
         {
             "late_total": (total, gate(late)), "early_total": (total, gate(early)), "beta": (beta, gate(early)),
-            "do": (do, value(late)), "dv": (dv, value(late)), "rho": (rho, value(early)),
-            "late_runs": (numbers, run(late)), "early_runs": (numbers, run(early)),
+            "do": (do, value(late)), "dv": (dv, value(late)), "rho": (kept.rho, value(early)),
+            "late_numbers": (numbers, number(late)), "early_numbers": (numbers, number(early)),
         },
         {"m1": (pair_shape, pair), "m2": (pair_shape, pair)},
-        grid=(TILES * (T // BLOCK), Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(TILES * (T // BLOCK), Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
-    return tuple(made.values())
+    return Pairs(**made)
 
 
-def tokens(
-    q, k, gamma, leaving, beta, do, dv, rho, kept, d_kept, m1, m2,
-    *, scale, dtype, block_v, key_tile, pair_tile, warps, stages, interpret,
-):  # fmt: skip
-    """(dq, dk [B,T,Hv,K] of `dtype`, per value head; q . dQ + k . dR - k . dW, k . dW [tiles,B,Hv,T] and
-    <S', dS'> [tiles,B,Hv,T/128] fp32, each sum over its own tile of key columns).
+def sum_gradients(
+    kept: Kept, do: jax.Array, backward: Reversed, paired: Pairs,
+    *, scale: float, config: configurations.Tokens, interpret: bool,
+) -> Sums:  # fmt: skip
+    """dQ, dK and the sums that dg and dbeta are made of: q . dQ + k . dR - k . dW, k . dW and <S', dS'>, each over its
+    own tile of key columns.
 
-    A program makes a tile of key columns for a block. q, k [B,T,H,K], do, dv, rho [B,T,Hv,V] bf16; gamma, leaving
-    [B,Hv,T] from prepare; beta [B,Hv,T]; kept, d_kept [B,Hv,T/128,V,K]: the state entering each block and the gradient
-    of the one leaving it; m1, m2 from `pairs`. Where what is left of K takes several narrow tiles, there is one as wide
-    as the others instead, over columns of its neighbour, whose results it makes once more. dQ is first: what it reads
-    of S is then still in the L2 cache when dK reads it.
+    A program makes a tile of key columns for a block. Where what is left of K takes several narrow tiles, there is one
+    as wide as the others instead, over columns of its neighbour, whose results it makes once more. dQ is first: what it
+    reads of S is then still in the L2 cache when dK reads it.
     """
-    B, T, H, K = q.shape
-    Hv, V = rho.shape[2:]
-    full, _, rest = triton.full_and_rest(K, key_tile)
+    B, T, H, K = kept.tokens.q.shape
+    Hv, V = kept.rho.shape[2:]
+    dtype = jnp.bfloat16 if Hv == H else jnp.float32  # one a value head, until they are summed
+    pair_tile = config.pair_tile
+    full, _, rest = triton.full_and_rest(K, config.key_tile)
     overlapping, tiles = len(rest) > 1, -(-K // full)
 
     def gdn_tokens(refs):
@@ -106,12 +113,12 @@ def tokens(
             columns = triton.ds(start, width)
             zero = jnp.zeros((BLOCK, width), jnp.float32)
 
-            def states(values, read, written, inner):
-                state, d_state = refs.kept[values, columns], refs.d_kept[values, columns]
+            def states(values, read, d_write, inner):
+                state, d_state = refs.states[values, columns], refs.d_states[values, columns]
                 read = read + triton.dot(refs.dv[rows, values], state)
-                inner = inner + shared(state, d_state, tile, inner.size)
-                written = written + triton.dot(refs.rho[rows, values], d_state)
-                return read, triton.finished(written, interpret), inner
+                inner = inner + inner_product(state, d_state, tile, inner.size)
+                d_write = d_write + triton.dot(refs.rho[rows, values], d_state)
+                return read, triton.finished(d_write, interpret), inner
 
             def store(ref, x):
                 if overlapping:
@@ -119,14 +126,14 @@ def tokens(
                 else:
                     triton.store_own(ref, rows, tile, x)
 
-            def key_pairs(part, read, written):
+            def key_pairs(part, read, d_write):
                 key = refs.k[part, columns]
-                written = written + triton.dot(refs.m2[part, rows].T, key)
-                written = written + triton.dot(refs.m1[part, rows].T, refs.q[part, columns])
-                return read + triton.dot(refs.m2[rows, part], key), written
+                d_write = d_write + triton.dot(refs.m2[part, rows].T, key)
+                d_write = d_write + triton.dot(refs.m1[part, rows].T, refs.q[part, columns])
+                return read + triton.dot(refs.m2[rows, part], key), d_write
 
             def asked_states(values, asked):
-                return (asked + triton.dot(refs.do[rows, values], refs.kept[values, columns]),)
+                return (asked + triton.dot(refs.do[rows, values], refs.states[values, columns]),)
 
             def query_pairs(part, dq):
                 return (dq + triton.dot(refs.m1[rows, part], refs.k[part, columns]),)
@@ -134,29 +141,29 @@ def tokens(
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = refs.gamma[CHUNK - 1], refs.gamma[BLOCK - 1]  # what each half leaves
             gamma = refs.gamma[...] * jnp.where(late, first, 1.0)
-            (asked,) = over_values(V, block_v, asked_states, zero)
+            (asked,) = over_values(V, config.value_tile, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
             query = triton.own(refs.q[rows, columns].astype(jnp.float32), tile)
-            moved = jnp.sum(query * dq, axis=1)
+            of_queries = jnp.sum(query * dq, axis=1)
             store(refs.dq, dq)
 
-            none = jnp.zeros((triton.full_and_rest(V, block_v)[0],), jnp.float32)
-            read, written, inner = over_values(V, block_v, states, zero, zero, none)
-            written *= (nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
+            none = jnp.zeros((triton.full_and_rest(V, config.value_tile)[0],), jnp.float32)
+            read, d_write, inner = over_values(V, config.value_tile, states, zero, zero, none)
+            d_write *= (nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
             key = triton.own(refs.k[rows, columns].astype(jnp.float32), tile)
-            refs.ends[0] = jnp.sum(jnp.sum(key * written, axis=1)) + first * last * jnp.sum(inner)
-            read, written = over_pairs(key_pairs, -gamma[:, None] * read, written)
-            written_sum = jnp.sum(key * written, axis=1)
-            refs.written[...] = written_sum
-            refs.moved[...] = moved + jnp.sum(key * read, axis=1) - written_sum
-            store(refs.dk, read + where_written(refs.beta[...], written))
+            refs.d_last[0] = jnp.sum(jnp.sum(key * d_write, axis=1)) + first * last * jnp.sum(inner)
+            read, d_write = over_pairs(key_pairs, -gamma[:, None] * read, d_write)
+            d_log_beta = jnp.sum(key * d_write, axis=1)
+            refs.d_log_beta[...] = d_log_beta
+            refs.d_total[...] = of_queries + jnp.sum(key * read, axis=1) - d_log_beta
+            store(refs.dk, read + where_nonzero(refs.beta[...], d_write))
 
         index = triton.remainder(triton.program_id(0), tiles)
         if overlapping:
             start = triton.aligned(jnp.minimum(index * full, K - full), 8, interpret)
             body((start, full, full + start - index * full))
         else:
-            triton.for_tile(index, K, key_tile, body)
+            triton.for_tile(index, K, config.key_tile, body)
 
     block = lambda x: triton.quotient(x, tiles)  # noqa: E731
     key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), triton.quotient(h, Hv // H), 0))
@@ -167,28 +174,31 @@ def tokens(
     d_key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), h, 0))
     tile = lambda x: triton.remainder(x, tiles)  # noqa: E731
     sums = BlockSpec((None, None, None, BLOCK), lambda x, h, b: (tile(x), b, h, block(x)))
-    ends = BlockSpec((None, None, None, 1), lambda x, h, b: (tile(x), b, h, block(x)))
+    last = BlockSpec((None, None, None, 1), lambda x, h, b: (tile(x), b, h, block(x)))
     key_shape = jax.ShapeDtypeStruct((B, T, Hv, K), dtype)
     sum_shape = jax.ShapeDtypeStruct((tiles, B, Hv, T), jnp.float32)
-    ends_shape = jax.ShapeDtypeStruct((tiles, B, Hv, T // BLOCK), jnp.float32)
+    last_shape = jax.ShapeDtypeStruct((tiles, B, Hv, T // BLOCK), jnp.float32)
+    given, prepared = kept.tokens, kept.prepared
     made = triton.call(
         gdn_tokens,
         {
-            "q": (q, key), "k": (k, key), "gamma": (gamma, gate), "leaving": (leaving, gate), "beta": (beta, gate),
-            "do": (do, value), "dv": (dv, value), "rho": (rho, value), "kept": (kept, state),
-            "d_kept": (d_kept, state), "m1": (m1, pair), "m2": (m2, pair),
+            "q": (given.q, key), "k": (given.k, key), "gamma": (prepared.gamma, gate),
+            "leaving": (prepared.leaving, gate), "beta": (given.beta, gate), "do": (do, value),
+            "dv": (backward.dv, value), "rho": (kept.rho, value), "states": (kept.states, state),
+            "d_states": (backward.d_states, state), "m1": (paired.m1, pair), "m2": (paired.m2, pair),
         },
         {
             "dq": (key_shape, d_key), "dk": (key_shape, d_key),
-            "moved": (sum_shape, sums), "written": (sum_shape, sums), "ends": (ends_shape, ends),
+            "d_total": (sum_shape, sums), "d_log_beta": (sum_shape, sums), "d_last": (last_shape, last),
         },
-        grid=(T // BLOCK * tiles, Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(T // BLOCK * tiles, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
-    return tuple(made.values())
+    return Sums(**made)
 
 
-def gates(beta, moved, written, ends):
-    """(dg, dbeta) [B,Hv,T] fp32 from the sums that `tokens` found."""
+def gate_gradients(beta: jax.Array, sums: Sums) -> Gradients:
+    """dg and dbeta from the sums over tiles, beside dq and dk."""
     blocks = (*beta.shape[:2], -1, BLOCK)
-    later = jax.lax.cumsum(moved.sum(0).reshape(blocks), axis=3, reverse=True)
-    return (later + ends.sum(0)[..., None]).reshape(beta.shape), written.sum(0) / nonzero(beta)
+    later = jax.lax.cumsum(sums.d_total.sum(0).reshape(blocks), axis=3, reverse=True)
+    dg = (later + sums.d_last.sum(0)[..., None]).reshape(beta.shape)
+    return Gradients(sums.dq, sums.dk, dg, sums.d_log_beta.sum(0) / nonzero(beta))

@@ -10,17 +10,16 @@ A serial pass has one program for each row, head and tile of value columns. Wher
 rows are cut into pieces that run side by side, exactly (triton_pieces.py).
 """
 
-import functools
-import json
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.chunkwise import document_starts, pad_tokens
 from pallas_kernels.gated_delta_rule import (
+    configurations,
     triton_chunks,
     triton_gradients,
     triton_output,
@@ -28,25 +27,10 @@ from pallas_kernels.gated_delta_rule import (
     triton_prepare,
     triton_state,
 )
-from pallas_kernels.gated_delta_rule.triton_gradients import BLOCK
-from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
-from pallas_kernels.tiles import document_starts, pad_tokens
+from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Documents, Kept, Tokens
+from pallas_kernels.gated_delta_rule.configurations import Configuration, Every64
 
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (192, 384), (200, 400), (256, 256), (256, 512))
-TUNED = Path(__file__).with_name("tuned.json")  # written by `gdn tune`
-
-# what runs where nothing was tuned
-DEFAULTS = {
-    "all": {"block": 128},  # tokens between kept states, and of one program of the gradients: 64 or 128
-    "prepare": {"key_tile": 64, "warps": 4, "stages": 3},
-    "forward": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
-    "state": {"block_v": 64, "key_tile": 64, "transposed": False, "warps": 4, "stages": 2},
-    "output": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
-    "reverse": {"block_v": 64, "key_tile": 64, "transposed": False, "ahead": False, "warps": 4, "stages": 2},
-    "chunks": {"block_v": 64, "key_tile": 64, "warps": 4, "stages": 2},
-    "pairs": {"block_v": 64, "warps": 4, "stages": 2},
-    "tokens": {"block_v": 64, "key_tile": 128, "pair_tile": 32, "warps": 8, "stages": 2},
-}
 
 # The exponential of anything below is 0 in fp32, so that raising g to it changes no decay. It keeps the sums of 64 log
 # decays, whose differences are the exponents within a chunk, small enough for fp32: a reset may be -1e9 or -inf.
@@ -55,48 +39,6 @@ LEAST_LOG_DECAY = -104.0
 MOST_ELEMENTS = 1 << 31  # 32-bit indices
 FEW_PROGRAMS, MANY_PROGRAMS = 32, 256  # of a serial pass: at most few, rows are cut into pieces, for at most many
 SHORTEST_PIECE = 1024
-ONE_EACH = 128  # programs of a serial pass: about one a multiprocessor
-
-
-class Stage(NamedTuple):
-    """A kernel, the arrays it takes and gives by name, and which of the constants it wants."""
-
-    kernel: Any
-    takes: str
-    gives: str
-    constants: tuple[str, ...] = ()
-
-
-STAGES = {
-    "prepare": Stage(
-        triton_prepare.prepare, "q k g beta chunk_documents", "inverse attention total gamma leaving write", ("scale",)
-    ),
-    "forward": Stage(
-        triton_state.forward, "k v gamma write inverse initial_state q attention", "o rho kept final",
-        ("scale", "block"),
-    ),
-    "state": Stage(triton_state.forward, "k v gamma write inverse initial_state", "rho kept final", ("scale", "block")),
-    "output": Stage(triton_output.output, "q k gamma write rho kept attention", "o", ("scale",)),
-    "reverse": Stage(
-        triton_state.reverse, "q k do gamma write inverse attention d_final", "dv d_kept d_initial", ("scale", "block")
-    ),
-    "chunks": Stage(
-        triton_chunks.chunks, "q k total gamma leaving beta chunk_documents do dv rho kept d_kept", "dq dk dg dbeta",
-        ("scale", "dtype"),
-    ),
-    "pairs": Stage(triton_gradients.pairs, "total beta documents do dv rho", "m1 m2", ("scale",)),
-    "tokens": Stage(
-        triton_gradients.tokens, "q k gamma leaving beta do dv rho kept d_kept m1 m2", "dq dk moved written ends",
-        ("scale", "dtype"),
-    ),
-}  # fmt: skip
-
-
-def stages(block: int) -> tuple[str, ...]:
-    """The stages of forward and backward, in order, with states kept every `block` tokens."""
-    if block == CHUNK:
-        return ("prepare", "forward", "reverse", "chunks")
-    return ("prepare", "state", "output", "reverse", "pairs", "tokens")
 
 
 def largest_array(batch: int, tokens: int, value_heads: int, key_dim: int, value_dim: int) -> int:
@@ -118,64 +60,9 @@ def why_not(key_dim: int, value_dim: int, chunk: int, *, elements: int = 0, inte
     return None if interpret else triton.why_not_here()
 
 
-def not_admitted(key_dim: int, value_dim: int, device_kind: str) -> str | None:
-    """The reason "auto" must leave the kernels alone at these sizes, or None where they passed their checks."""
-    size = f"{key_dim}x{value_dim}"
-    if size in _tuned().get("admitted", {}).get(device_kind, ()):
-        return None
-    return (
-        f"its configuration at {size} has not passed the float64 check on {device_kind}; "
-        f"`gdn tune gated_delta_rule --shapes 8x4096,24,{key_dim},{value_dim}` checks and admits it"
-    )
-
-
-@functools.cache
-def _tuned() -> dict[str, Any]:
-    return json.loads(TUNED.read_text()) if TUNED.exists() else {}
-
-
-_trial: list[dict] = []
-
-
-def use(devices: dict[str, dict[str, dict[str, dict[str, Any]]]] | None) -> None:
-    """Take configurations from `devices` instead of TUNED, until `use(None)`: tuning tries them out. Forgets what jax
-    has compiled."""
-    _trial[:] = [] if devices is None else [devices]
-    jax.clear_caches()
-
-
-def _programs(rows, value_dim):
-    """Of a serial pass over `rows` rows times heads, one a tile of 64 value columns."""
-    return rows * -(-value_dim // 64)
-
-
-def entry(key_dim: int, value_dim: int, rows: int = MANY_PROGRAMS) -> str:
-    """The name in the table of these sizes; `rows` is batch, or pieces, times value heads."""
-    few = _programs(rows, value_dim) <= ONE_EACH
-    return f"{key_dim}x{value_dim}" + few * " few"
-
-
-def config(key_dim: int, value_dim: int, device_kind: str = "", rows: int = MANY_PROGRAMS) -> dict[str, dict[str, Any]]:
-    """Stage -> configuration at these sizes: the table's for this kind of device, else for the first kind it has
-    (all are Hopper), else the defaults. Where rows are few, what was tuned for that comes first."""
-    devices = _trial[0] if _trial else _tuned().get("devices", {})
-    of_device = devices.get(device_kind) or next(iter(devices.values()), {})
-    names = entry(key_dim, value_dim, rows), entry(key_dim, value_dim)
-    return DEFAULTS | next((of_device[name] for name in names if name in of_device), {})
-
-
-def run(name: str, arrays: dict[str, Any], configuration: dict[str, Any], **constants: Any) -> dict[str, Any]:
-    """`arrays` and what stage `name` gives, by name."""
-    stage = STAGES[name]
-    chosen = {key: constants[key] for key in (*stage.constants, "interpret")}
-    results = stage.kernel(*(arrays[key] for key in stage.takes.split()), **chosen, **configuration)
-    names = stage.gives.split()
-    return arrays | dict(zip(names, results if len(names) > 1 else (results,), strict=True))
-
-
 def pieces(batch: int, tokens: int, value_heads: int, value_dim: int) -> int:
     """Into how many pieces the serial passes cut every row."""
-    programs, count = _programs(batch * value_heads, value_dim), 1
+    programs, count = configurations.programs(batch * value_heads, value_dim), 1
     if programs > FEW_PROGRAMS:
         return 1
     while 2 * count * programs <= MANY_PROGRAMS and tokens >= 2 * count * SHORTEST_PIECE:
@@ -183,138 +70,112 @@ def pieces(batch: int, tokens: int, value_heads: int, value_dim: int) -> int:
     return count
 
 
-def _heads_first(x):
-    return jnp.swapaxes(x, 1, 2)
-
-
-def _before(runs, size):
-    """The document that enters each tile of `size` tokens; the first tile is entered by document 0."""
-    return jnp.pad(runs, ((0, 0), (1, 0)))[:, : runs.shape[1] : size]
-
-
 class _Static(NamedTuple):
     scale: float
     residuals: str
     interpret: bool
     pieces: int
-
-    def constants(self, configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        return {"scale": self.scale, "interpret": self.interpret, **configs["all"]}
+    configuration: Configuration
 
 
-def _forward(arrays, static, outputs, keep):
-    """`arrays` with prepare's results, `outputs` o and final, `keep` rho and kept; under pieces also each one's map."""
-    configs = _configs(arrays, static)
-    constants = static.constants(configs)
-    serial = configs["forward" if constants["block"] == CHUNK else "state"]
-    arrays = run("prepare", arrays, configs["prepare"], **constants)
-    alone = partial(triton_state.forward, keep=False, **constants, **serial)
+def _forward(static, tokens, initial_state, *, read, keep):
+    """(o where `read`, final state of every piece, what the backward takes where `keep`)."""
+    chosen, constants = static.configuration, {"scale": static.scale, "interpret": static.interpret}
+    at_once = read and isinstance(chosen, Every64)  # outputs come with the states
+    prepared = triton_prepare.solve_chunks(tokens, config=chosen.prepare, **constants)
+    serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
+    scan = partial(triton_state.scan_forward, prepared=prepared, block=chosen.block, config=serial, **constants)
+    maps = None
     if static.pieces > 1:
-        rows, K, heads = arrays["k"].shape[0], arrays["k"].shape[-1], arrays["gamma"].shape[1]
-        passed = [arrays[name] for name in ("gamma", "write", "inverse")]
+        rows, K, heads = tokens.k.shape[0], tokens.k.shape[-1], tokens.v.shape[2]
         identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
-        (maps,), (local,) = alone(arrays["k"], None, *passed, identity), alone(arrays["k"], arrays["v"], *passed, None)
-        entering = triton_pieces.chain(
-            maps, local, arrays["initial_state"], count=static.pieces, reverse=False, interpret=static.interpret
+        maps = scan(tokens._replace(v=None), initial_state=identity, read=False, keep=False).final
+        local = scan(tokens, initial_state=None, read=False, keep=False).final
+        initial_state = triton_pieces.chain_pieces(
+            maps, local, initial_state, count=static.pieces, reverse=False, interpret=static.interpret
         )
-        arrays = arrays | {"maps": maps, "initial_state": entering}
-    if not outputs:
-        return run("state", arrays, serial, **constants)
-    if constants["block"] != CHUNK:
-        return run("output", run("state", arrays, serial, **constants), configs["output"], **constants)
-    if keep:
-        return run("forward", arrays, serial, **constants)
-    o, final = alone(*(arrays[name] for name in STAGES["forward"].takes.split()))
-    return arrays | {"o": o, "final": final}
-
-
-def _configs(arrays, static):
-    kind = "" if static.interpret else jax.devices()[0].device_kind
-    batch, _, value_heads, value_dim = arrays["v" if "v" in arrays else "rho"].shape
-    return config(arrays["k"].shape[-1], value_dim, kind, batch * value_heads)
+    scanned = scan(tokens, initial_state=initial_state, read=at_once, keep=keep or not at_once)
+    o = scanned.o
+    if read and not at_once:
+        o = triton_output.make_outputs(tokens, prepared, scanned, config=chosen.output, **constants)
+    kept = Kept(tokens._replace(v=None, g=None), prepared, scanned.rho, scanned.states, maps)
+    return o, scanned.final, kept if keep else None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _op(static, tokens, initial_state, documents):
-    return _outputs(static, tokens, initial_state, documents, keep=False)[0]
+def _op(static, tokens, initial_state):
+    o, final, _ = _forward(static, tokens, initial_state, read=True, keep=False)
+    return o, _of_rows(final, static.pieces, -1)
 
 
-def _op_fwd(static, tokens, initial_state, documents):
-    return _outputs(static, tokens, initial_state, documents, keep=static.residuals == "saved")
+def _op_fwd(static, tokens, initial_state):
+    keep = static.residuals == "saved"
+    o, final, kept = _forward(static, tokens, initial_state, read=True, keep=keep)
+    return (o, _of_rows(final, static.pieces, -1)), kept if keep else (tokens, initial_state)
 
 
-def _outputs(static, tokens, initial_state, documents, keep):
-    """(o, final state) and what the backward takes."""
-    q, k, v, g, beta = tokens
-    given = {"q": q, "k": k, "v": v, "g": _heads_first(g), "beta": _heads_first(beta), "initial_state": initial_state}
-    given |= documents
-    arrays = _forward(given, static, outputs=True, keep=keep)
-    final = arrays["final"]
-    final = final.reshape(-1, static.pieces, *final.shape[1:])[:, -1]
-    if keep:
-        names = ["q", "k", "beta", "rho", "kept", "inverse", "attention", "total", "gamma", "leaving", "write"]
-        names += ["maps"] * (static.pieces > 1)
-        given = {name: arrays[name] for name in names} | documents
-    return (arrays["o"], final), given
+def _of_rows(states, count, piece):
+    """[B,Hv,K,V] of the first (0) or last (-1) of each row's `count` pieces."""
+    return states.reshape(-1, count, *states.shape[1:])[:, piece]
 
 
 def _op_bwd(static, saved, cotangents):
-    arrays = _forward(saved, static, outputs=False, keep=True) if "v" in saved else saved
-    do, d_final = cotangents
-    configs = _configs(arrays, static)
-    constants = static.constants(configs)
+    kept = saved
+    if not isinstance(saved, Kept):
+        *_, kept = _forward(static, *saved, read=False, keep=True)
+    tokens, prepared, (do, d_final) = kept.tokens, kept.prepared, cotangents
+    chosen, constants = static.configuration, {"scale": static.scale, "interpret": static.interpret}
+    scan = partial(
+        triton_state.scan_reverse, tokens, prepared, do, block=chosen.block, config=chosen.reverse, **constants
+    )
     if static.pieces > 1:
-        names = ("gamma", "write", "inverse", "attention")
-        (local,) = triton_state.reverse(
-            arrays["q"], arrays["k"], do, *(arrays[name] for name in names), None,
-            keep=False, **constants, **configs["reverse"],
-        )  # fmt: skip
-        d_final = triton_pieces.chain(
-            arrays["maps"], local, d_final, count=static.pieces, reverse=True, interpret=static.interpret
+        local = scan(None, keep=False).d_initial
+        d_final = triton_pieces.chain_pieces(
+            kept.maps, local, d_final, count=static.pieces, reverse=True, interpret=static.interpret
         )
-    arrays = arrays | {"do": do, "d_final": d_final}
-    group = arrays["beta"].shape[1] // arrays["k"].shape[2]
-    constants["dtype"] = jnp.bfloat16 if group == 1 else jnp.float32  # per value head until the sum over the group
-    names = stages(constants["block"])
-    for name in names[names.index("reverse") :]:
-        arrays = run(name, arrays, configs[name], **constants)
-    if "dg" not in arrays:
-        names = ("beta", "moved", "written", "ends")
-        arrays["dg"], arrays["dbeta"] = triton_gradients.gates(*(arrays[name] for name in names))
-    dq, dk, dg, dbeta = (arrays[name] for name in ("dq", "dk", "dg", "dbeta"))
+    backward = scan(d_final, keep=True)
+    if isinstance(chosen, Every64):
+        gradients = triton_chunks.make_gradients(kept, do, backward, config=chosen.chunks, **constants)
+    else:
+        paired = triton_gradients.pair_tokens(kept, do, backward.dv, config=chosen.pairs, **constants)
+        sums = triton_gradients.sum_gradients(kept, do, backward, paired, config=chosen.tokens, **constants)
+        gradients = triton_gradients.gate_gradients(tokens.beta, sums)
+    dq, dk, dg, dbeta = gradients
+    group = tokens.beta.shape[1] // tokens.k.shape[2]
     if group > 1:
         dq, dk = (x.reshape(*x.shape[:2], -1, group, x.shape[-1]).sum(3).astype(jnp.bfloat16) for x in (dq, dk))
-    d_initial = arrays["d_initial"]
-    d_initial = d_initial.reshape(-1, static.pieces, *d_initial.shape[1:])[:, 0]
-    return (dq, dk, arrays["dv"], _heads_first(dg), _heads_first(dbeta)), d_initial, None
+    return Tokens(dq, dk, backward.dv, dg, dbeta, None), _of_rows(backward.d_initial, static.pieces, 0)
 
 
 _op.defvjp(_op_fwd, _op_bwd)
 
 
-def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residuals, interpret):
-    """Arguments as in api.gated_delta_rule; initial_state and segment_ids may be None. Any T."""
+def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration, interpret):
+    """Arguments as in api.gated_delta_rule; initial_state, segment_ids and configuration may be None. Any T."""
     (batch, tokens), dtype = q.shape[:2], v.dtype
     count = pieces(batch, tokens, *v.shape[2:])
+    if configuration is None:
+        kind, rows = "" if interpret else jax.devices()[0].device_kind, batch * count * v.shape[2]
+        configuration = configurations.choose(q.shape[-1], v.shape[-1], kind, rows)
     padding = -tokens % (BLOCK * count)
 
     def cut(x):
         return x.reshape(batch * count, -1, *x.shape[2:])
 
-    documents = {"documents": None, "chunk_documents": None}
+    documents = None
     if segment_ids is not None:
-        runs = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
-        runs = jnp.pad(runs, ((0, 0), (0, padding)), mode="edge")
-        documents = {
-            "documents": (cut(runs), cut(_before(runs, BLOCK))),
-            "chunk_documents": (cut(runs), cut(_before(runs, CHUNK))),
-        }
+        numbers = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
+        numbers = jnp.pad(numbers, ((0, 0), (0, padding)), mode="edge")
+        before = jnp.pad(numbers, ((0, 0), (1, 0)))  # each token; document 0 before the first
+        documents = Documents(cut(numbers), cut(before[:, : numbers.shape[1] : CHUNK]))
     g = jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g, beta.astype(jnp.float32)]
     if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
         given = [pad_tokens(x, padding) for x in given]
     if initial_state is None:
         initial_state = jnp.zeros((batch, *v.shape[2:3], q.shape[-1], v.shape[-1]), jnp.float32)
-    static = _Static(scale, residuals, interpret, count)
-    o, state = _op(static, tuple(cut(x) for x in given), initial_state.astype(jnp.float32), documents)
+    q, k, v, g, beta = (cut(x) for x in given)
+    given = Tokens(q, k, v, jnp.swapaxes(g, 1, 2), jnp.swapaxes(beta, 1, 2), documents)
+    static = _Static(scale, residuals, interpret, count, configuration)
+    o, state = _op(static, given, initial_state.astype(jnp.float32))
     return o.reshape(batch, -1, *o.shape[2:])[:, :tokens].astype(dtype), state

@@ -11,20 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_gradients import BLOCK
-from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
+from pallas_kernels.gated_delta_rule import configurations
+from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Prepared, Scanned, Tokens
 from pallas_kernels.triton_dialect import BlockSpec
 
 
-def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile, warps, stages, interpret):
-    """o [B,T,Hv,V] bf16.
-
-    q, k [B,T,H,K]; gamma, write [B,Hv,T], attention [B,Hv,T/64,64,64] from prepare; rho [B,T,Hv,V] and kept
-    [B,Hv,T/128,V,K], the state that enters each block, from state. T is a multiple of 128.
-    """
-    B, T, H, K = k.shape
-    Hv, V = rho.shape[2:]
-    columns = triton.tiles(K, key_tile)
+def make_outputs(
+    tokens: Tokens, prepared: Prepared, scanned: Scanned,
+    *, scale: float, config: configurations.Output, interpret: bool,
+) -> jax.Array:  # fmt: skip
+    """o [B,T,Hv,V] bf16, from prediction errors and the state that enters each block of 128."""
+    B, T, H, K = tokens.k.shape
+    Hv, V = scanned.rho.shape[2:]
+    columns = triton.tiles(K, config.key_tile)
     first, last = triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)
 
     def gdn_output(refs):
@@ -35,11 +34,11 @@ def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile
         for query, tile in zip(queries[1], columns, strict=True):
             crossing += triton.dot(query, triton.load_own(refs.k, first, tile).T)
         crossing = (reads[1][:, None] * crossing * refs.write[first][None, :]).astype(jnp.bfloat16)
-        left = refs.gamma[CHUNK - 1]
+        gamma_end = refs.gamma[CHUNK - 1]
 
         def part(_, tile):
             values = triton.ds(tile[0], tile[1])
-            states = [refs.kept[values, triton.ds(start, width)].T for start, width, _ in columns]
+            states = [refs.states[values, triton.ds(start, width)].T for start, width, _ in columns]
 
             def asked(half):
                 total = jnp.zeros((CHUNK, values.size), jnp.float32)
@@ -49,10 +48,10 @@ def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile
 
             early = refs.rho[first, values]
             refs.o[first, values] = (asked(0) + triton.dot(pairs[0], early)).astype(jnp.bfloat16)
-            late = left * asked(1) + triton.dot(pairs[1], refs.rho[last, values])
+            late = gamma_end * asked(1) + triton.dot(pairs[1], refs.rho[last, values])
             refs.o[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
 
-        triton.over_tiles(V, block_v, part, None)
+        triton.over_tiles(V, config.value_tile, part, None)
 
     key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, triton.quotient(h, Hv // H), 0))
     value = BlockSpec((None, BLOCK, None, V), lambda n, h, b: (b, n, h, 0))
@@ -62,10 +61,11 @@ def output(q, k, gamma, write, rho, kept, attention, *, scale, block_v, key_tile
     made = triton.call(
         gdn_output,
         {
-            "q": (q, key), "k": (k, key), "gamma": (gamma, gate), "write": (write, gate),
-            "rho": (rho, value), "kept": (kept, state), "attention": (attention, pair),
+            "q": (tokens.q, key), "k": (tokens.k, key), "gamma": (prepared.gamma, gate),
+            "write": (prepared.write, gate), "rho": (scanned.rho, value), "states": (scanned.states, state),
+            "attention": (prepared.attention, pair),
         },
-        {"o": (jax.ShapeDtypeStruct(rho.shape, jnp.bfloat16), value)},
-        grid=(T // BLOCK, Hv, B), warps=warps, stages=stages, interpret=interpret,
+        {"o": (jax.ShapeDtypeStruct(scanned.rho.shape, jnp.bfloat16), value)},
+        grid=(T // BLOCK, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return made["o"]

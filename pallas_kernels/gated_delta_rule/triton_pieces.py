@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels import triton_dialect as triton
 from pallas_kernels.triton_dialect import BlockSpec
 
-BLOCK_V, KEY_TILE = 32, 64
+VALUE_TILE, KEY_TILE = 32, 64
 
 
 def _halves(x):
@@ -21,7 +21,7 @@ def _halves(x):
     return leading.astype(jnp.bfloat16), (x - leading).astype(jnp.bfloat16)
 
 
-def chain(maps, local, outer, *, count, reverse, interpret):
+def chain_pieces(maps, local, outer, *, count, reverse, interpret):
     """The state entering each piece, or with `reverse` the gradient of the one leaving it [B count,Hv,K,V] fp32.
 
     maps [B count,Hv,K,K] and local [B count,Hv,K,V]: M and B of `count` pieces a row; outer [B,Hv,K,V]: the state
@@ -31,7 +31,7 @@ def chain(maps, local, outer, *, count, reverse, interpret):
     tiles = triton.tiles(K, KEY_TILE)
 
     def gdn_chain(refs):
-        columns = triton.own_columns(V, BLOCK_V, interpret)
+        columns = triton.own_columns(V, VALUE_TILE, interpret)
 
         def map_tile(piece, out, into):
             if not reverse:
@@ -61,6 +61,6 @@ def chain(maps, local, outer, *, count, reverse, interpret):
         gdn_chain,
         {"maps": (split(maps), rows(K)), "local": (split(local), rows(V)), "outer": (outer, state)},
         {"entering": (jax.ShapeDtypeStruct((B, count, Hv, K, V), jnp.float32), rows(V))},
-        grid=(-(-V // BLOCK_V), Hv, B), warps=4, stages=2 if K <= 128 else 1, interpret=interpret,
+        grid=(-(-V // VALUE_TILE), Hv, B), warps=4, num_stages=2 if K <= 128 else 1, interpret=interpret,
     )  # fmt: skip
     return made["entering"].reshape(local.shape)

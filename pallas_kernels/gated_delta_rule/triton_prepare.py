@@ -14,19 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule import configurations
+from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Prepared, Tokens
+from pallas_kernels.gated_delta_rule.triton_terms import pair_decay, square
 from pallas_kernels.triton_dialect import BlockSpec
-
-CHUNK = 64
-
-
-def square(axis):
-    """The token number along `axis` of a 64 x 64 tile."""
-    return jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis)
-
-
-def pair_decay(rows, columns, allowed, interpret):
-    """exp(rows_i - columns_j) where allowed, else 0; the exponent is masked first."""
-    return triton.exp(jnp.where(allowed, rows[:, None] - columns[None, :], -jnp.inf), interpret)
 
 
 def invert(lower):
@@ -47,14 +38,10 @@ def invert(lower):
     return x
 
 
-def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
-    """(inverse, attention [B,Hv,N,64,64] bf16; total, gamma, leaving, write [B,Hv,T] fp32).
-
-    q, k [B,T,H,K] bf16; g, beta [B,Hv,T]; runs is None or ([B,T] numbers of documents, [B,N] the one that entered each
-    chunk). T is a multiple of 64.
-    """
-    B, T, H, K = q.shape
-    Hv, N = g.shape[1], T // CHUNK
+def solve_chunks(tokens: Tokens, *, scale: float, config: configurations.Prepare, interpret: bool) -> Prepared:
+    """Every chunk's pairs and decays, all at once."""
+    B, T, H, K = tokens.q.shape
+    Hv, N = tokens.g.shape[1], T // CHUNK
     group = Hv // H
 
     def gdn_prepare(refs):
@@ -63,11 +50,11 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
         total = jnp.cumsum(g)
         gamma, leaving = triton.exp(total, interpret), triton.exp(jnp.sum(g) - total, interpret)
         allowed = square(0) >= square(1)
-        if refs.runs is not None:
-            runs_here = refs.runs[...]
-            allowed = allowed & (runs_here[:, None] == runs_here[None, :])
-            gamma = jnp.where(runs_here == refs.entering[0], gamma, 0.0)
-            leaving = jnp.where(runs_here == jnp.max(runs_here), leaving, 0.0)
+        if refs.numbers is not None:
+            numbers = refs.numbers[...]
+            allowed = allowed & (numbers[:, None] == numbers[None, :])
+            gamma = jnp.where(numbers == refs.entering[0], gamma, 0.0)
+            leaving = jnp.where(numbers == jnp.max(numbers), leaving, 0.0)
         refs.total[...] = total
         refs.gamma[...] = gamma
         refs.leaving[...] = leaving
@@ -78,7 +65,7 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
             query, key = triton.load_own(refs.q, rows, tile), triton.load_own(refs.k, rows, tile)
             return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
 
-        kk, qk = triton.over_tiles(K, key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        kk, qk = triton.over_tiles(K, config.key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)
         refs.attention[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
         lower = jnp.where(square(0) > square(1), decay * kk * b[None, :], 0.0)
@@ -87,18 +74,18 @@ def prepare(q, k, g, beta, runs, *, scale, key_tile, warps, stages, interpret):
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     pair = BlockSpec((None, None, None, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
-    run, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
-    numbers, entering = (None, None) if runs is None else runs
+    number, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
+    documents = tokens.documents or Documents(None, None)
     pair_shape = jax.ShapeDtypeStruct((B, Hv, N, CHUNK, CHUNK), jnp.bfloat16)
     gate_shape = jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
     made = triton.call(
         gdn_prepare,
         {
-            "q": (q, key), "k": (k, key), "g": (g, gate), "beta": (beta, gate),
-            "runs": (numbers, run), "entering": (entering, entered),
+            "q": (tokens.q, key), "k": (tokens.k, key), "g": (tokens.g, gate), "beta": (tokens.beta, gate),
+            "numbers": (documents.numbers, number), "entering": (documents.entering, entered),
         },
         {"inverse": (pair_shape, pair), "attention": (pair_shape, pair)}
         | dict.fromkeys(("total", "gamma", "leaving", "write"), (gate_shape, gate)),
-        grid=(N, Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(N, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
-    return tuple(made.values())
+    return Prepared(**made)

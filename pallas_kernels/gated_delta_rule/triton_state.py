@@ -1,6 +1,6 @@
 """The serial passes over a sequence's chunks: states and prediction errors forward, their gradients in reverse.
 
-A program owns one head's `block_v` value columns and keeps their state in fp32 registers. Forward:
+A program owns one head's `value_tile` value columns and keeps their state in fp32 registers. Forward:
 
     rho = inverse (V - gamma (K S))           S' = gamma_C S + K^T (write rho)
     O   = scale gamma (Q S) + attention rho
@@ -26,14 +26,15 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import triton_dialect as triton
-from pallas_kernels.gated_delta_rule.triton_prepare import CHUNK
+from pallas_kernels.gated_delta_rule import configurations
+from pallas_kernels.gated_delta_rule.arrays import CHUNK, Prepared, Reversed, Scanned, Tokens
 from pallas_kernels.triton_dialect import BlockSpec
 
 
 class _Held(NamedTuple):
-    """How arrays with value columns are held: `turn` takes them from memory and back."""
+    """How arrays with value columns are held: `flip` takes them from memory and back."""
 
-    turn: Callable[[Any], Any]
+    flip: Callable[[Any], Any]
     along_tokens: Callable[[Any], Any]  # [C] -> to be multiplied with what is held
     product: Callable[[Any, Any], Any]  # (loaded a, held x) -> a x, held
 
@@ -43,7 +44,7 @@ TRANSPOSED = _Held(lambda x: x.T, lambda x: x[None, :], lambda a, x: triton.dot(
 
 
 def _specs(T, K, V, group, block):
-    """Block specs over grid (value block, head, batch): key, value, gate, pair, kept state, fp32 state."""
+    """Block specs over grid (value block, head, batch): key, value, gate, pair, kept states, fp32 state."""
     key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
     value = BlockSpec((None, T, None, V), lambda i, h, b: (b, 0, h, 0))
     gate = BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
@@ -56,72 +57,68 @@ def _specs(T, K, V, group, block):
 def _read_state(ref, columns, tiles, held):
     """The fp32 state of these value columns, held tile by tile along the keys."""
     if ref is None:
-        return tuple(held.turn(jnp.zeros((width, columns.size), jnp.float32)) for _, width, _ in tiles)
-    return tuple(held.turn(triton.load_own_rows(ref, tile, columns)) for tile in tiles)
+        return tuple(held.flip(jnp.zeros((width, columns.size), jnp.float32)) for _, width, _ in tiles)
+    return tuple(held.flip(triton.load_own_rows(ref, tile, columns)) for tile in tiles)
 
 
-def _keep(kept_ref, number, columns, tiles, states, held):
+def _keep(ref, number, columns, tiles, states, held):
     """Store the state [V, K] of block `number`."""
     for tile, state in zip(tiles, states, strict=True):
         transposed = state if held is TRANSPOSED else state.T
-        triton.store_own(kept_ref, columns, tile, transposed, (number,))
+        triton.store_own(ref, columns, tile, transposed, (number,))
 
 
-def forward(
-    k, v, gamma, write, inverse, initial_state, q=None, attention=None,
-    *, scale, block, keep=True, block_v, key_tile, transposed, warps, stages, interpret,
-):  # fmt: skip
-    """[o [B,T,Hv,V] bf16 where q is given; rho [B,T,Hv,V], the state entering each block [B,Hv,T/block,V,K] bf16 where
-    `keep`, final state [B,Hv,K,V] fp32].
-
-    q, k [B,T,H,K], v [B,T,Hv,V] bf16, or None for zeros with V = K; gamma, write [B,Hv,T], inverse and attention
-    [B,Hv,T/64,64,64] from prepare; initial_state or None for zeros. T is a multiple of `block`.
-    """
-    B, T, H, K = k.shape
-    Hv, V = gamma.shape[1], K if v is None else v.shape[3]
-    tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
+def scan_forward(
+    tokens: Tokens, prepared: Prepared, initial_state: jax.Array | None,
+    *, read: bool, keep: bool, scale: float, block: int, config: configurations.Scan, interpret: bool,
+) -> Scanned:  # fmt: skip
+    """The states of all chunks in a row from initial_state [B,Hv,K,V] fp32, or None for zeros: outputs where `read`,
+    prediction errors and the state every `block` tokens where `keep`."""
+    B, T, H, K = tokens.k.shape
+    Hv, V = tokens.beta.shape[1], K if tokens.v is None else tokens.v.shape[3]
+    tiles, chunks = triton.tiles(K, config.key_tile), T // CHUNK
 
     def gdn_state(refs):
         def body(tile):
             columns = triton.ds(tile[0], tile[1])
-            held = TRANSPOSED if transposed and columns.size >= CHUNK else PLAIN
+            held = TRANSPOSED if config.transposed and columns.size >= CHUNK else PLAIN
 
             def step(chunk, carry):
-                left, states = carry
+                gamma_end, states = carry
                 # on its way while this chunk computes
-                next_left = refs.gamma[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]
+                next_end = refs.gamma[jnp.minimum(chunk + 2, chunks) * CHUNK - 1]
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == 0
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(refs.kept, number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.states, number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
                 keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
                 rounded = [state.astype(jnp.bfloat16) for state in states]
-                seen = asked = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
+                seen = asked = held.flip(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(rounded, keys, strict=True):
                     seen += held.product(key, state)
                 gamma = held.along_tokens(refs.gamma[rows])
                 error = -gamma * seen
                 if refs.v is not None:
-                    error += held.turn(refs.v[rows, columns]).astype(jnp.float32)
+                    error += held.flip(refs.v[rows, columns]).astype(jnp.float32)
                 rho = held.product(refs.inverse[chunk], error.astype(jnp.bfloat16))
                 if keep:
-                    refs.rho[rows, columns] = held.turn(rho).astype(jnp.bfloat16)
+                    refs.rho[rows, columns] = held.flip(rho).astype(jnp.bfloat16)
                 if refs.q is not None:
                     for state, tile in zip(rounded, tiles, strict=True):
                         asked += held.product(triton.load_own(refs.q, rows, tile), state)
                     o = scale * gamma * asked + held.product(refs.attention[chunk], rho.astype(jnp.bfloat16))
-                    refs.o[rows, columns] = held.turn(o).astype(jnp.bfloat16)
-                written = (rho * held.along_tokens(refs.write[rows])).astype(jnp.bfloat16)
-                new = (left * state + held.product(key.T, written) for state, key in zip(states, keys, strict=True))
-                return next_left, tuple(new)
+                    refs.o[rows, columns] = held.flip(o).astype(jnp.bfloat16)
+                added = (rho * held.along_tokens(refs.write[rows])).astype(jnp.bfloat16)
+                new = (gamma_end * state + held.product(key.T, added) for state, key in zip(states, keys, strict=True))
+                return next_end, tuple(new)
 
             states = _read_state(refs.initial_state, columns, tiles, held)
             _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[CHUNK - 1], states))
             for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(refs.final, tile, columns, held.turn(state))
+                triton.store_own_rows(refs.final, tile, columns, held.flip(state))
 
-        triton.for_tile(triton.program_id(0), V, block_v, body)
+        triton.for_tile(triton.program_id(0), V, config.value_tile, body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     value_shape = jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16)
@@ -129,75 +126,74 @@ def forward(
     made = triton.call(
         gdn_state,
         {
-            "k": (k, key), "gamma": (gamma, gate), "write": (write, gate), "inverse": (inverse, pair),
-            "q": (q, key), "attention": (attention, pair), "v": (v, value), "initial_state": (initial_state, state),
+            "k": (tokens.k, key), "gamma": (prepared.gamma, gate), "write": (prepared.write, gate),
+            "inverse": (prepared.inverse, pair), "q": (tokens.q if read else None, key),
+            "attention": (prepared.attention if read else None, pair), "v": (tokens.v, value),
+            "initial_state": (initial_state, state),
         },
         {
-            "o": (None if q is None else value_shape, value),
+            "o": (value_shape if read else None, value),
             "rho": (value_shape if keep else None, value),
-            "kept": (kept_shape if keep else None, kept),
+            "states": (kept_shape if keep else None, kept),
             "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
-        grid=(triton.count_of_tiles(V, block_v), Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(triton.count_of_tiles(V, config.value_tile), Hv, B),
+        warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
-    return tuple(x for x in made.values() if x is not None)
+    return Scanned(**made)
 
 
-def reverse(
-    q, k, do, gamma, write, inverse, attention, d_final,
-    *, scale, block, keep=True, block_v, key_tile, transposed, ahead, warps, stages, interpret,
-):  # fmt: skip
-    """[dv [B,T,Hv,V] bf16 and the gradient of the state leaving each block [B,Hv,T/block,V,K] bf16 where `keep`,
-    dinitial [B,Hv,K,V] fp32].
-
-    do like v, bf16; d_final [B,Hv,K,V] fp32 or None for zeros; the rest as in `forward`. With `ahead`, write is on its
-    way while the chunk before computes, for a few registers.
-    """
-    B, T, H, K = k.shape
+def scan_reverse(
+    tokens: Tokens, prepared: Prepared, do: jax.Array, d_final: jax.Array | None,
+    *, keep: bool, scale: float, block: int, config: configurations.Reverse, interpret: bool,
+) -> Reversed:  # fmt: skip
+    """The gradients of all chunks' states in a row, from do [B,T,Hv,V] bf16 and d_final [B,Hv,K,V] fp32, or None for
+    zeros; dv and the gradient of the state leaving every block where `keep`."""
+    B, T, H, K = tokens.k.shape
     Hv, V = do.shape[2:]
-    tiles, chunks = triton.tiles(K, key_tile), T // CHUNK
+    tiles, chunks = triton.tiles(K, config.key_tile), T // CHUNK
 
     def gdn_reverse(refs):
         def body(tile):
             columns = triton.ds(tile[0], tile[1])
-            held = TRANSPOSED if transposed and columns.size >= CHUNK else PLAIN
+            held = TRANSPOSED if config.transposed and columns.size >= CHUNK else PLAIN
 
             def step(i, carry):
-                left, states = carry
+                gamma_end, states = carry
                 chunk = chunks - 1 - i
-                next_left = refs.gamma[jnp.maximum(chunk, 1) * CHUNK - 1]
+                next_end = refs.gamma[jnp.maximum(chunk, 1) * CHUNK - 1]
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == block // CHUNK - 1
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(refs.d_kept, number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.d_states, number, columns, tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
                 keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
-                do = triton.as_made(held.turn(refs.do[rows, columns]), interpret)
-                reached = held.turn(jnp.zeros((CHUNK, columns.size), jnp.float32))
+                do = triton.as_made(held.flip(refs.do[rows, columns]), interpret)
+                reached = held.flip(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(states, keys, strict=True):
                     reached += held.product(key, state.astype(jnp.bfloat16))
                 gamma = refs.gamma[rows]
                 drho = held.product(refs.attention[chunk].T, do)
-                if ahead:
+                if config.ahead:
                     drho = triton.summand(drho, interpret)
                 drho += held.along_tokens(refs.write[rows]) * reached
                 dv = held.product(refs.inverse[chunk].T, drho.astype(jnp.bfloat16))
                 if keep:
-                    refs.dv[rows, columns] = held.turn(dv).astype(jnp.bfloat16)
+                    refs.dv[rows, columns] = held.flip(dv).astype(jnp.bfloat16)
                 error = (-held.along_tokens(gamma) * dv).astype(jnp.bfloat16)
                 asked = (held.along_tokens(scale * gamma) * do.astype(jnp.float32)).astype(jnp.bfloat16)
                 new = []
                 for state, key, tile in zip(states, keys, tiles, strict=True):
-                    entered = left * state + held.product(triton.load_own(refs.q, rows, tile).T, asked)
+                    entered = gamma_end * state + held.product(triton.load_own(refs.q, rows, tile).T, asked)
                     new.append(entered + held.product(key.T, error))
-                return next_left, tuple(new)
+                return next_end, tuple(new)
 
             states = _read_state(refs.d_final, columns, tiles, held)
             _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[chunks * CHUNK - 1], states))
             for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(refs.d_initial, tile, columns, held.turn(state))
+                triton.store_own_rows(refs.d_initial, tile, columns, held.flip(state))
 
-        triton.for_tile(triton.program_id(0), V, block_v, body)
+        triton.for_tile(triton.program_id(0), V, config.value_tile, body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     value_shape = jax.ShapeDtypeStruct(do.shape, jnp.bfloat16)
@@ -205,14 +201,16 @@ def reverse(
     made = triton.call(
         gdn_reverse,
         {
-            "q": (q, key), "k": (k, key), "do": (do, value), "gamma": (gamma, gate), "write": (write, gate),
-            "inverse": (inverse, pair), "attention": (attention, pair), "d_final": (d_final, state),
+            "q": (tokens.q, key), "k": (tokens.k, key), "do": (do, value), "gamma": (prepared.gamma, gate),
+            "write": (prepared.write, gate), "inverse": (prepared.inverse, pair),
+            "attention": (prepared.attention, pair), "d_final": (d_final, state),
         },
         {
             "dv": (value_shape if keep else None, value),
-            "d_kept": (kept_shape if keep else None, kept),
+            "d_states": (kept_shape if keep else None, kept),
             "d_initial": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
-        grid=(triton.count_of_tiles(V, block_v), Hv, B), warps=warps, stages=stages, interpret=interpret,
+        grid=(triton.count_of_tiles(V, config.value_tile), Hv, B),
+        warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
-    return tuple(x for x in made.values() if x is not None)
+    return Reversed(**made)

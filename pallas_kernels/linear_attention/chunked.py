@@ -28,7 +28,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import cut, document_numbers, dot, operand_dtype, pad_tokens, put, reverse_cumsum
+from pallas_kernels.chunkwise import cut, document_numbers, dot, operand_dtype, pad_tokens, put, reverse_cumsum
 
 
 def _later(x):

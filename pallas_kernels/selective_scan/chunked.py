@@ -22,7 +22,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import document_numbers, pad_tokens
+from pallas_kernels.chunkwise import document_numbers, pad_tokens
 
 RUN = 8  # tokens of a chunk that follow one another; C / RUN such runs go side by side
 

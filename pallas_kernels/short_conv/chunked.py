@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.tiles import document_starts
+from pallas_kernels.chunkwise import document_starts
 
 
 def _within(x, documents, tap, width):

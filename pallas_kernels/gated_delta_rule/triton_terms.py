@@ -1,0 +1,47 @@
+"""Terms that several kernels make: decays of pairs, beta where it divides, <S, dS'>, sums over value columns."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import triton_dialect as triton
+from pallas_kernels.gated_delta_rule.arrays import CHUNK
+
+LEAST = 2.0**-40  # of beta here: far below what fp32 sees in a sum, far above what a quotient could not bear
+
+
+def square(axis):
+    """The token number along `axis` of a 64 x 64 tile."""
+    return jax.lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis)
+
+
+def pair_decay(rows, columns, allowed, interpret):
+    """exp(rows_i - columns_j) where allowed, else 0; the exponent is masked first."""
+    return triton.exp(jnp.where(allowed, rows[:, None] - columns[None, :], -jnp.inf), interpret)
+
+
+def nonzero(beta):
+    """beta, or LEAST where it is nearer to 0."""
+    return jnp.where(jnp.abs(beta) < LEAST, LEAST, beta)
+
+
+def where_nonzero(beta, d_write):
+    """dW of every token, or 0 where beta is: there it stands for LEAST."""
+    return jnp.where(jnp.abs(beta) <= LEAST, 0.0, 1.0)[:, None] * d_write
+
+
+def inner_product(state, d_state, tile, size):
+    """[size] that adds up to S . dS' over the key columns that a tile owns: by value columns, which needs no exchange
+    between warps, where there are `size` of them."""
+    sums = jnp.sum(triton.own(state.astype(jnp.float32) * d_state.astype(jnp.float32), tile), axis=1)
+    if sums.size == size:
+        return sums
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (size,), 0) == 0, jnp.sum(sums), 0.0)
+
+
+def over_values(V, value_tile, step, *zeros):
+    """The sums that step(columns, *sums) returns, over all tiles of value columns."""
+
+    def with_columns(sums, tile):
+        return step(triton.ds(tile[0], tile[1]), *sums)
+
+    return triton.over_tiles(V, value_tile, with_columns, zeros)

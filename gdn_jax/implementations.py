@@ -10,7 +10,7 @@ from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 from gdn_jax.layers import compute_for
 from gdn_jax.loss import next_token_loss
-from gdn_jax.model import init_model
+from gdn_jax.model import abstract_model
 from pallas_kernels.dispatch import CannotRun, record
 
 
@@ -26,10 +26,16 @@ def implementations(experiment: Experiment) -> dict[str, dict[str, str]]:
         batch["segment_ids"] = batch["tokens"]
 
     def gradient():
-        model = jax.eval_shape(lambda: init_model(experiment.model, jax.random.key(0)))
-        jax.eval_shape(jax.grad(lambda model, batch: next_token_loss(model, batch, compute)), model, batch)
+        loss = jax.grad(lambda model, batch: next_token_loss(model, batch, compute))
+        jax.eval_shape(loss, abstract_model(experiment.model), batch)
 
     return traced(experiment.run.impl, gradient, silent=True)
+
+
+def check_impl(experiment: Experiment) -> None:
+    """UserError where a named run.impl cannot run here; "auto" always can, so that nothing is traced for it."""
+    if experiment.run.impl != "auto":
+        implementations(experiment)
 
 
 def in_words(found: dict[str, dict[str, str]]) -> dict[str, str]:

@@ -20,10 +20,12 @@ from gdn_jax import sharding
 from gdn_jax.checkpoint import read_config
 from gdn_jax.config import to_dict
 from gdn_jax.errors import UserError
+from gdn_jax.implementations import traced
 from gdn_jax.metrics import read_rows
 from gdn_jax.optim import decay_mask, schedule
 from gdn_jax.train import Trainer, train
 from gdn_jax.tree import named_leaves
+from pallas_kernels.dispatch import record
 
 WORKER = """
 import json, sys
@@ -115,6 +117,20 @@ def first_steps(small, devices, count=3):
             *state, metrics = trainer.step(*state, batch)
             values.append((float(metrics["loss"]), float(metrics["grad_norm"])))
     return np.array(values), trainer, state
+
+
+def test_what_is_recorded_is_what_the_step_traces(home):
+    """The step that said what it takes is not traced again; another trainer's, run without asking, takes the same."""
+    small = experiment(home, micro_batches=2)
+    asked, unasked = (Trainer(small, sharding.make_mesh(1)) for _ in range(2))
+    said = asked.implementations()
+    batch = sharding.place_batch(asked.mesh, synthetic_batch(small))
+    with jax.set_mesh(asked.mesh):
+        with record() as choices:
+            asked.step(*asked.begin(0), batch)
+        assert choices == []
+        ran = traced("auto", lambda: unasked.step(*unasked.begin(0), batch))
+    assert said == ran and said["gated_delta_rule"]["impl"] == "chunked"
 
 
 GOLDEN = ((5.7697983, 1.7893946), (5.6897492, 1.7602971), (5.6320333, 1.5498701))  # steps 1, 3, 4

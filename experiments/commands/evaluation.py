@@ -83,11 +83,11 @@ def opened(experiment: Experiment, max_length: int | None) -> "Answering":
     """The run's newest checkpoint, ready to answer with the arithmetic that `experiment` asks for."""
     from gdn_jax import runs
     from gdn_jax.evaluate.answering import Answering
-    from gdn_jax.implementations import implementations
+    from gdn_jax.implementations import check_impl
     from gdn_jax.layers import compute_for
 
     run = runs.open_run(runs.run_directory(experiment))
-    implementations(experiment)
+    check_impl(experiment)
     return Answering(run, compute=compute_for(experiment), max_length=max_length)
 
 

@@ -198,12 +198,12 @@ def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -
     """
     from gdn_jax import checkpoint, tokenizer
     from gdn_jax.evaluate.perplexity import check_scoring, perplexity
-    from gdn_jax.implementations import implementations
+    from gdn_jax.implementations import check_impl
     from gdn_jax.layers import compute_for
     from gdn_jax.runs import check_tokenizer, open_run, prepared_data, run_directory
 
     check_scoring(experiment.data.seq_len, stride, windows)
-    implementations(experiment)
+    check_impl(experiment)
     run = open_run(run_directory(experiment))
     data, optim = experiment.data, experiment.optim
     checkpoint.check_same(dataclasses.replace(run.experiment, data=data), experiment, run.directory)

@@ -67,7 +67,7 @@ def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds:
     import dataclasses
 
     from gdn_jax.generate import stream
-    from gdn_jax.implementations import implementations
+    from gdn_jax.implementations import check_impl
     from gdn_jax.layers import compute_for
     from gdn_jax.runs import keep_compiled, open_run, run_directory
 
@@ -77,7 +77,7 @@ def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds:
     if options.precision != "run":
         optim = dataclasses.replace(optim, precision=options.precision)
     experiment = dataclasses.replace(experiment, run=run, optim=optim)
-    implementations(experiment)
+    check_impl(experiment)
     keep_compiled(run)
     opened = open_run(run_directory(experiment), step=options.step)
     return stream(

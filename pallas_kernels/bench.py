@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pallas_kernels import peers, shapes
-from pallas_kernels.dispatch import CannotRun
 from pallas_kernels.shapes import DeltaShape
 
 IMPLS = ("auto", "triton", "chunked", "triton_interpret", "reference")
@@ -194,10 +193,12 @@ def work(job: Job) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    """First line of what an implementation says. Plain exception types are refusals, all others failures."""
+    """First line of what an implementation says. NotImplementedError and plain exception types are refusals, all others
+    failures."""
     lines = str(error).strip().splitlines()
     said = lines[0] if lines else f"{type(error).__name__} at {traceback.extract_tb(error.__traceback__)[-1].line}"
-    if type(error) in (CannotRun, NotImplementedError, ValueError, TypeError, AssertionError, RuntimeError):
+    plain = type(error) in (ValueError, TypeError, AssertionError, RuntimeError)
+    if plain or isinstance(error, NotImplementedError):
         return f"refuses: {said}"
     return f"failed: {type(error).__name__}: {said}"
 

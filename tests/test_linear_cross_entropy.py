@@ -1,6 +1,7 @@
 """The chunked linear cross entropy against the float64 oracle, and what it must not allocate."""
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest

@@ -27,13 +27,15 @@ def make_mesh(fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """The largest axis that fsdp divides, never the axis of repeats that the model scans over; else a copy."""
+    """The first axis that fsdp divides, never that of the model's repeats; else a copy.
+
+    The parts of the first axis follow each other in memory, so that a gathered parameter need not be transposed.
+    """
     axes = range(1 if "groups/" in name else 0, len(shape))
     axes = [axis for axis in axes if shape[axis] % fsdp == 0]
     if fsdp == 1 or not axes or int(np.prod(shape)) < SMALL:
         return PartitionSpec()
-    largest = max(axes, key=lambda axis: shape[axis])
-    return PartitionSpec(*(None,) * largest, "fsdp")
+    return PartitionSpec(*(None,) * axes[0], "fsdp")
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

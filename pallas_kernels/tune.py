@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pallas_kernels import bench
-from pallas_kernels.shapes import DeltaShape
 
 if TYPE_CHECKING:  # importing it imports jax, which `gdn list` does without
     from pallas_kernels.gated_delta_rule.configurations import Configuration, Kernel, Table
@@ -33,7 +32,7 @@ APART = 5e-3  # relative L2 distance between two configurations' results, which 
 class Options:
     """What to tune; lists are separated by commas."""
 
-    shapes: str = "all"  # names of pallas_kernels/shapes.py, or written out as BxT,H,K,V: 8x4096,6,256,512
+    shapes: str = "all"  # names in the op's benchmark.py, or written out as it says: 8x4096,6,256,512
     stages: str = "all"  # some of prepare, forward, state, output, reverse, chunks, pairs, tokens
     repetitions: int = 5  # of each timing; the median decides
     threads: int = 8  # compilations at a time
@@ -72,7 +71,7 @@ def apart(got: Any, want: Any) -> float:
 
 
 def measure(
-    shape: DeltaShape, default: "Configuration", names: Collection[str], options: Options, say: Callable[[str], None]
+    shape: Any, default: "Configuration", names: Collection[str], options: Options, say: Callable[[str], None]
 ) -> Times:
     """Times of the kernels of `default` that `names` has; what does not compile, run or agree with it is said and left
     out."""
@@ -115,7 +114,7 @@ def measure(
     return found
 
 
-def in_pieces(shape: DeltaShape) -> DeltaShape:
+def in_pieces(shape: Any) -> Any:
     """`shape` as the kernels see it: long rows of few heads are cut."""
     from pallas_kernels.gated_delta_rule import triton_op
 
@@ -124,7 +123,7 @@ def in_pieces(shape: DeltaShape) -> DeltaShape:
 
 
 def _fastest_block(
-    shape: DeltaShape, options: Options, say: Callable[[str], None]
+    shape: Any, options: Options, say: Callable[[str], None]
 ) -> "tuple[Configuration, Times] | None":  # fmt: skip
     """Every kernel's times with states every 64 or every 128 tokens, whichever makes the faster whole, and the default
     there. Wide heads are tried at 128 alone: states every 64 tokens would be most of their traffic."""
@@ -145,7 +144,7 @@ def _short(config: "Kernel") -> str:
 
 
 def admitted(
-    shape: DeltaShape, before: "Configuration", times: Times, threads: int, say: Callable[[str], None]
+    shape: Any, before: "Configuration", times: Times, threads: int, say: Callable[[str], None]
 ) -> "Configuration | None":
     """The configuration with which the op passes CHECKS at these sizes: the fastest of each kernel that was timed, or
     else the defaults, and the rest as `before`. None when neither passes."""

@@ -12,10 +12,10 @@ from gdn_jax.metrics import environment
 from pallas_kernels import triton_dialect, tune
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import configurations, conformance, resolve, tuning
+from pallas_kernels.gated_delta_rule.benchmark import Shape
 from pallas_kernels.gated_delta_rule.configurations import Entry, Every64, Every128, Pairs, Timing, kernels
-from pallas_kernels.shapes import DeltaShape
 
-SHAPE = DeltaShape(1, 256, 1, 64, 64)
+SHAPE = Shape(1, 256, 1, 64, 64)
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_states_every_64_or_128_tokens_whichever_is_the_faster_whole(monkeypatch
         return {name: [row] for name, row in times.items() if row[0]}
 
     def fastest(key_dim=64):
-        shape = DeltaShape(1, 256, 1, key_dim, 2 * key_dim)
+        shape = Shape(1, 256, 1, key_dim, 2 * key_dim)
         found = tune._fastest_block(shape, tune.Options(), lambda line: None)
         if found is None:
             return None
@@ -150,7 +150,7 @@ def test_few_rows_have_an_entry_of_their_own(monkeypatch):
     assert configurations.choose(128, 128, "cpu", rows=64) == Every128()
     assert configurations.choose(128, 128, "another card", rows=65) == Every64()  # the first kind there is
     assert configurations.choose(256, 512, "cpu", rows=1) == configurations.DEFAULT
-    assert tune.in_pieces(DeltaShape(1, 65536, 8, 128, 128)) == DeltaShape(16, 4096, 8, 128, 128)
+    assert tune.in_pieces(Shape(1, 65536, 8, 128, 128)) == Shape(16, 4096, 8, 128, 128)
 
 
 def test_the_table_in_the_package_is_complete():
@@ -190,7 +190,7 @@ def test_a_table_is_read_strictly(tmp_path, old, new, sentence):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("tune softmax", "There are no shapes of an op 'softmax'; it must be one of gated_delta_rule."),
+        ("tune softmax", "There is no op 'softmax' to bench; it must be one of gated_delta_rule,"),
         (
             "tune gated_delta_rule --stages warp",
             "stages names 'warp'; it must be all or some of prepare, forward, state, output,",

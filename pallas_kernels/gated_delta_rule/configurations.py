@@ -130,7 +130,7 @@ class Timing:
     """What a kernel took, or all of them together, and where that was measured."""
 
     ms: float
-    shape: str  # a name of pallas_kernels/shapes.py, or BxT,H,K,V
+    shape: str  # a name in benchmark.py, or BxT,H,K,V
     date: str
     commit: str
     dirty: bool

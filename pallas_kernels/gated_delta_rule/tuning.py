@@ -27,8 +27,8 @@ from pallas_kernels.gated_delta_rule.arrays import (
     Sums,
     Tokens,
 )
+from pallas_kernels.gated_delta_rule.benchmark import Shape
 from pallas_kernels.gated_delta_rule.configurations import Kernel
-from pallas_kernels.shapes import DeltaShape
 
 
 class Work(NamedTuple):
@@ -54,7 +54,7 @@ class Work(NamedTuple):
         return Work(*(old if new is None else new for old, new in zip(self, made, strict=True)))
 
 
-def inputs(shape: DeltaShape, seed: int = 0) -> Work:
+def inputs(shape: Shape, seed: int = 0) -> Work:
     """What the first kernels take: unit q and k, normal v and do, decays and strengths of a fresh model."""
     B, T, H, K, V = shape
     keys = jax.random.split(jax.random.key(seed), 6)

@@ -1,7 +1,7 @@
 """Which ops there are: every folder of this package that has an api.py. What an op brings is found by file names.
 
     api.py          NAME and the op
-    conformance.py  examine() for `gdn doctor`
+    conformance.py  cases and their limits; QUICK, choice(case) and failures(case, impl) for `gdn doctor`
     benchmark.py    shapes, inputs, peers and cost for `gdn bench`; imports neither jax nor torch at its top
     tuning.py       kernels and candidates for `gdn tune`, where the op has kernels
 

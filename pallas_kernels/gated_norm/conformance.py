@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.accuracy import outside, relative_errors
-from pallas_kernels.gated_norm.api import gated_norm
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.gated_norm.api import gated_norm, resolve
 
 OUTPUTS = ("y", "dx", "dweight", "dgate")
 
@@ -44,6 +45,12 @@ CASES = (
     Case(name="exact gate first", gate_first=True, groups=2, gate_dtype="float32"),
     Case(name="one vector", shape=(7,)),
 )
+QUICK = tuple(case for case in CASES if case.name in ("gate after", "gate first"))  # for `gdn doctor`
+
+
+def choice(case: Case) -> Choice:
+    """What "auto" takes here."""
+    return resolve("auto")
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray | None], np.ndarray]:

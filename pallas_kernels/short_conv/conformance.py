@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.accuracy import outside, relative_errors
-from pallas_kernels.short_conv.api import short_conv
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.short_conv.api import resolve, short_conv
 
 INPUTS = ("x", "weight", "bias", "state")
 OUTPUTS = ("y", "state", *(f"d{name}" for name in INPUTS))
@@ -43,6 +44,12 @@ CASES = (
     Case(name="documents", documents=0.2),
     Case(name="every token a document", documents=1.0),
 )
+QUICK = tuple(case for case in CASES if case.name == "documents")  # for `gdn doctor`
+
+
+def choice(case: Case) -> Choice:
+    """What "auto" takes here."""
+    return resolve("auto")
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray | None], np.ndarray | None, list[np.ndarray]]:

@@ -1,11 +1,15 @@
 """Which ops there are: every folder of this package that has an api.py. What an op brings is found by file names.
 
-    api.py          NAME and the op
-    conformance.py  cases and their limits; QUICK, choice(case) and failures(case, impl) for `gdn doctor`
-    benchmark.py    shapes, inputs, peers and cost for `gdn bench`; imports neither jax nor torch at its top
-    tuning.py       kernels and candidates for `gdn tune`, where the op has kernels
+    api.py          NAME, the op, resolve(impl)
+    conformance.py  CASES and their limits; QUICK, choice(case), failures(case, impl) for `gdn doctor`, and with a
+                    configuration for `gdn tune`
+    benchmark.py    for `gdn bench`: Shape, WRITTEN, SHAPES, inputs(shape, random), BF16, GRADIENTS, ours(impl, ...),
+                    PEERS, cost(shape); imports neither jax nor torch at its top
+    tuning.py       for `gdn tune`, where the op has kernels: KERNELS, KINDS of configurations (tuned.py); of a shape
+                    why_not, as_run, entry_name, in_force, wholes, checks, inputs; admits(name); run and candidates of
+                    one kernel
 
-Nothing here imports jax: the process that starts benchmarks does without.
+tests/toy_op is a small one with all of them. Nothing here imports jax: the process that starts benchmarks does without.
 """
 
 import functools

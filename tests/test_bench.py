@@ -201,7 +201,7 @@ def test_the_inputs_of_a_benchmark_are_random_and_make_gradients(op):
 
 
 def test_no_op_is_named_outside_its_folder():
-    for name in ("bench", "peers", "ops", "roofline", "dispatch"):
+    for name in ("bench", "tune", "tuned", "peers", "ops", "roofline", "dispatch"):
         text = Path(ops.HERE, f"{name}.py").read_text()
         assert not [op for op in ops.names() if op in text], name
 

@@ -9,12 +9,11 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_tokens
 from pallas_kernels.gated_delta_rule import chunked, configurations, reference, triton_op
 
 NAME = "gated_delta_rule"
 IMPLS = dispatch.WITH_KERNELS
-CHUNKS = (16, 32, 64, 128)
-DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def why_not(impl: str, key_dim: int, value_dim: int, chunk: int = 64, elements: int = 0) -> str | None:
@@ -95,16 +94,10 @@ def gated_delta_rule(
     Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
     Source: arXiv 2412.06464, section 3.
     """
-    value_heads, heads = v.shape[2], q.shape[2]
-    if value_heads % heads:
-        raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
-    if q.shape[1] == 0:
-        raise ValueError("T is 0; the gated delta rule needs at least one token.")
-    if chunk not in CHUNKS:
-        raise ValueError(f"chunk is {chunk}; it must be one of {', '.join(map(str, CHUNKS))}.")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} is {x.dtype}; q, k and v must be bfloat16, float32 or float64.")
+    check_heads(q.shape[2], v.shape[2])
+    check_tokens(q.shape[1], "the gated delta rule")
+    check_chunk(chunk)
+    check_dtypes(q=q, k=k, v=v)
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     static = {"scale": scale, "impl": impl, "chunk": chunk, "residuals": residuals, "configuration": configuration}
@@ -124,7 +117,7 @@ def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl,
     sizes = {"key_dim": K, "value_dim": V, "elements": triton_op.largest_array(batch, tokens, Hv, K, V)}
     choice = resolve(impl, **sizes, chunk=chunk, dtype=jnp.result_type(q, k, v))
     impl = dispatch.taken(choice)
-    if impl in ("triton", "triton_interpret"):
+    if impl in ("triton", "triton_interpret") and batch:  # a grid of no programs cannot be launched
         return triton_op.gated_delta_rule(
             q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration,
             interpret=impl == "triton_interpret",
@@ -157,12 +150,10 @@ def gated_delta_rule_step(
     Both products read the state that is there, so that a device passes over it twice: once for S^T k and S^T q
     together, once to write S'. The recurrence's o = scale S'^T q is the same sum, and a third pass.
     """
-    value_heads, heads = v.shape[1], q.shape[1]
-    if value_heads % heads:
-        raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
+    check_heads(q.shape[1], v.shape[1])
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k = (jnp.repeat(x.astype(exact), value_heads // heads, axis=1) for x in (q, k))
+    q, k = (jnp.repeat(x.astype(exact), v.shape[1] // q.shape[1], axis=1) for x in (q, k))
     values, g, beta, state = (x.astype(exact) for x in (v, g, beta, state))
     alpha = jnp.exp(g)
     read_k, read_q = ((state * x[..., None]).sum(axis=-2) for x in (k, q))

@@ -8,12 +8,11 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk, check_dtypes, check_tokens
 from pallas_kernels.selective_scan import chunked, reference
 
 NAME = "selective_scan"
 IMPLS = dispatch.PLAIN
-CHUNKS = (16, 32, 64, 128)
-DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def resolve(impl: str = "auto") -> dispatch.Choice:
@@ -57,13 +56,9 @@ def selective_scan(
     Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
     Source: Mamba, arXiv 2312.00752, section 3.2 with the simplified discretisation of B.
     """
-    if x.shape[1] == 0:
-        raise ValueError("T is 0; the selective scan needs at least one token.")
-    if chunk not in CHUNKS:
-        raise ValueError(f"chunk is {chunk}; it must be one of {', '.join(map(str, CHUNKS))}.")
-    for name, y in (("x", x), ("B", B), ("C", C)):
-        if y.dtype not in DTYPES:
-            raise ValueError(f"{name} is {y.dtype}; x, B and C must be bfloat16, float32 or float64.")
+    check_tokens(x.shape[1], "the selective scan")
+    check_chunk(chunk)
+    check_dtypes(x=x, B=B, C=C)
     exact = jnp.promote_types(jnp.float32, x.dtype)
     dt, A, D = (y.astype(exact) for y in (dt, A, D))
     if initial_state is None:

@@ -44,13 +44,16 @@ CASES = (
     Case(name="eps rules", size=1e-4),
     Case(name="exact gate first", gate_first=True, groups=2, gate_dtype="float32"),
     Case(name="one vector", shape=(7,)),
+    Case(name="many vectors", shape=(2, 700, 3, 24)),
+    Case(name="wide", shape=(3, 5, 1100), gate_first=True),
 )
 QUICK = tuple(case for case in CASES if case.name in ("gate after", "gate first"))  # for `gdn doctor`
 
 
 def choice(case: Case) -> Choice:
-    """What "auto" takes here."""
-    return resolve("auto")
+    """What "auto" takes here at these sizes."""
+    widest = jnp.promote_types(case.dtype, case.gate_dtype or case.dtype)
+    return resolve("auto", shape=case.shape, gated=case.gated, groups=case.groups, dtype=widest)
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray | None], np.ndarray]:

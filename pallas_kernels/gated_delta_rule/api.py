@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_tokens
+from pallas_kernels.chunkwise import confine
 from pallas_kernels.gated_delta_rule import chunked, configurations, reference, triton_op
 
 NAME = "gated_delta_rule"
@@ -80,7 +81,7 @@ def gated_delta_rule(
     g              [B, T, Hv] log decay, <= 0; g = 0 is DeltaNet
     beta           [B, T, Hv] write strength in [0, 2]
     scale          defaults to K^-1/2
-    initial_state  [B, Hv, K, V], zero when absent
+    initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
     impl           "auto" takes the fastest tested for this device, these sizes and bf16; a named one never falls back
     chunk          16, 32, 64 or 128 tokens solved at once
@@ -117,6 +118,16 @@ def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl,
     sizes = {"key_dim": K, "value_dim": V, "elements": triton_op.largest_array(batch, tokens, Hv, K, V)}
     choice = resolve(impl, **sizes, chunk=chunk, dtype=jnp.result_type(q, k, v))
     impl = dispatch.taken(choice)
+    static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
+    if initial_state is not None and segment_ids is not None and impl != "reference":
+        bad = ~jnp.isfinite(initial_state).all(2, keepdims=True)  # one reaches its whole value column
+        op = partial(_run, impl, q, k, v, g, beta, segment_ids=segment_ids, **static)
+        return confine(op, initial_state, segment_ids, bad, axis=2)
+    return _run(impl, q, k, v, g, beta, initial_state, segment_ids=segment_ids, **static)
+
+
+def _run(impl, q, k, v, g, beta, initial_state, *, segment_ids, scale, chunk, residuals, configuration):
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
     if impl in ("triton", "triton_interpret") and batch:  # a grid of no programs cannot be launched
         return triton_op.gated_delta_rule(
             q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration,

@@ -148,7 +148,7 @@ def _speed(seconds: list[float], tokens: int, floor: float | None) -> dict[str, 
 def _peak():
     import jax
 
-    from pallas_kernels.bench import peak_of
+    from pallas_kernels.roofline import peak_of
 
     return peak_of(jax.devices()[0].device_kind)
 

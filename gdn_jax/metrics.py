@@ -16,12 +16,11 @@ import jax
 from gdn_jax.config import Experiment, Run, flat, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_text
+from pallas_kernels.roofline import data_sheet_flops
 
 HERE = Path(__file__).resolve().parent.parent
 SOURCES = ("gdn_jax", "pallas_kernels", "experiments")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-# dense bf16 FLOP/s of one device, by the vendor's data sheet, for model FLOP utilisation
-PEAK_FLOPS = {"NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
 
 
 def environment() -> dict[str, Any]:
@@ -67,9 +66,8 @@ def _commit() -> tuple[str, bool]:
 
 
 def peak_flops() -> float | None:
-    """bf16 peak of all devices together, or None for a kind without an entry."""
-    kind = jax.devices()[0].device_kind
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    """bf16 peak of all devices together by the data sheet, or None for a kind without an entry."""
+    peak = data_sheet_flops(jax.devices()[0].device_kind)
     return None if peak is None else peak * jax.device_count()
 
 

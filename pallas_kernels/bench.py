@@ -20,17 +20,15 @@ import threading
 import time
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pallas_kernels import peers, shapes
-from pallas_kernels.shapes import DeltaShape
+from pallas_kernels import ops, peers
+from pallas_kernels.roofline import PEAKS, floor_ms
 
 IMPLS = ("auto", "triton", "chunked", "triton_interpret", "reference")
-SHAPES = {"gated_delta_rule": shapes.GATED_DELTA_RULE}  # of every op that can be benched
-WRITTEN_OUT = "BxT,H,K,V, such as 8x4096,6,256,512"
 
 WARM_UP = 3  # calls
 LEAST_MS, MOST_CALLS = 20.0, 50  # of one repetition
@@ -39,24 +37,13 @@ PHASES = {"forward_backward": "forward + backward", "forward": "forward"}
 NOT_RUN = "not run"
 
 
-class Peak(NamedTuple):
-    """What a device reaches in practice, not its data sheet: dense bf16 FLOP/s and bytes/s of device memory."""
-
-    flops: float
-    bandwidth: float
-
-
-# substring of the device kind -> measured on one: a bf16 matmul of 8192^3, a copy counting bytes read and written
-PEAKS = {"H100": Peak(790e12, 3.0e12), "H200": Peak(790e12, 4.3e12)}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What to measure; lists are separated by commas."""
 
-    shapes: str = "all"  # names of pallas_kernels/shapes.py, or written out as BxT,H,K,V: 8x4096,6,256,512
+    shapes: str = "all"  # names in the op's benchmark.py, or written out as it says: 8x4096,6,256,512
     impls: str = "auto,chunked"  # ours: auto, triton, chunked, triton_interpret, reference; or none
-    peers: str = "all"  # all, none, or some of fla, flash_qla, jla
+    peers: str = "all"  # all, none, or some of those in the op's benchmark.py, such as fla, jla
     repetitions: int = 7  # each of about 20 ms; the median is reported
     seed: int = 0  # of the inputs
     timeout: int = 300  # seconds for one contender at one shape, compilation included
@@ -64,7 +51,7 @@ class Options:
 
 
 class Job(NamedTuple):
-    """One contender at one shape; `shape` is the name and `sizes` are those of DeltaShape."""
+    """One contender at one shape; `shape` is the name and `sizes` are those of the op's Shape."""
 
     op: str
     shape: str
@@ -77,15 +64,14 @@ class Job(NamedTuple):
 
 def jobs(op: str, options: Options) -> list[Job]:
     """Every measurement `options` ask for, shape by shape. ValueError with a sentence for what cannot be read."""
-    if op not in SHAPES:
-        raise ValueError(f"There is no op {op!r} to bench; it must be one of {', '.join(SHAPES)}.")
+    known = tuple(ops.benchmark(op).PEERS)
     for name in ("repetitions", "timeout"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be positive.")
     impls = [] if options.impls == "none" else _names("impls", options.impls, IMPLS, "none or some of ")
-    others = {"none": [], "all": list(peers.PEERS)}.get(options.peers)
+    others = {"none": [], "all": list(known)}.get(options.peers)
     if others is None:
-        others = _names("peers", options.peers, tuple(peers.PEERS), "all, none or some of ")
+        others = _names("peers", options.peers, known, "all, none or some of ")
     if not impls + others:
         raise ValueError("impls and peers are both 'none'; name at least one of ours or one peer.")
     return [
@@ -103,55 +89,33 @@ def _names(option: str, given: str, known: Sequence[str], rule: str) -> list[str
     return names
 
 
-def shapes_of(op: str, given: str) -> dict[str, DeltaShape]:
+def shapes_of(op: str, given: str) -> dict[str, Any]:
     """Name -> sizes of the shapes in `given`; the name of a written-out one is how it is written. ValueError with a
     sentence for what is neither."""
-    if op not in SHAPES:
-        raise ValueError(f"There are no shapes of an op {op!r}; it must be one of {', '.join(SHAPES)}.")
-    known, found, words = SHAPES[op], {}, given.split(",")
+    benchmark = ops.benchmark(op)
+    known, found, words = benchmark.SHAPES, {}, given.split(",")
     if given == "all":
         return known
+    count = len(benchmark.Shape._fields)
+    how = f"{benchmark.WRITTEN}, such as {written(next(iter(known.values())))}"
     while words:
         word = words.pop(0)
         if re.match(r"\d+x", word):
-            rest, words = words[:3], words[3:]
-            written = ",".join([word, *rest])
-            if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*){3}", written):
-                raise ValueError(f"Shape {written!r} is not {WRITTEN_OUT}, each a positive whole number.")
-            found[written] = DeltaShape(*map(int, re.split("[x,]", written)))
+            rest, words = words[: count - 2], words[count - 2 :]
+            out = ",".join([word, *rest])
+            if not re.fullmatch(rf"[1-9]\d*x[1-9]\d*(,[1-9]\d*){{{count - 2}}}", out):
+                raise ValueError(f"Shape {out!r} is not {how}, each a positive whole number.")
+            found[out] = benchmark.Shape(*map(int, re.split("[x,]", out)))
         elif word in known:
             found[word] = known[word]
         else:
-            raise ValueError(f"Shape {word!r} is neither {WRITTEN_OUT}, nor one of {', '.join(known)}.")
+            raise ValueError(f"Shape {word!r} is neither {how}, nor one of {', '.join(known)}.")
     return found
 
 
-def peak_of(device: str) -> Peak | None:
-    """The measured peaks of a device kind, or None without an entry in PEAKS."""
-    return next((peak for name, peak in PEAKS.items() if name in device), None)
-
-
-def floor_ms(shape: DeltaShape, device: str) -> dict[str, float] | None:
-    """The roofline of each phase in milliseconds, or None for a device kind without an entry in PEAKS.
-
-        max(FLOPs / peak FLOP/s, bytes / peak bytes/s),   per token and head, C = 64 tokens solved at once:
-        forward   3 2KV + 2 2CK + 2 2CV FLOPs,   4K + 4V + 8 bytes   (q, k, v, o in bf16, g, beta in fp32)
-        backward  8 2KV + 6 2CK + 5 2CV FLOPs,   8K + 6V + 24 bytes  (states run again; q, k, v, do, dq, dk, dv)
-
-    The bytes are those of arguments and results alone: what an implementation keeps in between is its own choice.
-    """
-    peak = peak_of(device)
-    if peak is None:
-        return None
-    k, v, c = shape.key_dim, shape.value_dim, 64
-    token_heads = shape.batch * shape.tokens * shape.heads
-
-    def bound(flops: int, moved: int) -> float:
-        return 1e3 * token_heads * max(flops / peak.flops, moved / peak.bandwidth)
-
-    forward = bound(3 * 2 * k * v + 2 * 2 * c * k + 2 * 2 * c * v, 4 * k + 4 * v + 8)
-    backward = bound(8 * 2 * k * v + 6 * 2 * c * k + 5 * 2 * c * v, 8 * k + 6 * v + 24)
-    return {"forward": forward, "backward": backward, "forward_backward": forward + backward}
+def written(sizes: Sequence[int]) -> str:
+    """A shape as one types it: 8x4096,6,256,512."""
+    return f"{sizes[0]}x" + ",".join(map(str, sizes[1:]))
 
 
 # --- the worker ---
@@ -168,9 +132,9 @@ def timed(run: peers.Run, repetitions: int) -> dict[str, float]:
 
 def work(job: Job) -> dict[str, Any]:
     """Measure one job in this process, which must be fresh for its peak memory to be its own."""
-    row = _row(job)
+    row, benchmark = _row(job), ops.benchmark(job.op)
     try:
-        contender = peers.load(job.contender, DeltaShape(*job.sizes), job.seed)
+        contender = peers.load(job.contender, benchmark, job.op, benchmark.Shape(*job.sizes), job.seed)
     except Exception as error:  # whatever another library raises is its answer
         return row | {"note": _reason(error)}
     row |= {"device": contender.device, "implementation": contender.implementation, "refused": contender.refused}
@@ -244,8 +208,8 @@ def run(todo: Sequence[Job]) -> dict[str, Any]:
     """Measure every job, one line each to stderr.
 
     Returns {"op", "rows", "repetitions", "seed", "device", "versions", "problems", "stopped"}: `problems` has a
-    sentence for every shape at which "auto" did not measure the Triton kernel, `stopped` the signal that ended the
-    measuring or 0; rows not reached then say "not run".
+    sentence for every shape at which "auto" did not measure the op's fastest implementation, `stopped` the signal that
+    ended the measuring or 0; rows not reached then say "not run".
     """
     rows: list[dict[str, Any]] = []
     stopped = 0
@@ -263,7 +227,7 @@ def run(todo: Sequence[Job]) -> dict[str, Any]:
         "repetitions": todo[0].repetitions,
         "seed": todo[0].seed,
         "device": ", ".join(sorted({row["device"] for row in rows if row["device"]})) or "unknown",
-        "versions": _versions({job.contender for job in todo}),
+        "versions": _versions(todo[0].op, {job.contender for job in todo}),
         "problems": [problem for row in rows if (problem := _problem(row))],
         "stopped": int(stopped),
     }
@@ -272,17 +236,17 @@ def run(todo: Sequence[Job]) -> dict[str, Any]:
 def _problem(row: dict[str, Any]) -> str | None:
     if row["contender"] != "auto" or row["note"] == NOT_RUN:
         return None
-    where = f"{row['op']} at {row['shape']}"
-    if row["implementation"] != "triton":
-        reason = row["refused"] or row["note"]
-        return f"{where}: auto took {row['implementation'] or 'nothing'}, not triton ({reason})."
-    return f"{where}: auto took triton, which was not wholly measured ({row['note']})." if row["note"] else None
+    where, taken = f"{row['op']} at {row['shape']}", row["implementation"]
+    if row["refused"] or not taken:
+        return f"{where}: auto took {taken or 'nothing'} ({row['refused'] or row['note']})."
+    return f"{where}: auto took {taken}, which was not wholly measured ({row['note']})." if row["note"] else None
 
 
 def measure(job: Job) -> dict[str, Any]:
     """The row of one job, measured by a worker of its own; a crash or too long a wait is a note in it."""
-    peer = peers.PEERS.get(job.contender)
-    if peer and importlib.util.find_spec(peer.module) is None:
+    benchmark = ops.benchmark(job.op)
+    library = benchmark.PEERS[job.contender].library if job.contender in benchmark.PEERS else None
+    if library and importlib.util.find_spec(library.module) is None:
         return _row(job) | {"note": "not installed"}
     process = subprocess.Popen(
         [sys.executable, "-m", "pallas_kernels.bench", "worker", json.dumps(job._asdict()), str(os.getpid())],
@@ -291,7 +255,7 @@ def measure(job: Job) -> dict[str, Any]:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (peer.environment if peer else {}),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (library.environment if library else {}),
         start_new_session=True,  # compilers that it starts go with it
     )
     try:
@@ -308,7 +272,7 @@ def measure(job: Job) -> dict[str, Any]:
         code = process.returncode
         end = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         return _row(job) | {"note": f"failed: {end}, {(err.strip().splitlines() or ['without a word'])[-1]}"}
-    floor = floor_ms(DeltaShape(*job.sizes), row["device"])
+    floor = floor_ms(benchmark.cost(benchmark.Shape(*job.sizes)), row["device"])
     row["floor_ms"] = floor
     for phase in PHASES:
         if row[phase]:
@@ -317,11 +281,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _row(job: Job) -> dict[str, Any]:
-    batch, tokens, *rest = job.sizes
     return {
         "op": job.op,
         "shape": job.shape,
-        "sizes": f"{batch}x{tokens},{','.join(map(str, rest))}",
+        "sizes": written(job.sizes),
         "contender": job.contender,
         "implementation": "",
         "refused": "",
@@ -334,9 +297,13 @@ def _row(job: Job) -> dict[str, Any]:
     }
 
 
-def _versions(contenders: set[str]) -> dict[str, str]:
+def _libraries(op: str, contenders: Collection[str]) -> dict[str, peers.Library]:
+    return {name: peer.library for name, peer in ops.benchmark(op).PEERS.items() if name in contenders}
+
+
+def _versions(op: str, contenders: set[str]) -> dict[str, str]:
     names = ["jax", "jaxlib"]
-    names += [name for key, peer in peers.PEERS.items() if key in contenders for name in peer.distributions]
+    names += [name for library in _libraries(op, contenders).values() for name in library.distributions]
     found = {"python": platform.python_version()}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -351,7 +318,7 @@ def report(todo: Sequence[Job], environment: Callable[[], dict[str, Any]], out: 
     """Measure, then print the table (or one JSON object) and write both into `out` unless it is empty.
 
     `environment` gives "date", "commit" and "dirty"; it is called when no worker needs the device any more.
-    Returns the exit code: 0, 1 when "auto" did not measure the Triton kernel everywhere, 128 + a signal.
+    Returns the exit code: 0, 1 when "auto" did not measure the op's fastest implementation everywhere, 128 + a signal.
     """
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)  # before minutes of measuring
@@ -393,17 +360,18 @@ def markdown(found: dict[str, Any]) -> str:
     peaks = "; ".join(
         f"{name} {peak.flops / 1e12:.0f} TFLOP/s bf16, {peak.bandwidth / 1e12:.1f} TB/s" for name, peak in PEAKS.items()
     )
+    rounded = ", ".join(ops.benchmark(found["op"]).BF16)
     facts = [
         f"Device: {found['device']}{cpu}",
-        f"Milliseconds of device time, median (least to most) of {found['repetitions']} repetitions; bf16 q, k, v, "
-        f"fp32 g and beta, seed {found['seed']}; peak memory of forward + backward in a process of its own",
+        f"Milliseconds of device time, median (least to most) of {found['repetitions']} repetitions; {rounded} in "
+        f"bf16, the rest in fp32, seed {found['seed']}; peak memory of forward + backward in a process of its own",
         f"Of floor: roofline / measured, forward / forward + backward; measured ceilings: {peaks}",
         f"Versions: {', '.join(f'{name} {version}' for name, version in found['versions'].items())}",
         f"Date: {found['date']}, commit {found['commit']}{' with uncommitted changes' if found['dirty'] else ''}",
     ]
-    for name in dict.fromkeys(row["contender"] for row in found["rows"]):
-        if name in peers.PEERS and peers.PEERS[name].environment:
-            facts.append(f"{name} ran with {' '.join(f'{k}={v}' for k, v in peers.PEERS[name].environment.items())}")
+    for name, library in _libraries(found["op"], {row["contender"] for row in found["rows"]}).items():
+        if library.environment:
+            facts.append(f"{name} ran with {' '.join(f'{k}={v}' for k, v in library.environment.items())}")
     return f"{found['op']}\n\n{table}\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
 

@@ -20,6 +20,20 @@ def document_numbers(segment_ids, padding):
     return jnp.pad(jnp.pad(numbers, ((0, 0), (1, 0))), ((0, 0), (0, padding)), mode="edge")
 
 
+def confine(op, initial_state, segment_ids, bad, axis):
+    """op(state) -> (o [B, T, ...], final state) with a state whose `bad` numbers reach the first document alone.
+
+    A chunkwise form masks decays at a document's border, and 0 times inf or NaN is NaN. So the op runs with zeros for
+    them, and what they reach is made NaN: the final state, where the whole row is one document, and before it each
+    output that reads one along the state's `axis` of keys. No gradient passes there; all others are exact.
+    """
+    first = ~jnp.cumsum(document_starts(segment_ids), axis=1).astype(bool)
+    o, state = op(jnp.where(bad, 0, initial_state))
+    by_token = lambda x, rank: x.reshape(*x.shape, *(1,) * (rank - x.ndim))  # noqa: E731
+    o = jnp.where(by_token(first, o.ndim) & bad.any(axis)[:, None], jnp.nan, o)
+    return o, jnp.where(by_token(first[:, -1], state.ndim) & bad, jnp.nan, state)
+
+
 def pad_tokens(x, padding):
     """Zeros after the last token of [B, T, ...]."""
     return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
@@ -51,7 +65,7 @@ def cut(arrays, runs, start, size):
     q, k, *by_value_head = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in arrays)
     heads = q.shape[2]
     q, k = (jnp.swapaxes(x, 1, 2) for x in (q, k))
-    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], heads, -1, *x.shape[3:]), 1, 3)  # noqa: E731
+    split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], heads, x.shape[2] // heads, *x.shape[3:]), 1, 3)  # noqa: E731
     runs = None if runs is None else jax.lax.dynamic_slice_in_dim(runs, start, size + 1, axis=1)
     return q, k, *(split(x) for x in by_value_head), runs
 

@@ -1,20 +1,20 @@
-"""The contenders of the gated delta rule's benchmark, ours and other libraries', as functions that a clock can call.
+"""A benchmark's contenders, ours and other libraries', as functions that a clock can call.
 
-Frameworks load inside the functions: the process that starts the workers imports none and holds no device memory.
+Frameworks load inside the functions: the process that starts the workers imports none and holds no device memory. Which
+libraries an op is compared with, and how they are called, is in the op's benchmark.py.
 """
 
 import functools
 import time
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal, NamedTuple
-
-from pallas_kernels.shapes import DeltaShape
 
 Run = Callable[[int], float]  # so many calls back to back -> the milliseconds they took together
 MIB = 1 << 20
 
 
-class Peer(NamedTuple):
+class Library(NamedTuple):
     """Another library: the module it is imported by, whose versions its numbers carry, what it needs set."""
 
     module: str
@@ -23,12 +23,39 @@ class Peer(NamedTuple):
     environment: dict[str, str]
 
 
-PEERS = {
-    # fla hands K = V = 128 to flash_qla where that is installed, which is measured by itself
-    "fla": Peer("fla", ("flash-linear-attention", "torch", "triton", "tilelang"), "torch", {"FLA_FLASH_QLA": "0"}),
-    "flash_qla": Peer("flash_qla", ("flash-qla", "torch", "tilelang"), "torch", {}),
-    "jla": Peer("jla", ("jax-linear-attention",), "jax", {}),
-}
+# fla hands K = V = 128 to flash_qla where that is installed, which is measured by itself
+FLA = Library("fla", ("flash-linear-attention", "torch", "triton", "tilelang"), "torch", {"FLA_FLASH_QLA": "0"})
+FLASH_QLA = Library("flash_qla", ("flash-qla", "torch", "tilelang"), "torch", {})
+JLA = Library("jla", ("jax-linear-attention",), "jax", {})
+MAMBA_SSM = Library("mamba_ssm", ("mamba-ssm", "torch", "triton"), "torch", {})
+CAUSAL_CONV1D = Library("causal_conv1d", ("causal-conv1d", "torch"), "torch", {})
+LIGER = Library("liger_kernel", ("liger-kernel", "torch", "triton"), "torch", {})
+
+
+class Loaded(NamedTuple):
+    """A peer's function of the inputs by name, what runs in it ("": the peer's name), why nothing faster ("")."""
+
+    call: Callable[..., Any]
+    implementation: str = ""
+    refused: str = ""
+
+
+class Peer(NamedTuple):
+    """A library and what loads its function: load(inputs by name, for their shapes and dtypes) -> Loaded."""
+
+    library: Library
+    load: Callable[[dict[str, Any]], Loaded]
+
+
+def with_kernels(call: Callable[..., Any], inputs: dict[str, Any]) -> Loaded:
+    """call(impl, **inputs) of jla with its kernels, or else without and why: its "auto" falls back without a word."""
+    import jax
+
+    try:
+        jax.eval_shape(functools.partial(call, "mosaic_gpu"), **inputs)
+    except ValueError as error:
+        return Loaded(functools.partial(call, "auto"), "without its kernels", str(error).splitlines()[0])
+    return Loaded(functools.partial(call, "mosaic_gpu"))
 
 
 class Contender(NamedTuple):
@@ -36,7 +63,7 @@ class Contender(NamedTuple):
 
     implementation  what runs: for ours the impl that was resolved
     refused         why a faster one of the same library was not taken, or ""
-    prepare         False: the forward; True: forward and gradients of q, k, v, g, beta
+    prepare         False: the forward; True: forward and gradients
     peak            device memory in MiB that one call needs, inputs and results included; None when the device
                     does not say. Exact only while nothing larger ran in the process before.
     """
@@ -48,58 +75,49 @@ class Contender(NamedTuple):
     peak: Callable[[Run], float | None]
 
 
-def load(name: str, shape: DeltaShape, seed: int) -> Contender:
-    """An impl of ours or a peer. Inputs from `seed`: q, k normals of unit norm, v and do normal, in bf16;
-    g = log_sigmoid(N(0, 1)) / 4 and beta = sigmoid(U(0, 1)) in fp32."""
-    peer = PEERS.get(name)
-    if peer and peer.framework == "torch":
-        return _torch(name, shape, seed)
-    return _jax(name, shape, seed)
+def load(name: str, benchmark: ModuleType, op: str, shape: Any, seed: int) -> Contender:
+    """An impl of ours or a peer, with the inputs that the op's benchmark draws from `seed`."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    inputs = benchmark.inputs(shape, random)
+    peer = benchmark.PEERS.get(name)
+    contender = _torch if peer and peer.library.framework == "torch" else _jax
+    return contender(name, benchmark, op, inputs, random)
 
 
-def _jax(name: str, shape: DeltaShape, seed: int) -> Contender:
+def _jax(name: str, benchmark: ModuleType, op: str, inputs: dict[str, Any], random: Any) -> Contender:
     import jax
     import jax.numpy as jnp
 
-    token = (shape.batch, shape.tokens, shape.heads)
+    dtypes = {name: jnp.bfloat16 if name in benchmark.BF16 else x.dtype for name, x in inputs.items()}
+    kinds = {name: jax.ShapeDtypeStruct(x.shape, dtypes[name]) for name, x in inputs.items()}
+    loaded = benchmark.PEERS[name].load(kinds) if name in benchmark.PEERS else _ours(name, benchmark, op, kinds)
 
-    def unit(key):
-        x = jax.random.normal(key, (*token, shape.key_dim), jnp.float32)
-        return (x / jnp.linalg.norm(x, axis=-1, keepdims=True)).astype(jnp.bfloat16)
+    def forward(given, cotangent):
+        return loaded.call(**given)
 
-    def normal(key):
-        return jax.random.normal(key, (*token, shape.value_dim), jnp.float32).astype(jnp.bfloat16)
+    def with_gradients(given, cotangent):
+        chosen = {name: given[name] for name in benchmark.GRADIENTS}
+        o, pull = jax.vjp(lambda chosen: loaded.call(**given | chosen), chosen)
+        return o, pull(cotangent)  # o too: without it, a compiler may leave half of the forward out
 
-    def log_decay(key):
-        return jax.nn.log_sigmoid(jax.random.normal(key, token, jnp.float32)) / 4
-
-    def strength(key):
-        return jax.nn.sigmoid(jax.random.uniform(key, token, jnp.float32))
-
-    draws = (unit, unit, normal, log_decay, strength, normal)  # q, k, v, g, beta, do
-    keys = list(jax.random.split(jax.random.key(seed), len(draws)))
-    kinds = [jax.eval_shape(draw, key) for draw, key in zip(draws, keys, strict=True)]
+    o = jax.eval_shape(lambda given: loaded.call(**given), kinds)
 
     @functools.cache
-    def inputs():
-        return [jax.jit(draw)(key) for draw, key in zip(draws, keys, strict=True)]
-
-    call, implementation, refused = (_jla if name == "jla" else _ours)(name, shape, kinds)
-
-    def with_gradients(*arrays):
-        o, pull = jax.vjp(call, *arrays[:-1])
-        return o, pull(arrays[-1])  # o too: without it, a compiler may leave half of the forward out
+    def arguments():
+        cotangent = jnp.asarray(random.standard_normal(o.shape, "float32"), o.dtype)
+        return {name: jnp.asarray(x, dtypes[name]) for name, x in inputs.items()}, cotangent
 
     def prepare(backward: bool) -> Run:
-        function, count = (with_gradients, 6) if backward else (call, 5)
         # compiled before the inputs exist: the buffers of XLA's autotuning then stay below the call's own peak
-        compiled = jax.jit(function).lower(*kinds[:count]).compile()
-        arguments = jax.block_until_ready(inputs()[:count])
+        compiled = jax.jit(with_gradients if backward else forward).lower(kinds, o).compile()
+        given, cotangent = arguments()
 
         def run(calls: int) -> float:
             start = time.perf_counter()
             for _ in range(calls):
-                result = compiled(*arguments)
+                result = compiled(given, cotangent)
             jax.block_until_ready(result)
             return (time.perf_counter() - start) * 1e3
 
@@ -112,63 +130,47 @@ def _jax(name: str, shape: DeltaShape, seed: int) -> Contender:
         peak_bytes = (device.memory_stats() or {}).get("peak_bytes_in_use")
         return None if peak_bytes is None else peak_bytes / MIB
 
-    return Contender(device.device_kind, implementation, refused, prepare, peak)
+    return Contender(device.device_kind, loaded.implementation or name, loaded.refused, prepare, peak)
 
 
-def _ours(impl: str, shape: DeltaShape, kinds: list[Any]) -> tuple[Callable, str, str]:
-    from pallas_kernels.gated_delta_rule import api
-
-    choice = api.resolve(impl, key_dim=shape.key_dim, value_dim=shape.value_dim)
-
-    def call(q, k, v, g, beta):
-        return api.gated_delta_rule(q, k, v, g, beta, impl=choice.impl)[0]
-
-    return call, choice.impl, choice.reason
-
-
-def _jla(name: str, shape: DeltaShape, kinds: list[Any]) -> tuple[Callable, str, str]:
+def _ours(impl: str, benchmark: ModuleType, op: str, kinds: dict[str, Any]) -> Loaded:
     import jax
-    from jla.ops import linear_attention
 
-    def call(impl, q, k, v, g, beta):
-        return linear_attention("gated_deltanet", q, k, v, g=g, beta=beta, impl=impl)[0]
+    from pallas_kernels import dispatch
 
-    try:  # its "auto" falls back without a word
-        jax.eval_shape(functools.partial(call, "mosaic_gpu"), *kinds[:5])
-    except ValueError as error:
-        return functools.partial(call, "auto"), "without its kernels", str(error).splitlines()[0]
-    return functools.partial(call, "mosaic_gpu"), name, ""
+    with dispatch.record(silent=True) as choices:
+        jax.eval_shape(functools.partial(benchmark.ours, impl), **kinds)
+    choice = next(choice for choice in choices if choice.op == op)
+    return Loaded(functools.partial(benchmark.ours, choice.impl), choice.impl, choice.reason)
 
 
-def _torch(name: str, shape: DeltaShape, seed: int) -> Contender:
+def _torch(name: str, benchmark: ModuleType, op: str, inputs: dict[str, Any], random: Any) -> Contender:
     import torch
-
-    if name == "fla":
-        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    else:
-        from flash_qla import chunk_gated_delta_rule
 
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
-    generator = torch.Generator(device).manual_seed(seed)
-    token = (shape.batch, shape.tokens, shape.heads)
 
-    def normal(*sizes: int):
-        return torch.randn(*sizes, generator=generator, device=device)
+    def put(x, rounded):
+        x = torch.from_numpy(x).to(device)
+        x = x.long() if x.dtype == torch.int32 else x
+        return x.bfloat16() if rounded else x
 
-    q, k = (torch.nn.functional.normalize(normal(*token, shape.key_dim), dim=-1).bfloat16() for _ in range(2))
-    v, do = (normal(*token, shape.value_dim).bfloat16() for _ in range(2))
-    g = torch.nn.functional.logsigmoid(normal(*token)) / 4
-    beta = torch.rand(*token, generator=generator, device=device).sigmoid()
-    arrays = [x.requires_grad_() for x in (q, k, v, g, beta)]
+    given = {name: put(x, name in benchmark.BF16) for name, x in inputs.items()}
+    chosen = [given[name].requires_grad_() for name in benchmark.GRADIENTS]
+    loaded = benchmark.PEERS[name].load(given)
 
     def forward():
         with torch.no_grad():
-            return chunk_gated_delta_rule(*arrays)[0]
+            return loaded.call(**given)
+
+    @functools.cache
+    def cotangent():
+        o = forward()
+        return torch.as_tensor(random.standard_normal(tuple(o.shape), "float32")).to(o)
 
     def with_gradients():
-        o = chunk_gated_delta_rule(*arrays)[0]
-        return o, torch.autograd.grad(o, arrays, do)
+        o = loaded.call(**given)
+        return o, torch.autograd.grad(o, chosen, cotangent())
 
     def prepare(backward: bool) -> Run:
         call = with_gradients if backward else forward
@@ -197,4 +199,5 @@ def _torch(name: str, shape: DeltaShape, seed: int) -> Contender:
         run(1)
         return torch.cuda.max_memory_allocated() / MIB
 
-    return Contender(torch.cuda.get_device_name() if cuda else "cpu", name, "", prepare, peak)
+    kind = torch.cuda.get_device_name() if cuda else "cpu"
+    return Contender(kind, loaded.implementation or name, loaded.refused, prepare, peak)

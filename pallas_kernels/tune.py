@@ -5,6 +5,7 @@ that does not agree with the default there is left out. The fastest of each go i
 only when the op then matches its float64 oracle; failing that the defaults are tried.
 """
 
+import importlib
 import statistics
 import sys
 import time
@@ -13,18 +14,14 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
-from pallas_kernels import bench
-from pallas_kernels.shapes import DeltaShape
+from pallas_kernels import bench, ops
+from pallas_kernels.tuned import WHOLE, Entry, Table, Timing, block_of, kernels, read, to_write, written
 
-if TYPE_CHECKING:  # importing it imports jax, which `gdn list` does without
-    from pallas_kernels.gated_delta_rule.configurations import Configuration, Kernel, Table
+Times = dict[str, list[tuple[float, Any]]]  # kernel -> (ms, configuration), fastest first
 
-Times = dict[str, list[tuple[float, "Kernel"]]]  # kernel -> (ms, configuration), fastest first
-
-# cases of gated_delta_rule/conformance.py that a configuration must pass before it is admitted
-CHECKS = ("T=129", "documents", "decay 0.3", "group value", "beta in (1,2)")
 LEAST_MS, MOST_CALLS = 10.0, 40  # of one repetition
 APART = 5e-3  # relative L2 distance between two configurations' results, which differ by rounding alone
 
@@ -33,11 +30,11 @@ APART = 5e-3  # relative L2 distance between two configurations' results, which 
 class Options:
     """What to tune; lists are separated by commas."""
 
-    shapes: str = "all"  # names of pallas_kernels/shapes.py, or written out as BxT,H,K,V: 8x4096,6,256,512
-    stages: str = "all"  # some of prepare, forward, state, output, reverse, chunks, pairs, tokens
+    shapes: str = "all"  # names in the op's benchmark.py, or written out as it says: 8x4096,6,256,512
+    stages: str = "all"  # some of the op's kernels, such as prepare, forward
     repetitions: int = 5  # of each timing; the median decides
     threads: int = 8  # compilations at a time
-    out: str = ""  # the table to write; empty: the one that the kernels read
+    out: str = ""  # the table to write; empty: the package's, or the user's where that cannot be written
 
 
 def timed(call: Callable[[], Any], repetitions: int) -> float:
@@ -72,26 +69,22 @@ def apart(got: Any, want: Any) -> float:
 
 
 def measure(
-    shape: DeltaShape, default: "Configuration", names: Collection[str], options: Options, say: Callable[[str], None]
+    tuning: ModuleType, shape: Any, whole: Any, names: Collection[str], options: Options, say: Callable[[str], None]
 ) -> Times:
-    """Times of the kernels of `default` that `names` has; what does not compile, run or agree with it is said and left
+    """Times of the kernels of `whole` that `names` has; what does not compile, run or agree with it is said and left
     out."""
     import jax
 
-    from pallas_kernels.gated_delta_rule import tuning
-    from pallas_kernels.gated_delta_rule.configurations import kernels
-
     def call(config, interpret):
-        static = {"block": default.block, "scale": shape.key_dim**-0.5, "interpret": interpret}
-        return partial(tuning.run, config=config, **static)
+        return partial(tuning.run, config=config, whole=whole, interpret=interpret)
 
     def compiled(kinds, config):
         return jax.jit(call(config, False)).lower(kinds).compile()
 
     kinds, found, jobs = jax.eval_shape(lambda: tuning.inputs(shape)), {}, {}
     with ThreadPoolExecutor(options.threads) as pool:
-        for name, first in kernels(default).items():
-            tried = tuning.candidates(first, shape.key_dim) if name in names else [first]
+        for name, first in kernels(whole).items():
+            tried = tuning.candidates(first, shape) if name in names else [first]
             jobs[name] = [(config, pool.submit(compiled, kinds, config)) for config in tried]
             kinds = kinds.with_made(jax.eval_shape(call(first, True), kinds))
         wait([job for row in jobs.values() for _, job in row])  # a busy host would be timed too
@@ -115,49 +108,33 @@ def measure(
     return found
 
 
-def in_pieces(shape: DeltaShape) -> DeltaShape:
-    """`shape` as the kernels see it: long rows of few heads are cut."""
-    from pallas_kernels.gated_delta_rule import triton_op
-
-    count = triton_op.pieces(shape.batch, shape.tokens, shape.heads, shape.value_dim)
-    return shape._replace(batch=shape.batch * count, tokens=shape.tokens // count)
-
-
-def _fastest_block(
-    shape: DeltaShape, options: Options, say: Callable[[str], None]
-) -> "tuple[Configuration, Times] | None":  # fmt: skip
-    """Every kernel's times with states every 64 or every 128 tokens, whichever makes the faster whole, and the default
-    there. Wide heads are tried at 128 alone: states every 64 tokens would be most of their traffic."""
-    from pallas_kernels.gated_delta_rule.configurations import Every64, Every128, kernels
-
-    whole = []
-    for kind in (Every64, Every128) if shape.key_dim in (64, 128) else (Every128,):
-        default = kind()
-        times = measure(shape, default, kernels(default), options, say)
+def _fastest_whole(
+    tuning: ModuleType, shape: Any, options: Options, say: Callable[[str], None]
+) -> tuple[Any, Times] | None:
+    """Every kernel's times in whichever way to put the op together makes the faster whole, and the default there."""
+    found = []
+    for default in tuning.wholes(shape):
+        times = measure(tuning, shape, default, kernels(default), options, say)
         if set(times) == set(kernels(default)):
-            whole.append((sum(rows[0][0] for rows in times.values()), default, times))
-            say(f"states every {default.block} tokens: {whole[-1][0]:.3f} ms in all")
-    return min(whole, key=lambda row: row[0])[1:] if whole else None
+            found.append((sum(rows[0][0] for rows in times.values()), default, times))
+            say(f"{type(default).__name__}: {found[-1][0]:.3f} ms in all")
+    return min(found, key=lambda row: row[0])[1:] if found else None
 
 
-def _short(config: "Kernel") -> str:
+def _short(config: Any) -> str:
     return " ".join(f"{key}={value}" for key, value in asdict(config).items())
 
 
-def admitted(
-    shape: DeltaShape, before: "Configuration", times: Times, threads: int, say: Callable[[str], None]
-) -> "Configuration | None":
-    """The configuration with which the op passes CHECKS at these sizes: the fastest of each kernel that was timed, or
-    else the defaults, and the rest as `before`. None when neither passes."""
-    from pallas_kernels.gated_delta_rule import conformance
+def admitted(op: str, shape: Any, before: Any, times: Times, threads: int, say: Callable[[str], None]) -> Any | None:
+    """The configuration with which the op passes its checks at these sizes: the fastest of each kernel that was timed,
+    or else the defaults, and the rest as `before`. None when neither passes."""
+    cases = _module(op, "tuning").checks(shape)
 
     def failures(configuration):
-        cases = [case for case in conformance.CASES if case.name in CHECKS]
-        sized = [replace(case, K=shape.key_dim, V=shape.value_dim, dtype="bfloat16") for case in cases]
-        check = partial(conformance.failures, impl="triton", configuration=configuration)
+        check = partial(_module(op, "conformance").failures, impl="triton", configuration=configuration)
         with ThreadPoolExecutor(threads) as pool:  # most of the time is compilation
-            found = list(pool.map(check, sized))
-        return [f"{case.name}: {error}" for case, wrong in zip(sized, found, strict=True) for error in wrong]
+            found = list(pool.map(check, cases))
+        return [f"{case.name}: {error}" for case, wrong in zip(cases, found, strict=True) for error in wrong]
 
     fastest = {name: rows[0][1] for name, rows in times.items()}
     default = {name: type(config)() for name, config in fastest.items()}
@@ -170,19 +147,22 @@ def admitted(
     return None
 
 
-def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -> "Table":
+def _module(op: str, name: str) -> ModuleType:
+    return importlib.import_module(f"pallas_kernels.{op}.{name}")
+
+
+def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -> Table:
     """Tune, write the table, return it.
 
-    "few": where rows times heads leave the serial passes about one program a multiprocessor. An entry that several
-    shapes share is tuned at the first of them. ValueError with a sentence for options or a table that cannot be read;
-    NotImplementedError off a Hopper device.
+    An entry that several shapes share is tuned at the first of them. ValueError with a sentence for options or a table
+    that cannot be read; NotImplementedError off a Hopper device.
     """
-    shapes = bench.shapes_of(op, options.shapes)
+    if op not in (having := ops.names("tuning")):
+        raise ValueError(f"There is no op {op!r} to tune; it must be one of {', '.join(having)}.")
+    shapes, tuning = bench.shapes_of(op, options.shapes), _module(op, "tuning")
     from pallas_kernels import triton_dialect
-    from pallas_kernels.gated_delta_rule import configurations, triton_op
-    from pallas_kernels.gated_delta_rule.configurations import kernels
 
-    known = configurations.KERNELS
+    known = tuning.KERNELS
     names = known if options.stages == "all" else options.stages.split(",")
     for name in names:
         if name not in known:
@@ -191,70 +171,64 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be positive.")
     for name, shape in shapes.items():
-        if (shape.key_dim, shape.value_dim) not in triton_op.SIZES:
-            reason = triton_op.why_not(shape.key_dim, shape.value_dim, 64, interpret=True)
+        if reason := tuning.why_not(shape):
             raise ValueError(f"Shape {name!r} cannot be tuned: {reason}.")
     reason = triton_dialect.why_not_here()
     if reason:
         raise NotImplementedError(f"{op} cannot be tuned here: {reason}.")
     import jax
 
-    kind, path = jax.devices()[0].device_kind, Path(options.out or configurations.TUNED)
-    table = configurations.read(path) if path.exists() else {}
+    kind, path = jax.devices()[0].device_kind, Path(options.out or to_write(op))
+    table = read(path, tuning.KINDS) if path.exists() else {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(path.name + ".new")
-    whole.touch()  # before minutes of measuring
-    entries, tuned = table.setdefault(kind, {}), set()
+    new_file = path.with_name(path.name + ".new")
+    new_file.touch()  # before minutes of measuring
+    entries, seen = table.setdefault(kind, {}), set()
     for name, shape in shapes.items():
-        shape = in_pieces(shape)
-        sizes = shape.key_dim, shape.value_dim, shape.batch * shape.heads
-        size = configurations.entry_name(*sizes)
-        if size in tuned:
+        shape = tuning.as_run(shape)
+        size = tuning.entry_name(shape)
+        if size in seen:
             continue
-        tuned.add(size)
+        seen.add(size)
         say = lambda line, name=name: print(f"{name}: {line}", file=sys.stderr, flush=True)  # noqa: E731
         timings = {}
         if set(names) == set(known):
-            before, times = _fastest_block(shape, options, say) or (None, {})
-        else:  # under the block that is in force, and the rest stays as it is: an entry is always whole
+            before, times = _fastest_whole(tuning, shape, options, say) or (None, {})
+        else:  # as the op is put together now, and the rest stays as it is: an entry is always whole
             if size in entries:
                 before, timings = entries[size].configuration, entries[size].timings
             else:
-                before = configurations.choose(*sizes[:2], kind, sizes[2])
+                before = tuning.in_force(shape, kind)
             if not set(names) & set(kernels(before)):
                 say(f"{', '.join(names)}: not among the stages that run here, {', '.join(kernels(before))}")
                 continue
-            times = measure(shape, type(before)(), names, options, say)
-        chosen = admitted(shape, before, times, options.threads, say) if times else None
+            times = measure(tuning, shape, type(before)(), names, options, say)
+        chosen = admitted(op, shape, before, times, options.threads, say) if times else None
         if chosen is None:
             say("nothing is admitted; the table keeps what it had")
             continue
         new = {name: next(ms for ms, c in rows if c == kernels(chosen)[name]) for name, rows in times.items()}
         if set(names) == set(known):
-            new = {configurations.WHOLE: sum(new.values())} | new
+            new = {WHOLE: sum(new.values())} | new
         here = environment()
         facts = {key: here[key] for key in ("date", "commit", "dirty", "source")}
         facts |= {"shape": name, "jax": here["versions"]["jax"], "jaxlib": here["versions"]["jaxlib"]}
-        timings = timings | {kernel: configurations.Timing(ms=round(ms, 4), **facts) for kernel, ms in new.items()}
-        entries[size] = configurations.Entry(
-            configuration=chosen, admitted=not size.endswith("few"), timings=timings
-        )  # fmt: skip
-        whole.write_text(configurations.written(table))
-        whole.replace(path)
-        say("admitted: " + "; ".join(f"{kernel} {ms:.3f} ms" for kernel, ms in new.items()))
-    whole.unlink(missing_ok=True)
+        timings = timings | {kernel: Timing(ms=round(ms, 4), **facts) for kernel, ms in new.items()}
+        entries[size] = Entry(configuration=chosen, admitted=tuning.admits(size), timings=timings)
+        new_file.write_text(written(table))
+        new_file.replace(path)
+        say(f"admitted in {path}: " + "; ".join(f"{kernel} {ms:.3f} ms" for kernel, ms in new.items()))
+    new_file.unlink(missing_ok=True)
     return table
 
 
-def markdown(table: "Table") -> str:
+def markdown(table: Table) -> str:
     """The table's configurations, one row a kernel, with their milliseconds where they were measured."""
-    from pallas_kernels.gated_delta_rule.configurations import WHOLE, kernels
-
-    lines = ["| device | K x V | stage | ms | configuration |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| device | size | stage | ms | configuration |", "| --- | --- | --- | --- | --- |"]
     for kind, entries in table.items():
         for size, entry in entries.items():
-            rows = {WHOLE: f"block={entry.configuration.block}"}
-            rows |= {name: _short(config) for name, config in kernels(entry.configuration).items()}
+            whole = " ".join(f"{key}={value}" for key, value in block_of(entry.configuration).items())
+            rows = {WHOLE: whole} | {name: _short(config) for name, config in kernels(entry.configuration).items()}
             for name, words in rows.items():
                 ms = entry.timings[name].ms if name in entry.timings else "not run"
                 lines.append(f"| {kind} | {size} | {name} | {ms} | {words} |")

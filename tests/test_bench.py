@@ -9,16 +9,20 @@ import time
 import typing
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import psutil
 import pytest
 
 from experiments.run import main
-from pallas_kernels import bench, dispatch, peers
-from pallas_kernels.shapes import GATED_DELTA_RULE, DeltaShape
+from pallas_kernels import bench, dispatch, ops
+from pallas_kernels.roofline import floor_ms
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = "1x64,1,16,16"
 OP = "gated_delta_rule"
+BENCHMARK = ops.benchmark(OP)
 
 
 def job(contender="chunked", timeout=60, sizes=(1, 64, 1, 16, 16)):
@@ -41,7 +45,7 @@ def measured(tmp_path_factory):
 def test_ours_are_measured_and_the_numbers_say_where(measured):
     found, _, progress, _ = measured
     rows = {row["contender"]: row for row in found["rows"]}
-    assert list(rows) == ["auto", "chunked", *peers.PEERS]
+    assert list(rows) == ["auto", "chunked", *BENCHMARK.PEERS]
     for name in ("auto", "chunked"):
         row = rows[name]
         assert (row["shape"], row["sizes"], row["implementation"], row["note"]) == (SIZES, SIZES, "chunked", "")
@@ -56,18 +60,18 @@ def test_ours_are_measured_and_the_numbers_say_where(measured):
     assert progress.count(SIZES) == 6 and f"[2/5] {SIZES} chunked: forward + backward " in progress
 
 
-def test_auto_that_takes_another_than_triton_is_exit_code_1(measured):
+def test_auto_that_leaves_a_faster_one_is_exit_code_1(measured):
     found, code, progress, _ = measured
     assert code == 1 and len(found["problems"]) == 1
     sentence = progress.splitlines()[-1]
-    assert sentence.startswith(f"{OP} at {SIZES}: auto took chunked, not triton (triton: ")
+    assert sentence.startswith(f"{OP} at {SIZES}: auto took chunked (triton: ")
     assert sentence == found["problems"][0]
 
 
 def test_a_peer_that_is_not_installed_says_so(measured):
     found, _, _, _ = measured
     for row in found["rows"]:
-        if row["contender"] in peers.PEERS:
+        if row["contender"] in BENCHMARK.PEERS:
             assert row["note"] == "not installed" and row["forward"] is row["forward_backward"] is None
 
 
@@ -142,13 +146,64 @@ def _runs(process):
 
 
 def test_the_floor_of_an_h200():
-    floor = bench.floor_ms(DeltaShape(8, 4096, 6, 256, 512), "NVIDIA H200")
+    floor = floor_ms(BENCHMARK.cost(BENCHMARK.SHAPES["fla-1.3b"]), "NVIDIA H200")
     assert floor["forward"] == pytest.approx(0.2447, abs=1e-4)  # 983,040 FLOPs a token and head at 790 TFLOP/s
     assert floor["backward"] == pytest.approx(0.6524, abs=1e-4)
     assert floor["forward_backward"] == floor["forward"] + floor["backward"] == pytest.approx(0.90, abs=0.005)
-    square = bench.floor_ms(GATED_DELTA_RULE["head-128"], "NVIDIA H200")
+    square = floor_ms(BENCHMARK.cost(BENCHMARK.SHAPES["head-128"]), "NVIDIA H200")
     assert square["forward"] == pytest.approx(524288 * 1032 / 4.3e9, abs=1e-6)  # bound by bytes
-    assert bench.floor_ms(DeltaShape(1, 1, 1, 1, 1), "cpu") is None
+    assert floor_ms(BENCHMARK.cost(BENCHMARK.Shape(1, 1, 1, 1, 1)), "cpu") is None
+
+
+# op -> a small shape as written out, forward and backward floor at a named shape on an H200, in milliseconds
+SMALL = {
+    "gated_delta_rule": ("1x40,1,16,16", "head-128", 524288 * 1032 / 4.3e9, 524288 * 442368 / 790e9),
+    "gated_norm": ("1x40,2,8", "fla-1.3b", 32768 * 6 * 512 * 6 / 4.3e9, 32768 * 6 * 512 * 10 / 4.3e9),
+    "linear_attention": ("1x40,1,2,8,8,8", "hgrn2-1.3b", 524288 * 1536 / 4.3e9, 524288 * (14 * 128 + 8 * 128) / 4.3e9),
+    "linear_cross_entropy": ("1x40,8,32", "1.3b", 4.2949673e12 / 790e9, 8.5899346e12 / 790e9),
+    "selective_scan": ("1x40,8,4", "mamba-1.3b", 32768 * 32832 / 4.3e9, 32768 * (14 * 4096 + 128) / 4.3e9),
+    "short_conv": ("1x40,8,4", "keys-1.3b", 32768 * 1536 * 4 / 4.3e9, 32768 * 1536 * 6 / 4.3e9),
+}
+
+
+@pytest.mark.parametrize("op", ops.names())
+def test_every_op_is_benched_from_its_own_folder(op):
+    written, named, forward, backward = SMALL[op]
+    benchmark = ops.benchmark(op)
+    todo = bench.jobs(op, bench.Options(shapes=written, impls="chunked,reference", repetitions=1))
+    assert [job.contender for job in todo] == ["chunked", "reference", *benchmark.PEERS] and len(todo) > 2
+    for job in todo[:2]:
+        row = bench.work(job)
+        assert (row["sizes"], row["implementation"], row["note"], row["refused"]) == (written, job.contender, "", "")
+        assert row["forward"]["ms"] > 0 and row["forward_backward"]["ms"] > 0
+    assert all(bench.measure(job)["note"] == "not installed" for job in todo[2:])
+    floor = floor_ms(benchmark.cost(benchmark.SHAPES[named]), "NVIDIA H200")
+    assert floor["forward"] == pytest.approx(forward, rel=1e-3)
+    assert floor["backward"] == pytest.approx(backward, rel=1e-3)
+
+
+@pytest.mark.parametrize("op", ops.names())
+def test_the_inputs_of_a_benchmark_are_random_and_make_gradients(op):
+    benchmark = ops.benchmark(op)
+    (shape,) = bench.shapes_of(op, SMALL[op][0]).values()
+    given = benchmark.inputs(shape, np.random.default_rng(0))
+    assert {*benchmark.BF16, *benchmark.GRADIENTS} <= set(given)
+    other = benchmark.inputs(shape, np.random.default_rng(1))
+    for name in benchmark.BF16:
+        assert given[name].dtype == np.float32 and 0.1 < given[name].std() < 2.0
+        assert np.abs(given[name] - other[name]).min() > 0
+    given = {name: jnp.asarray(x) for name, x in given.items()}
+    chosen = {name: given[name] for name in benchmark.GRADIENTS}
+    _, pull = jax.vjp(lambda chosen: benchmark.ours("chunked", **given | chosen), chosen)
+    out = jax.eval_shape(lambda: benchmark.ours("chunked", **given))
+    (gradients,) = pull(jnp.ones(out.shape, out.dtype))
+    assert all(float(jnp.abs(x).max()) > 0 for x in gradients.values())
+
+
+def test_no_op_is_named_outside_its_folder():
+    for name in ("bench", "tune", "tuned", "peers", "ops", "roofline", "dispatch"):
+        text = Path(ops.HERE, f"{name}.py").read_text()
+        assert not [op for op in ops.names() if op in text], name
 
 
 def test_a_repetition_lasts_long_enough_for_its_clock():
@@ -176,13 +231,16 @@ def test_jobs_are_every_contender_at_every_shape():
     assert [job.shape for job in todo[::3]] == ["fla-1.3b", "8x4096,6,256,512", "head-128", SIZES]
     assert todo[0].sizes == todo[3].sizes == (8, 4096, 6, 256, 512) and todo[9].sizes == (1, 64, 1, 16, 16)
     everything = bench.jobs(OP, bench.Options())
-    assert len(everything) == 5 * len(GATED_DELTA_RULE) and everything[5].shape == "fla-1.3b-16k"
+    assert len(everything) == 5 * len(BENCHMARK.SHAPES) and everything[5].shape == "fla-1.3b-16k"
     assert set(bench.IMPLS) == set(typing.get_args(dispatch.Impl))
 
 
 MISTAKES = [
     ("bench", "`gdn bench` needs OP as its first word."),
-    ("bench softmax", "There is no op 'softmax' to bench; it must be one of gated_delta_rule."),
+    (
+        "bench softmax",
+        "There is no op 'softmax' to bench; it must be one of gated_delta_rule, gated_norm,",
+    ),
     (f"bench {OP} --shapes fla-13b", "Shape 'fla-13b' is neither BxT,H,K,V, such as 8x4096,6,256,512, nor one of fla-"),
     (f"bench {OP} --shapes 8x4096,6,256", "Shape '8x4096,6,256' is not BxT,H,K,V"),
     (f"bench {OP} --shapes 8x0,6,256,512", "each a positive whole number."),
@@ -211,5 +269,9 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(capsys, words, sentence):
 
 
 def test_starting_the_workers_takes_no_device_memory():
-    code = "import sys, pallas_kernels.bench; sys.exit(bool({'jax', 'torch', 'gdn_jax'} & set(sys.modules)))"
+    code = (
+        "import sys; from pallas_kernels import bench, ops; "
+        "[bench.jobs(op, bench.Options()) for op in ops.names()]; "
+        "sys.exit(bool({'jax', 'torch', 'gdn_jax'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

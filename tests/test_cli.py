@@ -13,6 +13,9 @@ import pytest
 from experiments import EVALUATIONS, EXPERIMENTS, doctor, report
 from experiments.options import Overrides
 from experiments.run import COMMANDS, main
+from pallas_kernels import ops
+from pallas_kernels.gated_delta_rule import conformance
+from pallas_kernels.linear_cross_entropy import conformance as head_conformance
 
 ID = "smoke/gated-deltanet"
 
@@ -166,7 +169,8 @@ def test_prepare_and_verify(capsys):
 
 
 def test_doctor_reports_and_passes(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "DELTA_CASES", ("group value",))  # one shape and type compile faster
+    quick = [case for case in conformance.QUICK if case.name == "group value"]
+    monkeypatch.setattr(conformance, "QUICK", quick)  # one shape and type compile faster
     monkeypatch.setattr(doctor, "DTYPES", ("bfloat16",))
     found = as_json(capsys, "doctor", ID)
     assert found["ok"] is True and found["id"] == ID
@@ -174,14 +178,19 @@ def test_doctor_reports_and_passes(capsys, monkeypatch):
     assert found["impl"]["gated_norm"] == {"impl": "chunked", "refused": refused}
     around = {"short_conv", "gated_norm", "linear_cross_entropy"}
     assert {op["op"] for op in found["ops"]} == {"gated_delta_rule", "linear_attention", "selective_scan"} | around
+    assert {op["case"] for op in found["ops"] if op["op"] == "gated_norm"} == {
+        "gate after, bfloat16",
+        "gate first, bfloat16",
+    }
     assert len(found["ops"]) == 8 and not any(op["failures"] for op in found["ops"])
     assert set(found["optional"]) == set(doctor.OPTIONAL)
 
 
 def test_doctor_exits_with_1_when_a_check_fails(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "DELTA_CASES", ())
-    monkeypatch.setattr(doctor, "OTHERS", {})
-    monkeypatch.setattr(doctor, "HEAD_LIMIT", 1e-12)  # beyond fp32
+    monkeypatch.setattr(ops, "names", lambda: ["linear_cross_entropy"])
+    monkeypatch.setattr(doctor, "DTYPES", ("float32",))
+    beyond_fp32 = dict.fromkeys(head_conformance.OUTPUTS, 1e-12)
+    monkeypatch.setattr(head_conformance, "limits", lambda case: beyond_fp32)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "FAILED: loss" in out and "Some checks FAILED" in out

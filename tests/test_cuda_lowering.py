@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 
-from pallas_kernels import shapes
 from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.gated_delta_rule.benchmark import SHAPES
 from pallas_kernels.gated_norm import triton_norm
 from pallas_kernels.short_conv import triton_conv
 
@@ -19,9 +19,9 @@ def hopper():
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("name", shapes.GATED_DELTA_RULE)
+@pytest.mark.parametrize("name", SHAPES)
 def test_chunked_gated_delta_rule_lowers_to_cuda(name, dtype):
-    B, T, H, K, V = shapes.GATED_DELTA_RULE[name]
+    B, T, H, K, V = SHAPES[name]
     array = jax.ShapeDtypeStruct
     key, value, gate = array((B, T, H, K), dtype), array((B, T, H, V), dtype), array((B, T, H), jnp.float32)
     state = array((B, H, K, V), jnp.float32)

@@ -1,12 +1,14 @@
 """The chunked linear cross entropy against the float64 oracle, and what it must not allocate."""
 
+from dataclasses import replace
+
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.linear_cross_entropy import linear_cross_entropy, token_nll
+from pallas_kernels.linear_cross_entropy import conformance, linear_cross_entropy, token_nll
 from pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference, token_nll_reference
 
 B, T, D, VOCAB = 2, 37, 16, 53
@@ -38,21 +40,17 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 37, 512])
-def test_loss_and_gradients_match_float64(chunk):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", conformance.CASES, ids=lambda case: case.name)
+def test_loss_and_gradients_match_float64(case, dtype):
+    assert conformance.failures(replace(case, dtype=dtype), "chunked") == []
+
+
+def test_token_nll_and_the_loss_without_a_gradient_match_float64():
     args = case()
-    loss, dx, dkernel, nll = oracle(*args)
-
-    def scaled(x, kernel, weights):  # a cotangent other than 1
-        return 3.0 * linear_cross_entropy(x, kernel, args[2], weights, chunk=chunk)
-
-    value, gradients = jax.jit(jax.value_and_grad(scaled, (0, 1, 2)))(args[0], args[1], args[3])
-    assert abs(value / (3 * loss) - 1) < 1e-6
-    assert relative(gradients[0], 3 * dx) < 1e-6
-    assert relative(gradients[1], 3 * dkernel) < 1e-6
-    assert relative(gradients[2], 3 * nll) < 1e-6
-    assert relative(linear_cross_entropy(*args, chunk=chunk), loss) < 1e-6
-    assert relative(token_nll(*args[:3], chunk=chunk), nll) < 1e-6
+    loss, *_, nll = oracle(*args)
+    assert relative(linear_cross_entropy(*args, chunk=8), loss) < 1e-6
+    assert relative(token_nll(*args[:3], chunk=8), nll) < 1e-6
 
 
 def test_gradient_matches_plain_log_softmax_in_fp32():
@@ -83,12 +81,6 @@ def test_bf16_keeps_fp32_statistics_and_kernel_gradient():
     assert relative(value, loss) < 1e-6  # products of bf16 are exact, everything after them is fp32
     assert relative(gradients[0], dx) < 5e-3
     assert relative(gradients[1], dkernel) < 5e-3
-
-
-def test_logits_of_a_thousand_do_not_overflow():
-    x, kernel, targets, weights = case()
-    loss, *_ = oracle(300 * x, kernel, targets, weights)
-    assert relative(linear_cross_entropy(300 * x, kernel, targets, weights, chunk=8), loss) < 1e-5
 
 
 def shapes_in(jaxpr):

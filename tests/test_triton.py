@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_cuda_lowering import hopper
 
-from pallas_kernels import triton_dialect
+from pallas_kernels import triton_dialect, tuned
 from pallas_kernels.gated_delta_rule import (
     configurations,
     conformance,
@@ -18,10 +18,10 @@ from pallas_kernels.gated_delta_rule import (
     triton_op,
     triton_pieces,
 )
-from pallas_kernels.gated_delta_rule.configurations import Every64, Every128, Reverse, Scan
+from pallas_kernels.gated_delta_rule.configurations import BLOCKS, Every64, Every128, Reverse, Scan
 from pallas_kernels.gated_delta_rule.conformance import CASES
 
-TABLE = configurations.table()
+TABLE = tuned.read(tuned.of_package("gated_delta_rule"), BLOCKS)
 OTHER_SIZES = [size for size in triton_op.SIZES if size != (64, 64)]
 
 
@@ -100,7 +100,7 @@ def test_every_entry_of_the_table_lowers_to_cuda(kind, entry, packed, monkeypatc
     with hopper():
         lowered = jax.jit(run).trace(key, key, value, gate, gate, segments, value).lower(lowering_platforms=("cuda",))
     kernels = [line for line in lowered.as_text().splitlines() if "__gpu$xla.gpu.triton" in line]
-    assert len(kernels) == len(configurations.kernels(configuration))
+    assert len(kernels) == len(tuned.kernels(configuration))
     # S and dS' feed products and a sum in one loop, which must wait for its products before it loads the next ones
     waiting = [line for line in kernels if "mov.b32 $0, $1;" in line]
     ahead = [line for line in waiting if "gdn_reverse" in line]

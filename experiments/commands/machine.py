@@ -8,7 +8,7 @@ from experiments.commands import of_run
 from experiments.generation_speed import GenerationOptions, report
 from experiments.options import Switch
 from gdn_jax.errors import UserError
-from pallas_kernels import bench, tune
+from pallas_kernels import bench, tune, tuned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,9 @@ def bench_generate(name: str, options: BenchGenerateOptions) -> None:
 
 def tune_op(op: str, options: TuneOptions) -> None:
     from gdn_jax.metrics import environment
-    from pallas_kernels.gated_delta_rule import configurations
 
     try:
         table = tune.tune(op, options, environment)
     except (ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from None
-    print(configurations.written(table) if options.json else tune.markdown(table))
+    print(tuned.written(table) if options.json else tune.markdown(table))

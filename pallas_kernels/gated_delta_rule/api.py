@@ -9,12 +9,12 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_tokens
+from pallas_kernels.chunkwise import confine
 from pallas_kernels.gated_delta_rule import chunked, configurations, reference, triton_op
 
 NAME = "gated_delta_rule"
 IMPLS = dispatch.WITH_KERNELS
-CHUNKS = (16, 32, 64, 128)
-DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def why_not(impl: str, key_dim: int, value_dim: int, chunk: int = 64, elements: int = 0) -> str | None:
@@ -81,7 +81,7 @@ def gated_delta_rule(
     g              [B, T, Hv] log decay, <= 0; g = 0 is DeltaNet
     beta           [B, T, Hv] write strength in [0, 2]
     scale          defaults to K^-1/2
-    initial_state  [B, Hv, K, V], zero when absent
+    initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
     impl           "auto" takes the fastest tested for this device, these sizes and bf16; a named one never falls back
     chunk          16, 32, 64 or 128 tokens solved at once
@@ -95,16 +95,10 @@ def gated_delta_rule(
     Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
     Source: arXiv 2412.06464, section 3.
     """
-    value_heads, heads = v.shape[2], q.shape[2]
-    if value_heads % heads:
-        raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
-    if q.shape[1] == 0:
-        raise ValueError("T is 0; the gated delta rule needs at least one token.")
-    if chunk not in CHUNKS:
-        raise ValueError(f"chunk is {chunk}; it must be one of {', '.join(map(str, CHUNKS))}.")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} is {x.dtype}; q, k and v must be bfloat16, float32 or float64.")
+    check_heads(q.shape[2], v.shape[2])
+    check_tokens(q.shape[1], "the gated delta rule")
+    check_chunk(chunk)
+    check_dtypes(q=q, k=k, v=v)
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     static = {"scale": scale, "impl": impl, "chunk": chunk, "residuals": residuals, "configuration": configuration}
@@ -124,7 +118,17 @@ def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl,
     sizes = {"key_dim": K, "value_dim": V, "elements": triton_op.largest_array(batch, tokens, Hv, K, V)}
     choice = resolve(impl, **sizes, chunk=chunk, dtype=jnp.result_type(q, k, v))
     impl = dispatch.taken(choice)
-    if impl in ("triton", "triton_interpret"):
+    static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
+    if initial_state is not None and segment_ids is not None and impl != "reference":
+        bad = ~jnp.isfinite(initial_state).all(2, keepdims=True)  # one reaches its whole value column
+        op = partial(_run, impl, q, k, v, g, beta, segment_ids=segment_ids, **static)
+        return confine(op, initial_state, segment_ids, bad, axis=2)
+    return _run(impl, q, k, v, g, beta, initial_state, segment_ids=segment_ids, **static)
+
+
+def _run(impl, q, k, v, g, beta, initial_state, *, segment_ids, scale, chunk, residuals, configuration):
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    if impl in ("triton", "triton_interpret") and batch:  # a grid of no programs cannot be launched
         return triton_op.gated_delta_rule(
             q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration,
             interpret=impl == "triton_interpret",
@@ -157,12 +161,10 @@ def gated_delta_rule_step(
     Both products read the state that is there, so that a device passes over it twice: once for S^T k and S^T q
     together, once to write S'. The recurrence's o = scale S'^T q is the same sum, and a third pass.
     """
-    value_heads, heads = v.shape[1], q.shape[1]
-    if value_heads % heads:
-        raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
+    check_heads(q.shape[1], v.shape[1])
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k = (jnp.repeat(x.astype(exact), value_heads // heads, axis=1) for x in (q, k))
+    q, k = (jnp.repeat(x.astype(exact), v.shape[1] // q.shape[1], axis=1) for x in (q, k))
     values, g, beta, state = (x.astype(exact) for x in (v, g, beta, state))
     alpha = jnp.exp(g)
     read_k, read_q = ((state * x[..., None]).sum(axis=-2) for x in (k, q))

@@ -114,7 +114,7 @@ def _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, *, read=True, 
             kept_rho = put(kept_rho, jnp.concatenate(rho_parts, axis=3), start)
         return (state, o, kept_rho), kept_state
 
-    state = initial_state.reshape(batch, heads, -1, key_dim, v.shape[-1])
+    state = initial_state.reshape(batch, heads, v.shape[2] // heads, key_dim, v.shape[-1])
     o = jnp.zeros_like(v) if read else None
     kept_rho = jnp.zeros(v.shape, operand) if keep else None
     starts = jnp.arange(0, length, block)
@@ -183,10 +183,11 @@ def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale,
         new = (put_key(dq, dqb), put_key(dk, dkb), put(dv, dvb, start), put(dg, dgb, start))
         return (d_state, *new, put(dbeta, h.sum(-2) + kw, start)), None
 
-    d_final = d_final.reshape(batch, heads, -1, key_dim, v.shape[-1])
+    by_value_head = d_final.shape
+    d_final = d_final.reshape(batch, heads, v.shape[2] // heads, key_dim, v.shape[-1])
     carry = (d_final, *(jnp.zeros_like(x) for x in (q, k, v, g, beta)))
     (d_state, *grads), _ = jax.lax.scan(step, carry, (jnp.arange(0, length, block), kept_states), reverse=True)
-    return *grads, d_state.reshape(batch, -1, key_dim, v.shape[-1])
+    return *grads, d_state.reshape(by_value_head)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))

@@ -1,16 +1,14 @@
-"""The kernels' configurations: a type for each, for the whole op, and the table of those that `gdn tune` found.
+"""The kernels' configurations: a type for each, for the whole op, and which of those that `gdn tune` found is taken.
 
-The table is JSON: device kind -> "KxV", or "KxV few" where rows are few, -> a line of what holds for the entry and a
-line a kernel. A line says its own facts of measurement only where they are not those of the entry.
+Their table (pallas_kernels/tuned.py) has sizes by the name "KxV", or "KxV few" where rows are few.
 """
 
 import functools
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import ClassVar
 
-TUNED = Path(__file__).with_name("tuned.json")  # written by `gdn tune`
+from pallas_kernels import tuned
+
 MANY_ROWS = 256  # no entry for few rows applies
 ONE_EACH = 128  # programs of a serial pass: about one a multiprocessor
 
@@ -120,123 +118,10 @@ KERNELS = ("prepare", "forward", "state", "output", "reverse", "chunks", "pairs"
 DEFAULT = Every128()  # what runs where nothing was tuned
 
 
-def kernels(configuration: Configuration) -> dict[str, Kernel]:
-    """Name -> configuration of the kernels, in the order in which they run."""
-    return {field.name: getattr(configuration, field.name) for field in fields(configuration)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timing:
-    """What a kernel took, or all of them together, and where that was measured."""
-
-    ms: float
-    shape: str  # a name of pallas_kernels/shapes.py, or BxT,H,K,V
-    date: str
-    commit: str
-    dirty: bool
-    source: str  # hash of the Python files, "" where the commit alone was noted
-    jax: str
-    jaxlib: str
-
-
-WHOLE = "all"  # the timing of all kernels together
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """What the table has of one size on one kind of device."""
-
-    configuration: Configuration
-    admitted: bool  # "auto" takes the size: its configuration passed the float64 check; never said of few rows
-    timings: dict[str, Timing]  # of kernels by name, and WHOLE: one at least
-
-
-Table = dict[str, dict[str, Entry]]
-
-
-def read(path: Path) -> Table:
-    """The table in a file. ValueError with a sentence for one that is not like `written` writes it."""
-    try:
-        devices = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); `gdn tune` writes it anew where there is none.") from None
-    return {
-        kind: {name: _entry(lines, f"{path}: {kind} {name}") for name, lines in _object(entries, path).items()}
-        for kind, entries in _object(devices, path).items()
-    }
-
-
-def _object(given, where):
-    if not isinstance(given, dict):
-        raise ValueError(f"{where} has {given!r} where an object must be.")
-    return given
-
-
-def _entry(lines, where):
-    shared = dict(_object(_object(lines, where).get("entry"), where))
-    block = shared.pop("block", None)
-    kind = BLOCKS.get(block) if isinstance(block, int) else None
-    if kind is None:
-        raise ValueError(f"{where}: block is {block!r}; it must be one of {', '.join(map(str, BLOCKS))}.")
-    of_entry = {"admitted": bool, "ms": float | None} | {f.name: f.type for f in fields(Timing) if f.name != "ms"}
-    _check(shared, of_entry, f"{where}: entry")
-    admitted, whole = shared.pop("admitted"), shared.pop("ms")
-    timings = {} if whole is None else {WHOLE: Timing(ms=whole, **shared)}
-    _check(lines, {"entry": dict} | {field.name: dict for field in fields(kind)}, where)
-    chosen = {}
-    for field in fields(kind):
-        line, own = lines[field.name], {f.name: f.type for f in fields(field.type)}
-        measured = {f.name: f.type for f in fields(Timing) if f.name in line}
-        _check(line, own | measured, f"{where}: {field.name}")
-        chosen[field.name] = field.type(**{name: line[name] for name in own})
-        if "ms" in line:
-            timings[field.name] = Timing(**shared | {name: line[name] for name in measured})
-    return Entry(configuration=kind(**chosen), admitted=admitted, timings=timings)
-
-
-def _check(given, types, where):
-    """ValueError unless `given` has exactly the fields of `types`, each of its type."""
-    for name in [*given, *types]:
-        if name not in types or name not in given:
-            fault = "an unknown" if name not in types else "no"
-            raise ValueError(f"{where} has {fault} field {name!r}; it must have {', '.join(types)}, and no other.")
-    for name, kind in types.items():
-        if not isinstance(given[name], kind) or (isinstance(given[name], bool) and kind is not bool):
-            raise ValueError(
-                f"{where}: {name} is {given[name]!r}; it must be of type {getattr(kind, '__name__', kind)}."
-            )
-
-
-def written(table: Table) -> str:
-    """The text of a table: a line for each entry and each kernel."""
-
-    def lines(entry):
-        first = entry.timings.get(WHOLE) or next(iter(entry.timings.values()))
-        shared = asdict(first)
-        ms = entry.timings[WHOLE].ms if WHOLE in entry.timings else None
-        yield "entry", {"block": entry.configuration.block, "admitted": entry.admitted} | shared | {"ms": ms}
-        for name, kernel in kernels(entry.configuration).items():
-            facts = asdict(entry.timings[name]) if name in entry.timings else {}
-            own = {key: value for key, value in facts.items() if key == "ms" or value != shared[key]}
-            yield name, asdict(kernel) | own
-
-    def members(pairs, indent):
-        joined = (",\n" + indent).join(f"{json.dumps(name)}: {text}" for name, text in pairs)
-        return f"{{\n{indent}{joined}\n{indent[:-1]}}}"
-
-    def of_entry(entry):
-        return members([(name, json.dumps(line)) for name, line in lines(entry)], "   ")
-
-    def of_device(entries):
-        return members([(name, of_entry(entry)) for name, entry in entries.items()], "  ")
-
-    return members([(kind, of_device(entries)) for kind, entries in table.items()], " ") + "\n"
-
-
 @functools.cache
-def table() -> Table:
-    """The package's own."""
-    return read(TUNED) if TUNED.exists() else {}
+def table() -> tuned.Table:
+    """The package's own, and the user's over it."""
+    return tuned.in_force("gated_delta_rule", BLOCKS)
 
 
 def programs(rows: int, value_dim: int) -> int:

@@ -3,7 +3,7 @@
 Used by the tests, by `gdn doctor` on the machine at hand, and by tuning, which admits nothing that fails here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.accuracy import outside, relative_errors
-from pallas_kernels.gated_delta_rule.api import gated_delta_rule
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.gated_delta_rule.api import gated_delta_rule, resolve
 from pallas_kernels.gated_delta_rule.configurations import Configuration
 
 OUTPUTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
@@ -66,6 +67,15 @@ CASES = (
     Case(name="documents", T=200, documents=0.05),
     Case(name="every token a document", T=200, documents=1.0),
 )
+# for `gdn doctor`: two shapes, so seconds to compile, of the size that most devices have kernels for
+QUICK = tuple(
+    replace(case, K=128, V=128) for case in CASES if case.name in ("resets strewn in", "beta=1", "group value")
+)
+
+
+def choice(case: Case) -> Choice:
+    """What "auto" takes here at these sizes."""
+    return resolve("auto", key_dim=case.K, value_dim=case.V, dtype=jnp.dtype(case.dtype))
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None, list[np.ndarray]]:

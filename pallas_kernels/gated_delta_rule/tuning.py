@@ -1,5 +1,5 @@
-"""The kernels one by one, as `gdn tune` times them: random inputs, what each makes of the arrays
-so far, and the configurations worth a try."""
+"""The kernels one by one, as `gdn tune` times them: random inputs, what each makes of the arrays so far, the
+configurations worth a try, and the cases that admit one."""
 
 import itertools
 from dataclasses import replace
@@ -12,6 +12,7 @@ from pallas_kernels.gated_delta_rule import (
     configurations,
     triton_chunks,
     triton_gradients,
+    triton_op,
     triton_output,
     triton_prepare,
     triton_state,
@@ -27,8 +28,55 @@ from pallas_kernels.gated_delta_rule.arrays import (
     Sums,
     Tokens,
 )
-from pallas_kernels.gated_delta_rule.configurations import Kernel
-from pallas_kernels.shapes import DeltaShape
+from pallas_kernels.gated_delta_rule.benchmark import Shape
+from pallas_kernels.gated_delta_rule.configurations import Configuration, Every64, Every128, Kernel
+from pallas_kernels.gated_delta_rule.conformance import CASES, Case
+
+KERNELS, KINDS = configurations.KERNELS, configurations.BLOCKS
+
+# cases of conformance.py that a configuration must pass before it is admitted
+CHECKS = ("T=129", "documents", "decay 0.3", "group value", "beta in (1,2)")
+
+
+def why_not(shape: Shape) -> str | None:
+    """The reason a shape has no kernels, or None."""
+    if (shape.key_dim, shape.value_dim) in triton_op.SIZES:
+        return None
+    return triton_op.why_not(shape.key_dim, shape.value_dim, CHUNK, interpret=True)
+
+
+def as_run(shape: Shape) -> Shape:
+    """`shape` as the kernels see it: long rows of few heads are cut."""
+    count = triton_op.pieces(shape.batch, shape.tokens, shape.heads, shape.value_dim)
+    return shape._replace(batch=shape.batch * count, tokens=shape.tokens // count)
+
+
+def entry_name(shape: Shape) -> str:
+    """The name in the table of a shape as it is run: "few" where rows times heads leave the serial passes about one
+    program a multiprocessor."""
+    return configurations.entry_name(shape.key_dim, shape.value_dim, shape.batch * shape.heads)
+
+
+def admits(name: str) -> bool:
+    """Whether "auto" asks the entry of this name if it may take the kernels; it never asks one of few rows."""
+    return not name.endswith(" few")
+
+
+def in_force(shape: Shape, device_kind: str) -> Configuration:
+    """What runs there before it is tuned."""
+    return configurations.choose(shape.key_dim, shape.value_dim, device_kind, shape.batch * shape.heads)
+
+
+def wholes(shape: Shape) -> list[Configuration]:
+    """The defaults of every way to put the op together that is worth a try: states every 64 or every 128 tokens. Wide
+    heads are tried at 128 alone: states every 64 tokens would be most of their traffic."""
+    return [Every64(), Every128()] if shape.key_dim in (64, 128) else [Every128()]
+
+
+def checks(shape: Shape) -> list[Case]:
+    """The cases of CHECKS at these sizes."""
+    sizes = {"K": shape.key_dim, "V": shape.value_dim, "dtype": "bfloat16"}
+    return [replace(case, **sizes) for case in CASES if case.name in CHECKS]
 
 
 class Work(NamedTuple):
@@ -54,7 +102,7 @@ class Work(NamedTuple):
         return Work(*(old if new is None else new for old, new in zip(self, made, strict=True)))
 
 
-def inputs(shape: DeltaShape, seed: int = 0) -> Work:
+def inputs(shape: Shape, seed: int = 0) -> Work:
     """What the first kernels take: unit q and k, normal v and do, decays and strengths of a fresh model."""
     B, T, H, K, V = shape
     keys = jax.random.split(jax.random.key(seed), 6)
@@ -73,8 +121,9 @@ def inputs(shape: DeltaShape, seed: int = 0) -> Work:
     return draw()
 
 
-def run(work: Work, config: Kernel, *, block: int, scale: float, interpret: bool) -> Work:
-    """What the kernel of this configuration makes of the arrays so far, alone, with states every `block` tokens."""
+def run(work: Work, config: Kernel, whole: Configuration, *, interpret: bool) -> Work:
+    """What the kernel of this configuration makes of the arrays so far, alone, as a part of `whole`."""
+    block, scale = whole.block, work.tokens.k.shape[-1] ** -0.5
     constants = {"scale": scale, "interpret": interpret, "config": config}
     match config:
         case configurations.Prepare():
@@ -96,10 +145,10 @@ def run(work: Work, config: Kernel, *, block: int, scale: float, interpret: bool
             return Work(gradients=triton_gradients.sum_gradients(*given, **constants))
 
 
-def candidates(default: Kernel, key_dim: int) -> list[Kernel]:
+def candidates(default: Kernel, shape: Shape) -> list[Kernel]:
     """Configurations of a kernel worth a try: its default, those that were among the fastest at some size, and their
     neighbours."""
-    widest = 1 << (key_dim.bit_length() - 1)
+    widest = 1 << (shape.key_dim.bit_length() - 1)
     wide, widest = min(128, widest), min(256, widest)
 
     def grid(**choices):

@@ -9,11 +9,11 @@ from beartype import beartype
 from jaxtyping import Array, Float, jaxtyped
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_dtypes
 from pallas_kernels.gated_norm import chunked, reference, triton_norm
 
 NAME = "gated_norm"
 IMPLS = dispatch.WITH_KERNELS
-DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
 FEW_VECTORS = 128
 
@@ -79,9 +79,7 @@ def gated_norm(
         raise ValueError(f"groups is {groups}; it must divide D, {x.shape[-1]}.")
     if eps <= 0:
         raise ValueError(f"eps is {eps}; it must be positive.")
-    for name, y in (("x", x), ("gate", gate)):
-        if y is not None and y.dtype not in DTYPES:
-            raise ValueError(f"{name} is {y.dtype}; it must be bfloat16, float32 or float64.")
+    check_dtypes(x=x, gate=gate)
     run = partial(_on_one_device, eps=float(eps), gate_first=gate_first, groups=groups, impl=impl)
     if x.ndim < 3:
         return run(x, weight, gate)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.accuracy import outside, relative_errors
-from pallas_kernels.gated_norm.api import gated_norm
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.gated_norm.api import gated_norm, resolve
 
 OUTPUTS = ("y", "dx", "dweight", "dgate")
 
@@ -46,6 +47,13 @@ CASES = (
     Case(name="many vectors", shape=(2, 700, 3, 24)),
     Case(name="wide", shape=(3, 5, 1100), gate_first=True),
 )
+QUICK = tuple(case for case in CASES if case.name in ("gate after", "gate first"))  # for `gdn doctor`
+
+
+def choice(case: Case) -> Choice:
+    """What "auto" takes here at these sizes."""
+    widest = jnp.promote_types(case.dtype, case.gate_dtype or case.dtype)
+    return resolve("auto", shape=case.shape, gated=case.gated, groups=case.groups, dtype=widest)
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray | None], np.ndarray]:

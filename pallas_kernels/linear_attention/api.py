@@ -8,12 +8,12 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_tokens
+from pallas_kernels.chunkwise import confine
 from pallas_kernels.linear_attention import chunked, reference
 
 NAME = "linear_attention"
 IMPLS = dispatch.PLAIN
-CHUNKS = (16, 32, 64, 128)
-DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def resolve(impl: str = "auto") -> dispatch.Choice:
@@ -44,7 +44,7 @@ def linear_attention(
     v              [B, T, Hv, V], Hv a multiple of H; value head h reads key head h // (Hv // H)
     g              [B, T, Hv] one log decay a head (RetNet, Mamba2) or [B, T, Hv, K] one a key channel (HGRN2), <= 0
     scale          defaults to K^-1/2
-    initial_state  [B, Hv, K, V], zero when absent
+    initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
     impl           "auto" takes the fastest for this device; a named one never falls back
     chunk          16, 32, 64 or 128 tokens at once
@@ -57,30 +57,35 @@ def linear_attention(
     Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
     Source: arXiv 2412.06464, section 2; per channel: HGRN2, arXiv 2404.07904.
     """
-    value_heads, heads = v.shape[2], q.shape[2]
-    if value_heads % heads:
-        raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
-    if q.shape[1] == 0:
-        raise ValueError("T is 0; linear attention needs at least one token.")
-    if chunk not in CHUNKS:
-        raise ValueError(f"chunk is {chunk}; it must be one of {', '.join(map(str, CHUNKS))}.")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} is {x.dtype}; q, k and v must be bfloat16, float32 or float64.")
+    check_heads(q.shape[2], v.shape[2])
+    check_tokens(q.shape[1], "linear attention")
+    check_chunk(chunk)
+    check_dtypes(q=q, k=k, v=v)
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     g = (g[..., None] if g.ndim == 3 else g).astype(exact)
-    if initial_state is None:
-        initial_state = jnp.zeros((q.shape[0], value_heads, q.shape[-1], v.shape[-1]))
+    carried = initial_state is not None
+    if not carried:
+        initial_state = jnp.zeros((q.shape[0], v.shape[2], q.shape[-1], v.shape[-1]))
     initial_state = initial_state.astype(exact)
     if dispatch.taken(resolve(impl)) == "reference":
         segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
-    run = partial(chunked.linear_attention, scale=scale, chunk=chunk, residuals=residuals)
+    run = partial(_on_one_device, carried=carried, scale=scale, chunk=chunk, residuals=residuals)
     token, state = ("batch", None, "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
         run, (q, k, v, g, initial_state, segment_ids), (token, token, token, token, state, token[:2]), (token, state)
     )
+
+
+def _on_one_device(q, k, v, g, initial_state, segment_ids, *, carried, scale, chunk, residuals):
+    op = partial(
+        chunked.linear_attention, q, k, v, g,
+        segment_ids=segment_ids, scale=scale, chunk=chunk, residuals=residuals,
+    )  # fmt: skip
+    if carried and segment_ids is not None:
+        return confine(op, initial_state, segment_ids, ~jnp.isfinite(initial_state), axis=2)
+    return op(initial_state)
 
 
 @jaxtyped(typechecker=beartype)
@@ -94,12 +99,10 @@ def linear_attention_step(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B Hv V"], Float[Array, "B Hv K V"]]:
     """One token of `linear_attention`: (o in v's dtype, state in fp32 or float64). Ranges and errors as there."""
-    value_heads, heads = v.shape[1], q.shape[1]
-    if value_heads % heads:
-        raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
+    check_heads(q.shape[1], v.shape[1])
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k = (jnp.repeat(x.astype(exact), value_heads // heads, axis=1) for x in (q, k))
+    q, k = (jnp.repeat(x.astype(exact), v.shape[1] // q.shape[1], axis=1) for x in (q, k))
     g = g[..., None] if g.ndim == 2 else g
     o, state = reference.step(q, k, *(x.astype(exact) for x in (v, g, state)), scale)
     return o.astype(v.dtype), state

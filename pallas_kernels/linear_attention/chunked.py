@@ -145,7 +145,7 @@ def _pairs(q, k, g, pairs, operand):
     if g.shape[-1] == 1:
         return _scalar_pairs(q, k, g, pairs, operand)
     p = _channel_pairs(*_per_head(q, k, g), operand)
-    return jnp.where(pairs, p.reshape(*g.shape[:4], -1), 0)
+    return jnp.where(pairs, p.reshape(*g.shape[:4], g.shape[3]), 0)
 
 
 def _pairs_backward(q, k, g, pairs, d_pairs, operand):
@@ -174,7 +174,7 @@ def _forward(q, k, v, g, initial_state, runs, scale, chunk, *, read=True, keep=F
         written = dot("bhrik,bhriv->bhrkv", r * kc[:, :, None], vc, operand)
         return (jnp.swapaxes(gamma_all, -1, -2) * state + written, o), kept
 
-    state = initial_state.reshape(batch, heads, -1, key_dim, v.shape[-1])
+    state = initial_state.reshape(batch, heads, v.shape[2] // heads, key_dim, v.shape[-1])
     o = jnp.zeros_like(v) if read else None
     (state, o), kept = jax.lax.scan(step, (state, o), jnp.arange(0, length, chunk))
     return (o, state.reshape(initial_state.shape)), kept
@@ -214,10 +214,11 @@ def _backward(q, k, v, g, runs, kept, do, d_final, scale, chunk):
         new = put_key(dq, dqc + dq_read.sum(2)), put_key(dk, dkc + dk_write.sum(2)), put(dv, dvc, start)
         return (d_state, *new, put(dg, dgc, start)), None
 
-    d_final = d_final.reshape(batch, heads, -1, key_dim, v.shape[-1])
+    by_value_head = d_final.shape
+    d_final = d_final.reshape(batch, heads, v.shape[2] // heads, key_dim, v.shape[-1])
     carry = (d_final, *(jnp.zeros_like(x) for x in (q, k, v, g)))
     (d_state, *grads), _ = jax.lax.scan(step, carry, (jnp.arange(0, length, chunk), kept), reverse=True)
-    return *grads, d_state.reshape(batch, -1, key_dim, v.shape[-1])
+    return *grads, d_state.reshape(by_value_head)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))

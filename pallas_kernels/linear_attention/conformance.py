@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.accuracy import outside, relative_errors
-from pallas_kernels.linear_attention.api import linear_attention
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.linear_attention.api import linear_attention, resolve
 
 OUTPUTS = ("o", "state", "dq", "dk", "dv", "dg", "dinitial")
 
@@ -61,6 +62,12 @@ CASES = (
     *(Case(**case) for case in BOTH),
     *(Case(**case | {"name": f"channels, {case['name']}", "channels": True}) for case in BOTH),
 )
+QUICK = tuple(case for case in CASES if case.name in ("group value", "channels, group value"))  # for `gdn doctor`
+
+
+def choice(case: Case) -> Choice:
+    """What "auto" takes here."""
+    return resolve("auto")
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None, list[np.ndarray]]:

@@ -8,12 +8,12 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_chunk, check_dtypes, check_tokens
+from pallas_kernels.chunkwise import confine
 from pallas_kernels.selective_scan import chunked, reference
 
 NAME = "selective_scan"
 IMPLS = dispatch.PLAIN
-CHUNKS = (16, 32, 64, 128)
-DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def resolve(impl: str = "auto") -> dispatch.Choice:
@@ -45,7 +45,7 @@ def selective_scan(
     A              [D, N] rates, <= 0
     B, C           [B, T, N], shared by all channels
     D              [D] weight of the direct path
-    initial_state  [B, D, N], zero when absent
+    initial_state  [B, D, N], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
     impl           "auto" takes the fastest for this device; a named one never falls back
     chunk          16, 32, 64 or 128 tokens whose [D, N] states exist at once
@@ -57,22 +57,19 @@ def selective_scan(
     Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
     Source: Mamba, arXiv 2312.00752, section 3.2 with the simplified discretisation of B.
     """
-    if x.shape[1] == 0:
-        raise ValueError("T is 0; the selective scan needs at least one token.")
-    if chunk not in CHUNKS:
-        raise ValueError(f"chunk is {chunk}; it must be one of {', '.join(map(str, CHUNKS))}.")
-    for name, y in (("x", x), ("B", B), ("C", C)):
-        if y.dtype not in DTYPES:
-            raise ValueError(f"{name} is {y.dtype}; x, B and C must be bfloat16, float32 or float64.")
+    check_tokens(x.shape[1], "the selective scan")
+    check_chunk(chunk)
+    check_dtypes(x=x, B=B, C=C)
     exact = jnp.promote_types(jnp.float32, x.dtype)
     dt, A, D = (y.astype(exact) for y in (dt, A, D))
-    if initial_state is None:
+    carried = initial_state is not None
+    if not carried:
         initial_state = jnp.zeros((x.shape[0], *A.shape))
     initial_state = initial_state.astype(exact)
     if dispatch.taken(resolve(impl)) == "reference":
         segments = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return reference.selective_scan(x, dt, A, B, C, D, initial_state, segments)
-    run = partial(chunked.selective_scan, chunk=chunk, residuals=residuals)
+    run = partial(_on_one_device, carried=carried, chunk=chunk, residuals=residuals)
     token, shared, state = ("batch", None, "heads"), ("batch", None, None), ("batch", "heads", None)
     return dispatch.shard(
         run,
@@ -80,6 +77,13 @@ def selective_scan(
         (token, token, ("heads", None), shared, shared, ("heads",), state, shared[:2]),
         (token, state),
     )
+
+
+def _on_one_device(x, dt, A, B, C, D, initial_state, segment_ids, *, carried, chunk, residuals):
+    op = partial(chunked.selective_scan, x, dt, A, B, C, D, segment_ids=segment_ids, chunk=chunk, residuals=residuals)
+    if carried and segment_ids is not None:
+        return confine(op, initial_state, segment_ids, ~jnp.isfinite(initial_state), axis=2)
+    return op(initial_state)
 
 
 @jaxtyped(typechecker=beartype)

@@ -29,13 +29,13 @@ RUN = 8  # tokens of a chunk that follow one another; C / RUN such runs go side 
 
 def _runs(x):
     """[B, C, ...] -> [RUN, B, C / RUN, ...]: the tokens of a run first."""
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, RUN, *x.shape[2:]), 2, 0)
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // RUN, RUN, *x.shape[2:]), 2, 0)
 
 
 def _tokens(x):
     """The inverse of _runs."""
     x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])
+    return x.reshape(x.shape[0], x.shape[1] * RUN, *x.shape[3:])
 
 
 def _across(state, written, product, reverse=False):

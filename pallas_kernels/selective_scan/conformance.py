@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.accuracy import outside, relative_errors
-from pallas_kernels.selective_scan.api import selective_scan
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.selective_scan.api import resolve, selective_scan
 
 OUTPUTS = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial")
 
@@ -46,6 +47,12 @@ CASES = (
     Case(name="documents", T=200, documents=0.05),
     Case(name="every token a document", T=200, documents=1.0),
 )
+QUICK = tuple(case for case in CASES if case.name == "documents")  # for `gdn doctor`
+
+
+def choice(case: Case) -> Choice:
+    """What "auto" takes here."""
+    return resolve("auto")
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None, list[np.ndarray]]:

@@ -8,12 +8,12 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import check_dtypes, check_tokens
 from pallas_kernels.short_conv import chunked, reference, triton_conv
 from pallas_kernels.short_conv.triton_conv import LEAST_TOKENS
 
 NAME = "short_conv"
 IMPLS = dispatch.WITH_KERNELS
-DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
 
 
@@ -75,10 +75,8 @@ def short_conv(
     Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
     Source: arXiv 2412.06464, section 3.4; with bias: Mamba, arXiv 2312.00752.
     """
-    if x.shape[1] == 0:
-        raise ValueError("T is 0; the convolution needs at least one token.")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x is {x.dtype}; it must be bfloat16, float32 or float64.")
+    check_tokens(x.shape[1], "the convolution")
+    check_dtypes(x=x)
     if l2norm is not None and (l2norm < 1 or x.shape[2] % l2norm):
         raise ValueError(f"l2norm is {l2norm}; it must divide the number of channels, {x.shape[2]}.")
     if initial_state is not None:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.accuracy import outside, relative_errors
-from pallas_kernels.short_conv.api import short_conv
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.short_conv.api import resolve, short_conv
 
 INPUTS = ("x", "weight", "bias", "state")
 OUTPUTS = ("y", "state", *(f"d{name}" for name in INPUTS))
@@ -49,6 +50,13 @@ CASES = (
     Case(name="many small heads", T=40, C=520, l2norm=4),
     Case(name="pieces of a row", T=300, documents=0.05),
 )
+QUICK = tuple(case for case in CASES if case.name == "documents")  # for `gdn doctor`
+
+
+def choice(case: Case) -> Choice:
+    """What "auto" takes here at these sizes."""
+    shape = (case.B, case.T, case.C)
+    return resolve("auto", shape=shape, width=case.W, l2norm=case.l2norm, dtype=jnp.dtype(case.dtype))
 
 
 def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray | None], np.ndarray | None, list[np.ndarray]]:

@@ -1,0 +1,33 @@
+"""Rules that the arguments of several ops keep. Each raises ValueError with one sentence: the value and the rule."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+CHUNKS = (16, 32, 64, 128)
+DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
+
+
+def check_tokens(tokens: int, op: str) -> None:
+    """At least one; a batch of 0 is fine, and its result empty."""
+    if tokens == 0:
+        raise ValueError(f"T is 0; {op} needs at least one token.")
+
+
+def check_chunk(chunk: int) -> None:
+    """Of tokens that a chunkwise op takes at once."""
+    if chunk not in CHUNKS:
+        raise ValueError(f"chunk is {chunk}; it must be one of {', '.join(map(str, CHUNKS))}.")
+
+
+def check_heads(heads: int, value_heads: int) -> None:
+    """Value heads in groups of one size, one group a key head."""
+    if heads == 0 or value_heads % heads:
+        raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
+
+
+def check_dtypes(**arrays: Any) -> None:
+    """What arithmetic is defined for; absent arrays (None) have none."""
+    for name, x in arrays.items():
+        if x is not None and x.dtype not in DTYPES:
+            raise ValueError(f"{name} is {x.dtype}; it must be bfloat16, float32 or float64.")

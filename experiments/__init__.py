@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from experiments import ablations, figure2, figure3, smoke, table2, table3, table4, table5
-from experiments.figure3 import Timing
 from experiments.models import PAPER_MODELS
 from experiments.suites import Suite
 from gdn_jax.config import Experiment

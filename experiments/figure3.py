@@ -6,9 +6,9 @@
 
 A point is a training step as `gdn train` runs it (the jitted step with AdamW and clipping, the ID's precision and
 run.remat) on random tokens: no data are needed. Each is measured in a process of its own and kept as soon as it is
-there, so a command that was stopped goes on; forty points take more than one command. Expect, in the paper, on one H100:
-Gated DeltaNet as fast as DeltaNet and 2-3K tokens/s behind Mamba2, Transformer++ first at 2K and falling, H1 and H2
-ahead of Gated DeltaNet. The paper prints curves alone; what paper.json has of them was read from the figure.
+there, so a command that was stopped goes on; forty points take more than one command. Expect, in the paper, on one
+H100: Gated DeltaNet as fast as DeltaNet and 2-3K tokens/s behind Mamba2, Transformer++ first at 2K and falling, H1 and
+H2 ahead of Gated DeltaNet. The paper prints curves alone; what paper.json has of them was read from the figure.
 """
 
 from dataclasses import dataclass, replace

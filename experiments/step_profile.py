@@ -192,10 +192,9 @@ def profile(
         end = max(end, start + duration)
     busy = sum(duration for _, _, duration in events) / 1e3
     families = {}
-    for name in sorted(kernels, key=lambda name: -sum(map(sum, kernels[name].values()))) + sorted(
-        needs - kernels.keys()
-    ):
-        ms = sum(map(sum, kernels[name].values()))
+    total = {name: sum(map(sum, each.values())) for name, each in kernels.items()}
+    for name in sorted(total, key=lambda name: -total[name]) + sorted(needs.keys() - total.keys()):
+        ms = total.get(name, 0.0)
         largest = sorted(kernels[name].items(), key=lambda item: -sum(item[1]))[:LARGEST]
         families[name] = {
             "ms": ms,

@@ -13,6 +13,7 @@ import experiments
 from experiments import published, report
 from experiments.commands import Stopped, evaluation, print_facts
 from experiments.commands.evaluation import TaskOptions
+from experiments.figure3 import Timing
 from experiments.options import Overrides, Switch
 from gdn_jax.config import Experiment, flat, to_dict
 from gdn_jax.errors import UserError
@@ -105,7 +106,7 @@ def _evaluation_row(one: experiments.Evaluation) -> dict[str, Any]:
     return _list_row(one.experiment) | changed | {"of": one.experiment.id, "tasks": one.suite.tasks}
 
 
-def _timing_row(one: experiments.Timing) -> dict[str, Any]:
+def _timing_row(one: Timing) -> dict[str, Any]:
     sizes = {setting.seq_len * setting.batch_size for setting in one.settings.values()}
     changed = {"id": one.id, "kind": "times", "group": one.id.partition("/")[0], "tokens": max(sizes)}
     return _list_row(one.of) | changed | {"of": one.of.id, "settings": list(one.settings)}

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from experiments.report import piped
 from gdn_jax.config import Model
 from pallas_kernels.bench import Peak
 
@@ -211,6 +212,6 @@ def markdown(found: Mapping[str, Any]) -> str:
     for name, one in found["families"].items():
         floor = "unknown" if one["floor_ms"] is None else f"{one['floor_ms']:.1f}"
         largest = ", ".join(f"{k['name'][:40]} x{k['calls']} {k['ms']:.1f}" for k in one["kernels"][:2])
-        lines.append((name, f"{one['ms']:.1f}", f"{one['share']:.0%}", floor, largest.replace("|", "\\|") or "none"))
+        lines.append((name, f"{one['ms']:.1f}", f"{one['share']:.0%}", floor, largest or "none"))
     lines.append(("busy", f"{found['busy_ms']:.1f}", "100%", "", f"idle {found['idle_ms']:.1f}"))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return piped(lines)

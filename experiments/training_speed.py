@@ -286,21 +286,21 @@ def run(todo: Sequence[Point], timeout: int) -> dict[str, Any]:
     "not run".
     """
     rows: list[Row] = []
+    here: Row = {}
     stopped = 0
     try:
         with workers.terminable():
-            found = workers.ask(MODULE, {}, STARTING)
-            if isinstance(found, str):
-                raise UserError(f"No process could find its device here ({found}); `gdn doctor` says more.")
+            here = workers.ask(MODULE, {}, STARTING)
+            if isinstance(here, str):
+                raise UserError(f"No process could find its device here ({here}); `gdn doctor` says more.")
             for point in todo:
-                row = kept(point, found["environment"])
+                row = kept(point, here["environment"])
                 said = "kept, " if row else ""
-                row = row or _measured(point, timeout, found["environment"])
-                rows.append(row)
-                print(f"[{len(rows)}/{len(todo)}] {said}{described(row)}", file=sys.stderr, flush=True)
+                rows.append(row or _measured(point, timeout, here))
+                print(f"[{len(rows)}/{len(todo)}] {said}{described(rows[-1])}", file=sys.stderr, flush=True)
     except KeyboardInterrupt as stop:
         stopped = signal.SIGTERM if isinstance(stop, workers.Terminated) else signal.SIGINT
-    rows += [_row(point) | {"note": NOT_RUN} for point in todo[len(rows) :]]
+    rows += [_row(point) | here | {"note": NOT_RUN} for point in todo[len(rows) :]]
     return {"rows": rows, "stopped": int(stopped)}
 
 
@@ -308,7 +308,7 @@ def _measured(point: Point, timeout: int, here: Row) -> Row:
     """The row of a worker, kept; how it failed is a note in it."""
     row = workers.ask(MODULE, point._asdict(), timeout)
     if isinstance(row, str):
-        row = _row(point) | {"note": row, "environment": here}
+        row = _row(point) | here | {"note": row}
     point.path.parent.mkdir(parents=True, exist_ok=True)
     write_json(point.path, row)
     return row

@@ -168,23 +168,33 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _cells(row: Row, paper: dict[str, dict[str, float]]) -> tuple[str, ...]:
-    ran = row["tokens_per_s"] is not None
-    read = paper.get(row["model"], {}).get(row["setting"])
-    run, planned = row["run"], row["planned_bytes"]
-    peak = row["peak_bytes"]
+    read, run = paper.get(row["model"], {}).get(row["setting"]), row["run"]
+    speed, *rest = (NOT_RUN,) * 6 if row["tokens_per_s"] is None else _numbers(row)
     return (
         row["model"],
         row["setting"],
-        f"{row['tokens_per_s']:,.0f} ({row['least']:,.0f} to {row['most']:,.0f})" if ran else NOT_RUN,
+        speed,
         "-" if read is None else f"about {_thousands(read)}",
-        ("unknown" if row["mfu"] is None else f"{row['mfu']:.1%}") if ran else NOT_RUN,
-        f"{row['step_ms']:,.1f}" if ran else NOT_RUN,
-        (f"{peak / 2**30:.1f}" if peak else f"planned {planned / 2**30:.2f}") if ran else NOT_RUN,
-        f"{row['compile_seconds']:.1f}" if ran else NOT_RUN,
-        _implementations(row["impl"]) if ran else NOT_RUN,
+        *rest,
         f"remat {run['remat']}, {run['micro_batches']} micro-batch{'es' * (run['micro_batches'] > 1)}"
         + (f" (not the ID's {', '.join(row['changed'])})" if row["changed"] else ""),
         row["note"] or "ok",
+    )
+
+
+def _numbers(row: Row) -> tuple[str, ...]:
+    """Tokens/s, MFU, step, peak memory, compilation and implementations of a point that was measured."""
+    if row["peak_bytes"] is None:
+        memory = f"planned {row['planned_bytes'] / 2**30:.2f}"
+    else:
+        memory = f"{row['peak_bytes'] / 2**30:.1f} of {row['limit_bytes'] / 2**30:.1f}"
+    return (
+        f"{row['tokens_per_s']:,.0f} ({row['least']:,.0f} to {row['most']:,.0f})",
+        "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}",
+        f"{row['step_ms']:,.1f}",
+        memory,
+        f"{row['compile_seconds']:.1f}",
+        _implementations(row["impl"]),
     )
 
 
@@ -212,7 +222,7 @@ def _facts(kind: str, rows: list[Row]) -> list[str]:
         "Random tokens; the jitted step of `gdn train` with AdamW and clipping, each waited for; median of "
         + " or ".join(f"{repetitions} steps after {warm_up}" for warm_up, repetitions in counts),
         f"Precision: {', '.join(dict.fromkeys(row['precision'] for row in rows))}; MFU: of the data sheet's bf16 peak; "
-        "peak: the process's own memory, or what XLA plans for the step where the device does not say",
+        "peak: the process's own, of what it may take, or what XLA plans for the step where the device does not say",
         f"Faster implementations refused: {'; '.join(sorted(refused)) or 'none'}",
         f"Paper: tokens/s read from its figure, approximate; {PEERS}: {NOT_RUN}",
         f"Versions: {', '.join(sorted(versions)) or 'unknown'}",
@@ -270,7 +280,7 @@ def _curves(rows: list[Row], settings: list[str]) -> dict[tuple[str, str], dict[
     """(model, label) -> setting -> tokens/s; what was changed against the ID is in the label."""
     found: dict[tuple[str, str], dict[str, float]] = {}
     for row in sorted(rows, key=lambda row: settings.index(row["setting"])):
-        if row["tokens_per_s"] is not None:
+        if row["tokens_per_s"] is not None and not row["note"]:
             key = (row["model"], name(row["model"], row["changed"]))
             found.setdefault(key, {})[row["setting"]] = row["tokens_per_s"]
     return found

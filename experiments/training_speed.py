@@ -208,6 +208,7 @@ def _timed(point: Point) -> Row:
         "mfu": None if peak is None else rate * jax.device_count() / peak,
         "compile_seconds": compile_seconds,
         "peak_bytes": stats.get("peak_bytes_in_use"),
+        "limit_bytes": stats.get("bytes_limit"),
         "planned_bytes": account.argument_size_in_bytes
         + account.output_size_in_bytes
         - account.alias_size_in_bytes
@@ -270,6 +271,7 @@ def _row(point: Point) -> Row:
         "mfu": None,
         "compile_seconds": None,
         "peak_bytes": None,
+        "limit_bytes": None,
         "planned_bytes": None,
         "losses": None,
         "note": "",

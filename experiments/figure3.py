@@ -29,7 +29,7 @@ class Setting(NamedTuple):
 
 _PAPER = {"2Kx16": Setting(2048, 16), "4Kx8": Setting(4096, 8), "8Kx4": Setting(8192, 4), "16Kx2": Setting(16384, 2)}
 SETTINGS = {
-    "tiny": {"128x16": Setting(128, 16), "256x8": Setting(256, 8), "512x4": Setting(512, 4), "1Kx2": Setting(1024, 2)},
+    "tiny": {"64x8": Setting(64, 8), "128x4": Setting(128, 4), "256x2": Setting(256, 2), "512x1": Setting(512, 1)},
     "400m": _PAPER,
     "1.3b": _PAPER,
 }

@@ -41,7 +41,7 @@ class SpeedOptions:
 
     scale: Literal["tiny", "400m", "1.3b"] = "1.3b"
     models: str = "all"  # some of the ten, separated by commas
-    settings: str = "all"  # some of 2Kx16,4Kx8,8Kx4,16Kx2: tokens of a row x rows (128x16,256x8,512x4,1Kx2 at tiny)
+    settings: str = "all"  # some of 2Kx16,4Kx8,8Kx4,16Kx2: tokens of a row x rows (64x8,128x4,256x2,512x1 at tiny)
     remat: Literal["id", "none", "products", "kernels", "products+kernels", "full"] = "id"  # id: the ID's own
     micro_batches: int = 1  # slices of a step's rows
     impl: Literal["auto", "chunked", "reference", "triton", "triton_interpret"] = "auto"

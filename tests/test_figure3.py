@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,23 @@ def test_points_are_kept_one_by_one_and_a_changed_one_is_another(measured):
     assert (folder / "64x8.json").read_text() == before
     row = json.loads((folder / "128x4.json").read_text())
     assert row["tokens_per_s"] is None and row["environment"]["devices"][0] == "cpu"
+
+
+def test_a_signal_keeps_what_was_measured(measured):
+    _, _, _, directory = measured
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", *WORDS, "--settings", "64x8,512x1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=directory,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert process.stderr.readline().startswith("[1/2] kept, gated-deltanet 64x8: ")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.splitlines()[-1] == "Stopped; what was measured is kept, and the same command goes on."
+    (line,) = (line for line in out.splitlines() if "| 512x1 |" in line)
+    assert line.endswith("| remat none, 1 micro-batch | not run |")
+    assert not (directory / "runs" / ID / "512x1.json").exists()
 
 
 def point(**changed):

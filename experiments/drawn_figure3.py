@@ -217,8 +217,10 @@ def _facts(kind: str, rows: list[Row]) -> list[str]:
     counts = sorted({(row["warm_up"], row["repetitions"]) for row in rows})
     cpu = "; speeds of a CPU say nothing about a GPU" if kind == "cpu" else ""
     dirty = "; + is with uncommitted changes" if any(here["dirty"] for here in ran) else ""
+    own = sum(1 for row in rows if not row["changed"] and not row["note"])
     return [
         f"Device: {kind}{cpu}",
+        f"Points: {own} of {len(PAPER_MODELS) * len(SETTINGS[rows[0]['scale']])} have a number as their IDs say",
         "Random tokens; the jitted step of `gdn train` with AdamW and clipping, each waited for; median of "
         + " or ".join(f"{repetitions} steps after {warm_up}" for warm_up, repetitions in counts),
         f"Precision: {', '.join(dict.fromkeys(row['precision'] for row in rows))}; MFU: of the data sheet's bf16 peak; "

@@ -22,9 +22,9 @@ PRODUCTS, ATTENTION, ELEMENTWISE, COPIES, OTHER = "products", "softmax attention
 # family -> what the names of its kernels contain, first match; our own kernels are known by the step's program
 FAMILIES = {
     ATTENTION: r"fmha|sdpa|flash|cudnn",
-    PRODUCTS: r"gemm|nvjet|cutlass|xmma|_dot|\bdot",
-    COPIES: r"memcpy|memset|copy|transpose|dynamic[-_](update[-_])?slice|concatenate|\bslice|\bpad",
-    ELEMENTWISE: r"fusion|reduce|convert|wrapped|multiply|add|select|iota|broadcast|scatter|gather|sort|rng|threefry",
+    PRODUCTS: r"gemm|nvjet|cutlass|xmma|splitk|_dot|\bdot",
+    COPIES: r"memcpy|memset|copy|transpose|slice|concatenate|(^|_)pad",
+    ELEMENTWISE: r"fusion|softmax|reduce|convert|wrapped|multiply|add|select|iota|broadcast|scatter|gather|sort|rng|threefry",
 }
 LARGEST = 5  # kernels named for each family
 

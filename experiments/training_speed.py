@@ -168,8 +168,6 @@ def _timed(point: Point) -> Row:
     import numpy as np
 
     from gdn_jax import sharding
-    from gdn_jax.flops import train_flops_per_token
-    from gdn_jax.metrics import peak_flops
     from gdn_jax.model import count_parameters
     from gdn_jax.train import Trainer
 
@@ -198,14 +196,12 @@ def _timed(point: Point) -> Row:
         if point.step_profile:
             profiled["profile"] = _profile(step, (model, opt_state, batches[-1]), program.jaxpr, experiment)
     speed = _speed(seconds[point.warm_up :], seq_len * batch_size)
-    peak = peak_flops()  # of all devices; one works
-    rate = train_flops_per_token(experiment.model, seq_len) * speed["tokens_per_s"]
     account = step.memory_analysis()
     return {
         "parameters": count_parameters(experiment.model),
         "impl": impls,
         **speed,
-        "mfu": None if peak is None else rate * jax.device_count() / peak,
+        "mfu": mfu(experiment, speed["tokens_per_s"], jax.devices()[0].device_kind),
         "compile_seconds": compile_seconds,
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "limit_bytes": stats.get("bytes_limit"),
@@ -216,6 +212,16 @@ def _timed(point: Point) -> Row:
         "losses": [losses[0], losses[-1]],
         "note": "" if np.isfinite(losses).all() else f"failed: the loss is {losses[-1]}",
     } | profiled
+
+
+def mfu(experiment: Experiment, tokens_per_s: float, kind: str) -> float | None:
+    """Model FLOP utilisation of one device, of its data sheet's bf16 peak; None for a kind without an entry."""
+    from gdn_jax.flops import train_flops_per_token
+    from gdn_jax.metrics import peak_flops_of
+
+    peak = peak_flops_of(kind)
+    flops = train_flops_per_token(experiment.model, experiment.data.seq_len)
+    return None if peak is None else tokens_per_s * flops / peak
 
 
 def _speed(seconds: list[float], tokens: int) -> Row:

@@ -68,9 +68,13 @@ def _commit() -> tuple[str, bool]:
 
 def peak_flops() -> float | None:
     """bf16 peak of all devices together, or None for a kind without an entry."""
-    kind = jax.devices()[0].device_kind
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)
+    peak = peak_flops_of(jax.devices()[0].device_kind)
     return None if peak is None else peak * jax.device_count()
+
+
+def peak_flops_of(kind: str) -> float | None:
+    """bf16 peak of one device of a kind, or None without an entry."""
+    return next((flops for name, flops in PEAK_FLOPS.items() if kind.startswith(name)), None)
 
 
 class Writer:

@@ -24,7 +24,7 @@ FAMILIES = {
     ATTENTION: r"fmha|sdpa|flash|cudnn",
     PRODUCTS: r"gemm|nvjet|cutlass|xmma|splitk|_dot|\bdot",
     COPIES: r"memcpy|memset|copy|transpose|slice|concatenate|(^|_)pad",
-    ELEMENTWISE: r"fusion|softmax|reduce|convert|wrapped|multiply|add|select|iota|broadcast|scatter|gather|sort|rng|threefry",
+    ELEMENTWISE: r"fusion|softmax|reduce|convert|wrapped|multiply|add|select|iota|broadcast|scatter|gather|rng",
 }
 LARGEST = 5  # kernels named for each family
 

@@ -168,7 +168,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def _cells(row: Row, paper: dict[str, dict[str, float]]) -> tuple[str, ...]:
-    read, run = paper.get(row["model"], {}).get(row["setting"]), row["run"]
+    read = paper.get(row["model"], {}).get(row["setting"])
     speed, *rest = (NOT_RUN,) * 6 if row["tokens_per_s"] is None else _numbers(row)
     return (
         row["model"],
@@ -176,8 +176,7 @@ def _cells(row: Row, paper: dict[str, dict[str, float]]) -> tuple[str, ...]:
         speed,
         "-" if read is None else f"about {_thousands(read)}",
         *rest,
-        f"remat {run['remat']}, {run['micro_batches']} micro-batch{'es' * (run['micro_batches'] > 1)}"
-        + (f" (not the ID's {', '.join(row['changed'])})" if row["changed"] else ""),
+        _computed_with(row["run"]) + (f" (not the ID's {', '.join(row['changed'])})" if row["changed"] else ""),
         row["note"] or "ok",
     )
 
@@ -196,6 +195,11 @@ def _numbers(row: Row) -> tuple[str, ...]:
         f"{row['compile_seconds']:.1f}",
         _implementations(row["impl"]),
     )
+
+
+def _computed_with(run: Row) -> str:
+    layers, many = "scanned" if run["scan_layers"] else "written out", run["micro_batches"]
+    return f"remat {run['remat']}, layers {layers}, {many} micro-batch{'es' * (many > 1)}"
 
 
 def _implementations(impl: dict[str, dict[str, str]]) -> str:

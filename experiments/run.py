@@ -51,10 +51,12 @@ HINTS = {
     "RUN": ", an ID or the directory of a run",
 }
 HELP = ("-h", "--help")
+GPU_MEMORY = "0.92"  # the share of a GPU's memory that jax takes; its own 0.75 is too little for a 1.3b step on 80 GB
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0, 1 failed check, 2 user's mistake, 128 + a signal that stopped it."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY)  # read when jax first asks for a device
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv)) or 0
         sys.stdout.flush()

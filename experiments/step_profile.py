@@ -149,7 +149,7 @@ def floors(cfg: Model, *, seq_len: int, batch_size: int, ours: Names) -> dict[st
     # the cast to bf16 reads 4 bytes and writes 2
     add(ELEMENTWISE, moved=parameters * (7 * 4 + 4 + 6))
     norms, residuals = layers * (2 if cfg.d_ff else 1) + 1, layers * (2 if cfg.d_ff else 1)
-    add("gated_norm", moved=2 * tokens * 5 * D * norms)
+    add(ELEMENTWISE, moved=2 * tokens * 5 * D * norms)
     add(ELEMENTWISE, moved=2 * tokens * 5 * D * residuals)  # two in, one out; backward: two gradients in, their sum out
     add(ELEMENTWISE, moved=2 * tokens * 8 * cfg.d_ff * layers)  # SiLU(gate) * up: 3 arrays, then 5
     for mixer in cfg.pattern:
@@ -161,7 +161,7 @@ def floors(cfg: Model, *, seq_len: int, batch_size: int, ours: Names) -> dict[st
         each = tokens * cfg.repeats
         add(op, flops, each * (2 * (3 * read + 2 * written) + 4 * 3 * gates))
         add("short_conv", moved=each * 2 * 5 * conv)
-        add("gated_norm", moved=each * 2 * {0: 0, 1: 5, 2: 8}[norm] * written)
+        add("gated_norm" if norm == 2 else ELEMENTWISE, moved=each * 2 * {0: 0, 1: 5, 2: 8}[norm] * written)
     return {name: found[name] for name in found if any(found[name].values())}
 
 

@@ -29,7 +29,8 @@ from pallas_kernels import workers
 MODULE = "experiments.training_speed"
 KEPT = Path("runs")  # below it, <id>/<point>.json
 STARTING = 300  # seconds within which a process must find its device
-HOW = ("remat", "micro_batches", "impl", "chunk", "residuals")  # fields of Run that decide a step's speed
+# fields of Run that decide a step's speed
+HOW = ("remat", "scan_layers", "micro_batches", "impl", "chunk", "residuals")
 OUT_OF_MEMORY, NOT_RUN = "out of memory", "not run"
 
 Row = dict[str, Any]

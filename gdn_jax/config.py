@@ -284,8 +284,9 @@ class Run:
     chunk: Literal[16, 32, 64, 128] = 64
     residuals: Literal["saved", "inputs"] = "saved"
     # What the backward recomputes of each repeat of the pattern: none of it, all but its matrix products, all but what
-    # kernels (ours and cuDNN's attention) gave, all but both, or the full repeat from its input.
+    # kernels (the recurrences' and cuDNN's attention) gave, all but both, or the full repeat from its input.
     remat: Literal["none", "products", "kernels", "products+kernels", "full"] = "none"
+    scan_layers: bool = True  # False: training compiles every repeat of the pattern by itself; faster steps (LOG.md)
     micro_batches: int = 1  # gradient accumulation: slices of a batch per device pass
     fsdp: int = 1  # devices that share the parameters; the rest of the mesh is data parallel
     log_every: int = 10

@@ -34,17 +34,21 @@ class Compute:
     chunk: int = 64
     residuals: str = "saved"
     remat: str = "none"  # what the backward recomputes, see config.Run
+    scan_layers: bool = True  # False, for training alone: write the layers out
 
     def impl_among(self, known: tuple[str, ...]) -> str:
         """`impl` for an op with the implementations `known`, or "auto" where it is none of them."""
         return self.impl if self.impl in known else "auto"
 
 
-def compute_for(experiment: Experiment) -> Compute:
-    """The `Compute` that an experiment's optim.precision and run groups ask for."""
+def compute_for(experiment: Experiment, *, training: bool = False) -> Compute:
+    """The `Compute` that an experiment's optim.precision and run groups ask for; run.scan_layers is for training."""
     run = experiment.run
-    dtype = {"bf16": jnp.bfloat16, "fp32": jnp.float32}[experiment.optim.precision]
-    return Compute(dtype=dtype, impl=run.impl, chunk=run.chunk, residuals=run.residuals, remat=run.remat)
+    return Compute(
+        dtype={"bf16": jnp.bfloat16, "fp32": jnp.float32}[experiment.optim.precision],
+        impl=run.impl, chunk=run.chunk, residuals=run.residuals, remat=run.remat,
+        scan_layers=run.scan_layers or not training,
+    )  # fmt: skip
 
 
 def product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], dtype: Any = None) -> Float[Array, "*B O"]:
@@ -199,19 +203,24 @@ class ShortConv(nnx.Module):
         compute: Compute,
         *,
         activation: Literal["silu"] | None = None,
+        l2norm: int | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         history: Float[Array, "B W1 C"] | None = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B W1 C"]]:
         """y in x's dtype, and the last W-1 inputs, which as `history` continue the sequence (None: zeros).
 
-        Taps stay within a segment; the first segment continues the history. lengths: the tokens of each row that
-        count; what follows them is padding, and the inputs handed on are the last before it.
+        Taps stay within a segment; the first segment continues the history. l2norm: the size of the heads that are
+        brought to norm 1 after the activation. lengths: the tokens of each row that count; what follows them is
+        padding, and the inputs handed on are the last before it.
         """
         bias = None if self.bias is None else self.bias[...]
+        impl = compute.impl_among(short_conv.IMPLS)
+        if x.shape[1] < short_conv.LEAST_TOKENS and impl in ("triton", "triton_interpret"):
+            impl = "auto"  # a step has no kernel, here as in the recurrences
         y, last = short_conv.short_conv(
-            x, self.weight[...], bias, activation=activation, initial_state=history, segment_ids=segment_ids,
-            impl=compute.impl_among(short_conv.IMPLS),
+            x, self.weight[...], bias, activation=activation, l2norm=l2norm, initial_state=history,
+            segment_ids=segment_ids, impl=impl,
         )  # fmt: skip
         if lengths is not None:
             before = jnp.zeros_like(last) if history is None else history.astype(x.dtype)

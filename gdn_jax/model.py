@@ -1,4 +1,8 @@
-"""The language model: embedding, a scan over repeats of the mixer pattern, final norm, head."""
+"""The language model: embedding, repeats of the mixer pattern, final norm, head.
+
+The repeats are a scan: one compilation of one repeat. Training can write them out one after another instead
+(run.scan_layers), since a scan copies all that it keeps into arrays [repeats, ...] and out of them again.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -78,7 +82,8 @@ class Group(nnx.Module):
         return x, None if cache is None and room is None else tuple(new)
 
 
-KERNELS = ("pallas_call", "dot_product_attention_fwd_wrapper")  # primitives: ours, and cuDNN's attention
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # a primitive
+ELEMENTWISE = ("convolve", "norm")  # kernels that run again in the time in which their outputs could be read
 
 
 def kept(remat: str) -> Callable[..., bool] | None:
@@ -86,7 +91,9 @@ def kept(remat: str) -> Callable[..., bool] | None:
     names = remat.split("+")
 
     def policy(primitive: Primitive, *arguments: Any, **parameters: Any) -> bool:
-        if primitive.name in KERNELS:
+        if primitive.name == "pallas_call":
+            return "kernels" in names and parameters["name"] not in ELEMENTWISE
+        if primitive.name == CUDNN_ATTENTION:
             return "kernels" in names
         products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         return "products" in names and products(primitive, *arguments, **parameters)
@@ -156,10 +163,15 @@ class LM(nnx.Module):
             repeats = jnp.arange(self.config.repeats)
             (x, cache), _ = jax.lax.scan(body_with_cache, (x, cache), (repeats, self.groups, self.bounds_by_layer()))
             return self.norm(x, compute), cache
-        if compute.remat != "none":  # prevent_cse: a scan already keeps XLA from merging the two passes
+        if compute.remat != "none":  # neither a scan nor `_one_at_a_time` lets XLA merge the two passes
             body = jax.checkpoint(body, prevent_cse=False, policy=kept(compute.remat))
-        x, cache = jax.lax.scan(body, x, (self.groups, self.bounds_by_layer()))
-        return self.norm(x, compute), cache
+        if compute.scan_layers or room is not None:
+            x, cache = jax.lax.scan(body, x, (self.groups, self.bounds_by_layer()))
+            return self.norm(x, compute), cache
+        layer = _one_at_a_time(lambda x, scanned: body(x, scanned)[0])
+        for scanned in _parts((self.groups, self.bounds_by_layer()), self.config.repeats):
+            x = layer(x, scanned)
+        return self.norm(x, compute), None
 
     def bounds_by_layer(self) -> Float[Array, "R P D"] | None:
         """HGRN2's lower bound of every layer, by repeat and place in the pattern; None without an HGRN2 mixer."""
@@ -179,6 +191,32 @@ class LM(nnx.Module):
         """The cache of an empty sequence: one entry for each mixer of the pattern, stacked over repeats."""
         one = tuple(block.mixer.init_cache(batch, max_len, compute.dtype) for block in self.groups.blocks)
         return jax.tree.map(lambda x: jnp.repeat(x[None], self.config.repeats, axis=0), one)
+
+
+def _one_at_a_time(layer: Callable[[Array, PyTree], Array]) -> Callable[[Array, PyTree], Array]:
+    """`layer`, whose backward begins when its cotangent is there and gives all of its gradients at once.
+
+    XLA would else put off products of weights' gradients, and hold the activations of many layers until then.
+    """
+
+    @jax.custom_vjp
+    def tied(x, parameters):
+        return layer(x, parameters)
+
+    def backward(vjp, dy):
+        kept, structure = jax.tree.flatten(vjp)
+        kept, dy = jax.lax.optimization_barrier((kept, dy))
+        return jax.lax.optimization_barrier(jax.tree.unflatten(structure, kept)(dy))
+
+    tied.defvjp(lambda x, parameters: jax.vjp(layer, x, parameters), backward)
+    return tied
+
+
+def _parts(stacked: PyTree, repeats: int) -> list[PyTree]:
+    """Each repeat's part of arrays [repeats, ...]; the gradient joins them in one pass."""
+    leaves, tree = jax.tree.flatten(stacked)
+    split = [[part[0] for part in jax.lax.split(leaf, [1] * repeats)] for leaf in leaves]
+    return [jax.tree.unflatten(tree, parts) for parts in zip(*split, strict=True)]
 
 
 def init_model(cfg: Model, key: Array) -> LM:

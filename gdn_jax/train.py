@@ -46,7 +46,7 @@ class Interrupted(Exception):
 
 def make_train_step(experiment: Experiment, transform: optax.GradientTransformation) -> Callable:
     """(model, optimizer state, batch [B, T+1]) -> (model, optimizer state, {loss, grad_norm}); pure."""
-    compute = compute_for(experiment)
+    compute = compute_for(experiment, training=True)
     slices = experiment.run.micro_batches
     loss_and_grad = jax.value_and_grad(lambda model, batch: next_token_loss(model, batch, compute))
 

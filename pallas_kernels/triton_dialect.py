@@ -118,6 +118,11 @@ def barrier(interpret: bool) -> None:
         plt.debug_barrier()
 
 
+def power_of_two(size: int) -> int:
+    """The smallest power of two from `size` on: what the length of every axis of a tile must be."""
+    return 1 << (size - 1).bit_length()
+
+
 def tiles(size: int, widest: int) -> tuple[tuple[int, int, int], ...]:
     """(start, width, fresh) of tiles that cover [0, size): widths are powers of two from 16 to `widest`.
 
@@ -198,6 +203,19 @@ def store_own(ref: Any, rows: Any, tile: tuple[Any, int, int], value: jax.Array,
         ref[index] = value.astype(ref.dtype)
     else:
         plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((rows.size, width), 1, tile))
+
+
+def load_where(ref: Any, index: tuple, mask: jax.Array | None) -> jax.Array:
+    """ref[index] where `mask` says so, else 0; None: everywhere."""
+    return ref[index] if mask is None else plt.load(ref.at[index], mask=mask, other=0)
+
+
+def store_where(ref: Any, index: tuple, value: jax.Array, mask: jax.Array | None) -> None:
+    """ref[index] = value where `mask` says so; None: everywhere."""
+    if mask is None:
+        ref[index] = value.astype(ref.dtype)
+    else:
+        plt.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
 
 def load_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, leading: tuple = ()) -> jax.Array:

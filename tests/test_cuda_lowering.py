@@ -7,6 +7,8 @@ from jax.sharding import AxisType
 
 from pallas_kernels import shapes
 from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.gated_norm import triton_norm
+from pallas_kernels.short_conv import triton_conv
 
 
 def hopper():
@@ -37,3 +39,43 @@ def test_chunked_gated_delta_rule_lowers_to_cuda(name, dtype):
     text = lowered.as_text()
     assert text.count("stablehlo.while") == 2  # one scan forward, one reverse scan backward
     assert "stablehlo.custom_call" not in text  # no library solve inside the loops
+
+
+def _lowered(gradient, *arguments):
+    with hopper():
+        return jax.jit(gradient).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "C,head,bias", [(1800, 200, False), (3600, None, False), (2048, 128, False), (4352, None, True)]
+)
+def test_convolution_kernels_lower_to_cuda(C, head, bias):
+    """Two launches: forward, and everything of the backward but the sum over programs."""
+    array = jax.ShapeDtypeStruct
+    x, weight, shift = array((8, 4096, C), jnp.bfloat16), array((4, C), jnp.float32), array((C,), jnp.float32)
+
+    def gradient(x, weight, bias, dy):
+        def op(x, weight, bias):
+            return triton_conv.short_conv(x, weight, bias, None, None, "silu", head, interpret=False)[0]
+
+        y, vjp = jax.vjp(op, x, weight, bias)
+        return y, vjp(dy)
+
+    text = _lowered(gradient, x, weight, shift if bias else None, x)
+    assert text.count("xla.gpu.triton") == 2 and "f64" not in text
+
+
+@pytest.mark.parametrize("shape,first", [((8, 4096, 9, 400), False), ((8, 4096, 4096), True)])
+def test_norm_kernels_lower_to_cuda(shape, first):
+    array = jax.ShapeDtypeStruct
+    x, weight = array(shape, jnp.bfloat16), array(shape[-1:], jnp.float32)
+
+    def gradient(x, weight, gate, dy):
+        def op(x, weight, gate):
+            return triton_norm.gated_norm(x, weight, gate, 1e-5, first, 1, interpret=False)
+
+        y, vjp = jax.vjp(op, x, weight, gate)
+        return y, vjp(dy)
+
+    text = _lowered(gradient, x, weight, x, x)
+    assert text.count("xla.gpu.triton") == 2 and "f64" not in text

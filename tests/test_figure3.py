@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -56,7 +57,7 @@ def test_the_ids_time_table_3s_models_at_one_number_of_tokens():
     assert list(timing.settings) == ["2Kx16", "4Kx8", "8Kx4", "16Kx2"]
     one, trained = timing.experiment("16Kx2"), experiments.get("table3/gated-deltanet/1.3b")
     assert (one.data.seq_len, one.optim.batch_size, one.run.micro_batches) == (16384, 2, 1)
-    assert one.model == trained.model and one.run.remat == trained.run.remat == "products"
+    assert one.model == trained.model and one.run == replace(trained.run, micro_batches=1)
     assert one.optim.precision == trained.optim.precision == "bf16" and one.id == timing.id
     with pytest.raises(UserError, match=r"no setting '4Kx4' at 1.3b \(did you mean '.*'\?\); there are 2Kx16, 4Kx8"):
         timing.experiment("4Kx4")
@@ -87,7 +88,7 @@ def test_a_point_is_the_training_step_timed_where_it_says(measured):
         assert row["tokens_per_s"] == pytest.approx(512 / (row["step_ms"] / 1e3))
         assert row["impl"]["gated_delta_rule"]["impl"] == "chunked" and len(row["impl"]) == 4
         assert row["run"] == {
-            "remat": "none", "micro_batches": 1, "impl": "auto", "chunk": 64, "residuals": "saved",
+            "remat": "none", "scan_layers": True, "micro_batches": 1, "impl": "auto", "chunk": 64, "residuals": "saved",
         }  # fmt: skip
         assert row["changed"] == {} and row["note"] == "" and row["compile_seconds"] > 0
         # random bytes: the loss of a model that knows nothing
@@ -132,7 +133,7 @@ def test_a_signal_keeps_what_was_measured(measured):
     assert process.returncode == 143
     assert err.splitlines()[-1] == "Stopped; what was measured is kept, and the same command goes on."
     (line,) = (line for line in out.splitlines() if "| 512x1 |" in line)
-    assert line.endswith("| remat none, 1 micro-batch | not run |")
+    assert line.endswith("| remat none, layers scanned, 1 micro-batch | not run |")
     assert not (directory / "runs" / ID / "512x1.json").exists()
 
 
@@ -174,7 +175,7 @@ def test_out_of_memory_is_said_with_what_would_need_less():
 
 def test_an_implementation_that_cannot_run_is_a_refusal_in_its_row():
     row = training_speed.measure(point(impl="triton"))
-    assert row["note"].startswith("refuses: run.impl is 'triton', which cannot run gated_delta_rule here")
+    assert row["note"].startswith("refuses: run.impl is 'triton', which cannot run gated_norm here (the default device")
     assert row["tokens_per_s"] is None and row["changed"] == {"impl": "triton"}
 
 
@@ -254,7 +255,7 @@ def test_devices_are_apart_and_a_changed_point_is_marked():
         "| gated-deltanet | 2Kx16 | 45,000 (44,999 to 45,001) | about 45.5K | 50.0% | 728.2 | 3.0 of 5.0 | 60.0 |"
         in text
     )
-    assert "remat full, 1 micro-batch (not the ID's remat) | ok |" in text
+    assert "remat full, layers written out, 1 micro-batch (not the ID's remat) | ok |" in text
     assert text.count("jla) and flash-linear-attention (FLA): not run") == 2
     assert text.count("- Points: 8 of 40 have a number as their IDs say\n") == 2
     assert "commit abcdef123" in text and "- Device: NVIDIA H200\n" in text

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_norm import conformance, gated_norm, resolve
@@ -16,6 +17,19 @@ from pallas_kernels.gated_norm.conformance import CASES, Case
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_matches_the_equation_in_float64(case, dtype):
     assert conformance.failures(dataclasses.replace(case, dtype=dtype), "chunked") == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_interpreted_kernels_match_the_equation(case):
+    assert conformance.failures(case, "triton_interpret", seed=1) == []
+
+
+@pytest.mark.parametrize("name", ["gate after", "gate first, groups"])
+@pytest.mark.parametrize("x64", [False, True])
+def test_interpreted_kernels_match_the_equation_in_bf16(name, x64):
+    case = dataclasses.replace(next(c for c in CASES if c.name == name), dtype="bfloat16")
+    with jax.enable_x64(x64):
+        assert conformance.failures(case, "triton_interpret", seed=2) == []
 
 
 @pytest.mark.parametrize("gate_first", [False, True])
@@ -67,8 +81,42 @@ def test_the_forward_keeps_its_inputs_and_one_number_a_group(gate_first):
     assert kept == sorted([*inputs, ((2, 30, 2, 1), "float32")])
 
 
+def test_the_kernels_keep_their_inputs_alone():
+    x, weight, gate = jnp.ones((2, 30, 6), jnp.bfloat16), jnp.ones(6), jnp.ones((2, 30, 6), jnp.bfloat16)
+    _, vjp = jax.vjp(lambda *a: gated_norm(*a, eps=1e-5, impl="triton_interpret"), x, weight, gate)
+    kept = sorted(leaf.size for leaf in jax.tree.leaves(vjp) if leaf.ndim)
+    assert kept == [6, 360, 360]
+
+
 def test_what_auto_takes():
-    assert resolve() == Choice("gated_norm", "chunked")
+    assert resolve(gated=False) == resolve(shape=(127, 256)) == Choice("gated_norm", "chunked")  # nothing is refused
+    assert resolve().impl == "chunked" and "not a CUDA device" in resolve().reason
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked", "triton_interpret"])
+def test_no_vectors_give_empty_results_and_no_gradient(impl):
+    x = jnp.ones((0, 5, 6))
+    run = jax.grad(lambda *a: gated_norm(*a, eps=1e-5, impl=impl).sum(), argnums=(0, 1, 2))
+    dx, d_weight, d_gate = run(x, jnp.ones(6), x)
+    assert dx.shape == d_gate.shape == x.shape and not d_weight.any()
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+def test_sharded_calls_equal_the_plain_one(impl):
+    """The weight's gradient is summed over the devices."""
+    (x, weight, gate), dy = conformance.inputs(Case(name="here", shape=(2, 50, 4, 24)))
+    x, weight, gate, dy = (jnp.asarray(y, jnp.float32) for y in (x, weight, gate, dy))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def gradient(*arrays):
+        return jax.grad(lambda *a: (gated_norm(*a, eps=1e-5, impl=impl) * dy).sum(), argnums=(0, 1, 2))(*arrays)
+
+    plain = jax.jit(gradient)(x, weight, gate)
+    with jax.set_mesh(mesh):
+        sharded = jax.jit(gradient)(x, weight, gate)
+        assert "shard_map" in str(jax.make_jaxpr(gradient)(x, weight, gate))
+    for one, other in zip(plain, sharded, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5 * float(jnp.abs(one).max()))
 
 
 X, W = jnp.ones((2, 6)), jnp.ones(6)
@@ -82,7 +130,8 @@ X, W = jnp.ones((2, 6)), jnp.ones(6)
         ((X, W), {"eps": 0.0}, ValueError, "eps is 0.0"),
         ((X.astype(jnp.float16), W), {}, ValueError, "x is float16"),
         ((X, W, X.astype(jnp.float16)), {}, ValueError, "gate is float16"),
-        ((X, W), {"impl": "triton_interpret"}, NotImplementedError, "gated_norm: impl 'triton_interpret' cannot run"),
+        ((X, W), {"impl": "triton"}, NotImplementedError, "gated_norm: impl 'triton' cannot run"),
+        ((jnp.ones((2, 9000)), jnp.ones(9000)), {"impl": "triton_interpret"}, NotImplementedError, "has 9000 elements"),
         ((X, W[1:]), {}, Exception, "type"),
         ((X, W, X[1:]), {}, Exception, "type"),
     ],

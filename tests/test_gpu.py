@@ -20,6 +20,8 @@ from gdn_jax.train import train
 from gdn_jax.tree import named_leaves
 from pallas_kernels.gated_delta_rule import configurations, conformance, gated_delta_rule, triton_op
 from pallas_kernels.gated_delta_rule.conformance import CASES, Case
+from pallas_kernels.gated_norm import conformance as norm_conformance
+from pallas_kernels.short_conv import conformance as conv_conformance
 
 pytestmark = pytest.mark.gpu
 
@@ -91,6 +93,39 @@ def test_triton_repeats_bit_for_bit_and_writes_everything(K, V):
     for name, first in runs[0].items():
         assert np.isfinite(first).all(), name
         assert all(np.array_equal(first, other[name]) for other in runs[1:]), name
+
+
+CONV = ["W=7", "documents", "heads to norm 1", "many small heads", "pieces of a row", "no activation", "plain"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", CONV)
+def test_triton_convolution_matches_float64(name, dtype):
+    case = next(c for c in conv_conformance.CASES if c.name == name)
+    assert conv_conformance.failures(dataclasses.replace(case, dtype=dtype), "triton", seed=1) == []
+
+
+@pytest.mark.parametrize("documents", [0.0, 0.01])
+@pytest.mark.parametrize("C,head", [(1800, 200), (3600, None), (2048, 128), (1536, 192), (1536, 256), (4352, None)])
+def test_triton_convolution_matches_float64_at_model_sizes(C, head, documents):
+    case = conv_conformance.Case(
+        name="size", T=700, C=C, l2norm=head, dtype="bfloat16", documents=documents, bias=C == 4352
+    )
+    assert conv_conformance.failures(case, "triton", seed=2) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", norm_conformance.CASES, ids=lambda case: case.name)
+def test_triton_norm_matches_the_equation(case, dtype):
+    assert norm_conformance.failures(dataclasses.replace(case, dtype=dtype), "triton", seed=1) == []
+
+
+@pytest.mark.parametrize(
+    "shape,first", [((2, 300, 9, 400), False), ((2, 300, 16, 128), False), ((2, 300, 4096), True), ((600, 2400), False)]
+)
+def test_triton_norm_matches_the_equation_at_model_sizes(shape, first):
+    case = norm_conformance.Case(name="size", shape=shape, gate_first=first, dtype="bfloat16")
+    assert norm_conformance.failures(case, "triton", seed=2) == []
 
 
 def test_triton_under_transformations():

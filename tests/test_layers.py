@@ -1,5 +1,7 @@
 """Layers against direct numpy, and the two families' initial distributions."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -185,7 +187,9 @@ def test_initialisation_of_the_gates():
 
 def test_compute_follows_the_experiment():
     assert compute_for(get("smoke/transformer")) == Compute(dtype=jnp.float32)
-    assert compute_for(get("table3/gated-deltanet/1.3b")) == Compute(dtype=jnp.bfloat16, remat="products")
+    large = get("table3/gated-deltanet/1.3b")
+    assert compute_for(large) == Compute(dtype=jnp.bfloat16, remat="products+kernels")
+    assert compute_for(large, training=True) == replace(compute_for(large), scan_layers=False)
 
 
 def test_a_single_row_of_bf16_is_multiplied_as_a_product():

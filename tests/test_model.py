@@ -4,12 +4,14 @@ import functools
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Primitive
 
 from experiments import get
 from gdn_jax.config import AttentionConfig, GatedDeltaNetConfig, Model
@@ -17,7 +19,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.flops import forward_flops_per_token, matmul_parameters, train_flops_per_token
 from gdn_jax.layers import Compute
 from gdn_jax.loss import next_token_loss
-from gdn_jax.model import abstract_model, count_parameters
+from gdn_jax.model import CUDNN_ATTENTION, abstract_model, count_parameters, kept
 from gdn_jax.model import init_model as eager_init_model
 
 FP32 = Compute(dtype=jnp.float32, impl="reference")  # the smallest program to compile
@@ -117,21 +119,78 @@ def test_packed_documents_equal_separate_documents(pattern):
     assert np.abs(packed - run(lm, ids)[0]).max() > 1e-2
 
 
-@pytest.mark.parametrize("policy", ["products", "kernels", "products+kernels", "full"])
-def test_remat_changes_memory_and_not_numbers(policy):
-    lm, batch = model(), {"tokens": tokens()}
+@pytest.fixture(scope="module")
+def gradient():
+    """(remat, scan_layers) -> (loss, gradient), and those of the plain scan, in float64, where two programs of the
+    same sums differ by nothing that matters."""
+    batch = {"tokens": tokens()}
 
-    def gradient(remat):
-        compute = replace(FP32, remat=remat, impl="chunked", chunk=16)  # what training runs
-        return jax.jit(jax.value_and_grad(lambda m: next_token_loss(m, batch, compute)))(lm)
+    def of(remat, scan_layers):
+        with jax.enable_x64(True):
+            lm = jax.tree.map(lambda x: x.astype(jnp.float64), model())
+            how = {"remat": remat, "scan_layers": scan_layers, "impl": "chunked", "chunk": 16}  # what training runs
+            compute = Compute(dtype=jnp.float64, **how)
+            return jax.jit(jax.value_and_grad(lambda m: next_token_loss(m, batch, compute)))(lm)
 
-    (plain, gradients), (again, recomputed) = gradient("none"), gradient(policy)
-    assert abs(plain - again) < 1e-6
+    plain = of("none", True)
+    return lambda *how: (plain, of(*how))
+
+
+@pytest.mark.parametrize(
+    "policy,scan_layers",
+    [("none", False), ("products", True), ("products", False), ("kernels", False), ("products+kernels", False),
+     ("full", True), ("full", False)],
+)  # fmt: skip
+def test_remat_and_written_out_layers_change_memory_and_not_numbers(policy, scan_layers, gradient):
+    (plain, gradients), (again, recomputed) = gradient(policy, scan_layers)
+    assert abs(float(plain) - float(again)) < 1e-12
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(recomputed), strict=True):
-        # two programs: a tensor's elements agree to a few fp32 roundings of its largest, not each of its own
-        assert np.abs(a).max() > 0 and np.abs(a - b).max() < 2e-6 * np.abs(a).max()
-    jaxpr = jax.make_jaxpr(lambda m: next_token_loss(m, batch, replace(FP32, remat=policy)))(lm)
-    assert "remat" in str(jaxpr)
+        a, b = np.asarray(a), np.asarray(b)
+        assert np.abs(a).max() > 0 and np.abs(a - b).max() < 1e-12 * np.abs(a).max()
+    lm, batch = model(), {"tokens": tokens()}
+    compute = replace(FP32, remat=policy, scan_layers=scan_layers)
+    jaxpr = str(jax.make_jaxpr(jax.grad(lambda m: next_token_loss(m, batch, compute)))(lm))
+    scans = jaxpr.count(f"length={lm.config.repeats}")
+    assert (scans == 2) == scan_layers and (scans == 0) == (not scan_layers)
+    assert ("prevent_cse" in jaxpr) == (policy != "none")
+    assert ("optimization_barrier" in jaxpr) == (not scan_layers)
+
+
+def kernels(jaxpr):
+    """How often each kernel is called."""
+    found = Counter()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            found[equation.params["name"]] += 1
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found += kernels(inner)
+    return found
+
+
+def test_recurrences_are_kept_and_elementwise_kernels_run_again():
+    """A layer has three convolutions, one gated norm and two norms without a gate; another stands before the head."""
+    cfg = config("gated_deltanet", repeats=1, gated_deltanet=GatedDeltaNetConfig(heads=1, key_dim=64, value_dim=64))
+    batch = {"tokens": tokens(T=33)}
+
+    def runs(remat):
+        compute = Compute(impl="triton_interpret", remat=remat, scan_layers=False)
+        gradient = jax.grad(lambda m: next_token_loss(m, batch, compute))
+        return kernels(jax.make_jaxpr(gradient)(abstract_model(cfg)).jaxpr)
+
+    once, kept, again = runs("none"), runs("kernels"), runs("full")
+    assert once["convolve"] == 3 and kept["convolve"] == again["convolve"] == 6
+    assert once["norm"] == 4 and kept["norm"] == again["norm"] == 7
+    assert once["gdn_state"] == kept["gdn_state"] == 1 and again["gdn_state"] == 2
+    for name in ("reverse_convolve", "reverse_norm", "gdn_reverse"):
+        assert once[name] == kept[name] == again[name] > 0
+
+
+def test_the_policy_keeps_cudnn_attention():
+    attention = Primitive(CUDNN_ATTENTION)
+    assert kept("products+kernels")(attention) and not kept("products")(attention)
 
 
 def test_dtypes_of_the_whole():

@@ -105,24 +105,28 @@ class GatedDeltaNet(nnx.Module):
         mixer = self.config
 
         def features(
-            proj: Linear, conv: ShortConv | None, history: Array | None, feature_map: str
+            proj: Linear, conv: ShortConv | None, history: Array | None, feature_map: str, norm: str | None
         ) -> tuple[Array, Array]:
-            y = proj(x, compute)
+            y, head = proj(x, compute), mixer.key_dim
             if conv is None:
-                return FEATURE_MAPS[feature_map](y), y[:, :0]
-            fused = "silu" if feature_map == "silu" else None  # the one map that the convolution can apply itself
-            y, history = conv(y, compute, activation=fused, segment_ids=segment_ids, history=history, lengths=lengths)
-            return y if fused else FEATURE_MAPS[feature_map](y), history
+                y, history = FEATURE_MAPS[feature_map](y), y[:, :0]
+            else:
+                silu = feature_map == "silu"  # what the convolution can apply itself
+                y, history = conv(
+                    y, compute, activation="silu" if silu else None, l2norm=head if silu and norm == "l2" else None,
+                    segment_ids=segment_ids, history=history, lengths=lengths,
+                )  # fmt: skip
+                if silu and norm == "l2":
+                    return y, history
+                y = y if silu else FEATURE_MAPS[feature_map](y)
+            return y if norm is None else _normalise(y, head, norm).astype(compute.dtype), history
 
         past = (None, None, None) if cache is None else cache[1:]
-        q, q_past = features(self.q_proj, self.q_conv, past[0], mixer.feature_map)
-        k, k_past = features(self.k_proj, self.k_conv, past[1], mixer.feature_map)
-        v, v_past = features(self.v_proj, self.v_conv, past[2], "silu")
+        q, q_past = features(self.q_proj, self.q_conv, past[0], mixer.feature_map, mixer.qk_norm)
+        k, k_past = features(self.k_proj, self.k_conv, past[1], mixer.feature_map, mixer.qk_norm)
+        v, v_past = features(self.v_proj, self.v_conv, past[2], "silu", None)
 
-        def normalised(y: Array) -> Array:
-            heads = y.reshape(*y.shape[:2], mixer.heads, mixer.key_dim)
-            return _normalise(heads, mixer.qk_norm).astype(compute.dtype)
-
+        q, k = (y.reshape(*y.shape[:2], mixer.heads, mixer.key_dim) for y in (q, k))
         v = v.reshape(*v.shape[:2], mixer.num_value_heads, mixer.value_dim)
         beta = jax.nn.sigmoid(self.b_proj(x, compute, exact=True))
         if mixer.negative_eigenvalues:
@@ -133,7 +137,7 @@ class GatedDeltaNet(nnx.Module):
         else:
             g = jnp.zeros_like(beta)
         g, beta = zero_padding(g, lengths), zero_padding(beta, lengths)  # padding writes nothing and forgets nothing
-        return OpInputs(normalised(q), normalised(k), v, g, beta), (q_past, k_past, v_past)
+        return OpInputs(q, k, v, g, beta), (q_past, k_past, v_past)
 
     def _output(self, o: Float[Array, "B T Hv V"], x: Float[Array, "B T D"], compute: Compute) -> Array:
         gate = self.g_proj(x, compute).reshape(o.shape) if self.g_proj is not None else None
@@ -155,9 +159,11 @@ class GatedDeltaNet(nnx.Module):
 FEATURE_MAPS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda x: 1.0 + jax.nn.elu(x)}
 
 
-def _normalise(x: Float[Array, "B T H K"], norm: str) -> Float[Array, "B T H K"]:
+def _normalise(x: Float[Array, "B T HK"], head: int, norm: str) -> Float[Array, "B T HK"]:
     """Each head's vector to unit L2 or L1 norm, in fp32."""
-    x = x.astype(jnp.float32)
+    heads = x.astype(jnp.float32).reshape(*x.shape[:2], -1, head)
     if norm == "l2":
-        return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
-    return x / (jnp.sum(jnp.abs(x), axis=-1, keepdims=True) + 1e-6)
+        heads = heads * jax.lax.rsqrt(jnp.sum(jnp.square(heads), axis=-1, keepdims=True) + 1e-6)
+    else:
+        heads = heads / (jnp.sum(jnp.abs(heads), axis=-1, keepdims=True) + 1e-6)
+    return heads.reshape(x.shape)

@@ -1,20 +1,48 @@
 """RMS norm with a SiLU gate after or before it: signature, equation, argument rules, choice of an implementation."""
 
+import math
+from functools import partial
+from typing import Any
+
 import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, jaxtyped
 
 from pallas_kernels import dispatch
-from pallas_kernels.gated_norm import chunked, reference
+from pallas_kernels.gated_norm import chunked, reference, triton_norm
 
 NAME = "gated_norm"
-IMPLS = dispatch.PLAIN
+IMPLS = dispatch.WITH_KERNELS
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
+KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
+FEW_VECTORS = 128
 
 
-def resolve(impl: str = "auto") -> dispatch.Choice:
-    """Which implementation `impl` means, and why a faster one was refused."""
-    return dispatch.choose_plain(NAME, impl)
+def why_not(impl: str, shape: tuple[int, ...], groups: int, dtype: Any) -> str | None:
+    """The reason `impl` cannot run here on x of this shape and the widest dtype of x and gate, or None when it can."""
+    if impl not in ("triton", "triton_interpret"):
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"it computes in float32, and x or gate is {jnp.dtype(dtype)}"
+    vectors, size = math.prod(shape[:-1]) * groups, shape[-1] // groups
+    return triton_norm.why_not(vectors, size, interpret=impl == "triton_interpret")
+
+
+def resolve(
+    impl: str = "auto",
+    *,
+    shape: tuple[int, ...] = (4096, 256),
+    gated: bool = True,
+    groups: int = 1,
+    dtype: Any = jnp.bfloat16,
+) -> dispatch.Choice:
+    """Which implementation `impl` means on this machine for x of this shape, and why a faster one was refused.
+
+    Without a gate, and for few vectors, "auto" takes "chunked": XLA joins it with what stands around it.
+    """
+    if impl == "auto" and (not gated or math.prod(shape[:-1]) < FEW_VECTORS):
+        return dispatch.Choice(NAME, "chunked")
+    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, groups=groups, dtype=dtype))
 
 
 @jaxtyped(typechecker=beartype)
@@ -39,7 +67,8 @@ def gated_norm(
     gate    like x, of any of its dtypes; absent: a plain RMS norm
     eps     > 0
     groups  divides D
-    impl    "auto" takes the fastest for this device; a named one never falls back
+    impl    "auto" takes the fastest for this device and this use; a named one never falls back. The kernels compute in
+            fp32 on vectors of at most 8,192 elements
 
     Returns y like x, in x's dtype; inside at least fp32, float64 for float64 inputs. The gradient reaches x, weight and
     gate.
@@ -53,8 +82,22 @@ def gated_norm(
     for name, y in (("x", x), ("gate", gate)):
         if y is not None and y.dtype not in DTYPES:
             raise ValueError(f"{name} is {y.dtype}; it must be bfloat16, float32 or float64.")
-    op = {"chunked": chunked, "reference": reference}[dispatch.taken(resolve(impl))]
-    return op.gated_norm(x, weight, gate, float(eps), gate_first, groups)
+    run = partial(_on_one_device, eps=float(eps), gate_first=gate_first, groups=groups, impl=impl)
+    if x.ndim < 3:
+        return run(x, weight, gate)
+    token = ("batch", None, *["heads" if x.ndim == 4 else None] * (x.ndim - 3), None)
+    (y,) = dispatch.shard(lambda *arrays: (run(*arrays),), (x, weight, gate), (token, (None,), token), (token,))
+    return y
 
 
-__all__ = ["IMPLS", "gated_norm", "resolve"]
+def _on_one_device(x, weight, gate, *, eps, gate_first, groups, impl):
+    """The implementation that is right for the part of the arrays that one device has."""
+    widest = x.dtype if gate is None else jnp.promote_types(x.dtype, gate.dtype)
+    impl = dispatch.taken(resolve(impl, shape=x.shape, gated=gate is not None, groups=groups, dtype=widest))
+    if x.size and impl in ("triton", "triton_interpret"):
+        return triton_norm.gated_norm(x, weight, gate, eps, gate_first, groups, interpret=impl == "triton_interpret")
+    op = reference if impl == "reference" else chunked
+    return op.gated_norm(x, weight, gate, eps, gate_first, groups)
+
+
+__all__ = ["IMPLS", "gated_norm", "resolve", "why_not"]

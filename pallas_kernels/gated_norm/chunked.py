@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 def _mean(x, groups):
     """The mean of every group, [..., groups, 1]."""
-    return x.reshape(*x.shape[:-1], groups, -1).mean(-1, keepdims=True)
+    return x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups).mean(-1, keepdims=True)
 
 
 def _by_group(x, factor):
     """x [..., D] times its group's factor [..., groups, 1]."""
-    return (x.reshape(*factor.shape[:-1], -1) * factor).reshape(x.shape)
+    return (x.reshape(*factor.shape[:-1], x.shape[-1] // factor.shape[-2]) * factor).reshape(x.shape)
 
 
 def _exact(x, *others):

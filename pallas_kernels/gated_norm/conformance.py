@@ -43,6 +43,8 @@ CASES = (
     Case(name="eps rules", size=1e-4),
     Case(name="exact gate first", gate_first=True, groups=2, gate_dtype="float32"),
     Case(name="one vector", shape=(7,)),
+    Case(name="many vectors", shape=(2, 700, 3, 24)),
+    Case(name="wide", shape=(3, 5, 1100), gate_first=True),
 )
 
 

@@ -1,22 +1,44 @@
 """Short causal convolution of every channel: signature, equation, argument rules, choice of an implementation."""
 
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
-from pallas_kernels.short_conv import chunked, reference
+from pallas_kernels.short_conv import chunked, reference, triton_conv
+from pallas_kernels.short_conv.triton_conv import LEAST_TOKENS
 
 NAME = "short_conv"
-IMPLS = dispatch.PLAIN
+IMPLS = dispatch.WITH_KERNELS
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
+KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
 
 
-def resolve(impl: str = "auto") -> dispatch.Choice:
-    """Which implementation `impl` means, and why a faster one was refused."""
-    return dispatch.choose_plain(NAME, impl)
+def why_not(impl: str, shape: tuple[int, int, int], width: int, l2norm: int | None, dtype: Any) -> str | None:
+    """The reason `impl` cannot run here on x [B, T, C] of this shape and dtype, or None when it can."""
+    if impl not in ("triton", "triton_interpret"):
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"it computes in float32, and x is {jnp.dtype(dtype)}"
+    return triton_conv.why_not(shape, width, l2norm, interpret=impl == "triton_interpret")
+
+
+def resolve(
+    impl: str = "auto",
+    *,
+    shape: tuple[int, int, int] = (1, 4096, 256),
+    width: int = 4,
+    l2norm: int | None = None,
+    dtype: Any = jnp.bfloat16,
+) -> dispatch.Choice:
+    """Which implementation `impl` means on this machine for x [B, T, C] of this shape, and why a faster one was
+    refused. For a few tokens "auto" takes "chunked"."""
+    if impl == "auto" and shape[1] < LEAST_TOKENS:
+        return dispatch.Choice(NAME, "chunked")
+    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, width=width, l2norm=l2norm, dtype=dtype))
 
 
 @jaxtyped(typechecker=beartype)
@@ -26,6 +48,7 @@ def short_conv(
     bias: Float[Array, "C"] | None = None,
     *,
     activation: Literal["silu"] | None = None,
+    l2norm: int | None = None,
     initial_state: Float[Array, "B W-1 C"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     impl: dispatch.Impl = "auto",
@@ -33,14 +56,18 @@ def short_conv(
     """Depthwise causal convolution with a short filter for each channel, and the inputs that a continuation needs.
 
         z_t = bias + sum_{0 <= j < W} weight_{W-1-j} * x_{t-j}
-        y_t = SiLU(z_t), or z_t without activation            (the short convolutions of paper section 3.4)
+        a_t = SiLU(z_t), or z_t without activation            (the short convolutions of paper section 3.4)
+        y_t = a_t / sqrt(|a_t|^2 + 1e-6) of every head, or a_t without l2norm
 
     x              [B, T, C]
     weight         [W, C], W >= 1; its last row multiplies the current token
     bias           [C] or absent
+    l2norm         the size of a head, which divides C: every `l2norm` neighbouring channels are brought to norm 1, as
+                   the q and k of Gated DeltaNet are
     initial_state  [B, W-1, C], the inputs before the first token, oldest first; zero when absent
     segment_ids    [B, T], any values: no tap reaches over a change; the first segment continues initial_state
-    impl           "auto" takes the fastest for this device; a named one never falls back
+    impl           "auto" takes the fastest for this device and these sizes; a named one never falls back. The kernels
+                   compute in fp32, for at least 16 tokens, at most 8 rows of the filter and heads of at most 512
 
     Returns y [B, T, C] and the final state [B, W-1, C], the last W-1 inputs of the last segment with zeros where it is
     shorter; both in x's dtype. Inside at least fp32, float64 for float64 inputs. For one token at a time call it with
@@ -52,10 +79,31 @@ def short_conv(
         raise ValueError("T is 0; the convolution needs at least one token.")
     if x.dtype not in DTYPES:
         raise ValueError(f"x is {x.dtype}; it must be bfloat16, float32 or float64.")
+    if l2norm is not None and (l2norm < 1 or x.shape[2] % l2norm):
+        raise ValueError(f"l2norm is {l2norm}; it must divide the number of channels, {x.shape[2]}.")
+    if initial_state is not None:
+        initial_state = initial_state.astype(x.dtype)
+    token, channel = ("batch", None, "heads"), (None, "heads")
+    arrays = (x, weight, bias, initial_state, segment_ids)
+    layouts = (token, channel, channel[1:], token, token[:2])
+    if l2norm is not None:  # a head stays whole
+        layouts = tuple(tuple(axis if axis == "batch" else None for axis in layout) for layout in layouts)
+    run = partial(_on_one_device, activation=activation, l2norm=l2norm, impl=impl)
+    return dispatch.shard(run, arrays, layouts, (layouts[0], layouts[0]))
+
+
+def _on_one_device(x, weight, bias, initial_state, segment_ids, *, activation, l2norm, impl):
+    """The implementation that is right for the part of the arrays that one device has."""
+    choice = resolve(impl, shape=x.shape, width=weight.shape[0], l2norm=l2norm, dtype=x.dtype)
+    impl = dispatch.taken(choice)
+    if x.size and impl in ("triton", "triton_interpret"):
+        return triton_conv.short_conv(
+            x, weight, bias, initial_state, segment_ids, activation, l2norm, interpret=impl == "triton_interpret"
+        )
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), x.dtype)
-    op = {"chunked": chunked, "reference": reference}[dispatch.taken(resolve(impl))]
-    return op.short_conv(x, weight, bias, initial_state.astype(x.dtype), segment_ids, activation)
+    op = reference if impl == "reference" else chunked
+    return op.short_conv(x, weight, bias, initial_state, segment_ids, activation, l2norm)
 
 
-__all__ = ["IMPLS", "resolve", "short_conv"]
+__all__ = ["IMPLS", "LEAST_TOKENS", "resolve", "short_conv", "why_not"]

@@ -29,6 +29,7 @@ class Case:
     documents: float = 0.0  # chance that a token starts a document
     carried: bool = True  # random initial state and gradient of the final one
     size: float = 1.0  # of x: far out SiLU is linear or nothing
+    l2norm: int | None = None  # channels of a head
 
 
 CASES = (
@@ -42,6 +43,11 @@ CASES = (
     Case(name="neither", bias=False, activation=None),
     Case(name="documents", documents=0.2),
     Case(name="every token a document", documents=1.0),
+    Case(name="heads to norm 1", l2norm=4, documents=0.1),
+    Case(name="one head, no activation", l2norm=12, activation=None, bias=False),
+    Case(name="many channels", T=16, C=520),
+    Case(name="many small heads", T=40, C=520, l2norm=4),
+    Case(name="pieces of a row", T=300, documents=0.05),
 )
 
 
@@ -61,10 +67,12 @@ def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray | None], np.ndarr
     return [x, weight, bias if case.bias else None, state], segments, [dy, d_state]
 
 
-@partial(jax.jit, static_argnames=("impl", "activation"))
-def _run(arrays, segments, cotangents, *, impl, activation):
+@partial(jax.jit, static_argnames=("impl", "activation", "l2norm"))
+def _run(arrays, segments, cotangents, *, impl, activation, l2norm):
     def op(x, weight, bias, state):
-        return short_conv(x, weight, bias, initial_state=state, segment_ids=segments, activation=activation, impl=impl)
+        return short_conv(
+            x, weight, bias, initial_state=state, segment_ids=segments, activation=activation, l2norm=l2norm, impl=impl
+        )
 
     outputs, vjp = jax.vjp(op, *arrays)
     return *outputs, *vjp(tuple(cotangents))
@@ -79,7 +87,7 @@ def outputs_and_gradients(case: Case, arrays, segments, cotangents, *, impl: str
     ]
     cotangents = [jnp.asarray(x, dtype) for x in cotangents]
     segments = None if segments is None else jnp.asarray(segments)
-    results = _run(arrays, segments, cotangents, impl=impl, activation=case.activation)
+    results = _run(arrays, segments, cotangents, impl=impl, activation=case.activation, l2norm=case.l2norm)
     return {n: np.asarray(x).astype(np.float64) for n, x in zip(OUTPUTS, results, strict=True) if x is not None}
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from experiments import ablations, figure2, smoke, table2, table3, table4, table5
+from experiments import ablations, figure2, figure3, smoke, table2, table3, table4, table5
 from experiments.models import PAPER_MODELS
 from experiments.suites import Suite
 from gdn_jax.config import Experiment
@@ -43,14 +43,20 @@ EVALUATIONS = {
     for scale in table3.RECIPES
 }
 
+TIMINGS = {timing.id: timing for timing in figure3.TIMINGS}  # what times a training step, by ID
+
 
 def get(id: str) -> Experiment:
     """The experiment of an ID that trains, or a UserError with the nearest one."""
     if id in EVALUATIONS:
         trains = EVALUATIONS[id].experiment.id
         raise UserError(f"{id} evaluates the run of {trains} and trains nothing; name {trains} here.")
+    if id in TIMINGS:
+        one = TIMINGS[id]
+        command = f"gdn bench figure3 --models {one.model} --scale {one.scale}"
+        raise UserError(f"{id} times the training step of {one.of.id} and trains nothing; run: {command}.")
     if id not in EXPERIMENTS:
-        known = [*EXPERIMENTS, *EVALUATIONS]
+        known = [*EXPERIMENTS, *EVALUATIONS, *TIMINGS]
         raise UserError(f"There is no experiment {id!r}{nearest(id, known)}; `gdn list` shows all.")
     return EXPERIMENTS[id]
 

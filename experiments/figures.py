@@ -1,4 +1,4 @@
-"""`gdn figure NAME`: a figure of the paper, drawn from the runs there are."""
+"""`gdn figure NAME`: a figure of the paper, drawn from what was measured."""
 
 import json
 from dataclasses import dataclass
@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import experiments
-from experiments import figure2, published
+from experiments import drawn_figure3, figure2, published
+from experiments.figure3 import SETTINGS
 from experiments.models import PAPER_MODELS
 from experiments.options import Switch
 from experiments.report import aligned
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.files import write_json
 
-FIGURES = ("figure2",)
+FIGURES = ("figure2", "figure3")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureOptions:
-    """Draw a figure of the paper (figure2) from the runs there are."""
+    """Draw a figure of the paper (figure2, figure3) from what was measured."""
 
     scale: Literal["tiny", "desk", "400m", "400m-matched", "1.3b"] = "1.3b"
     json: Switch = False  # print an array of objects
@@ -26,9 +27,11 @@ class FigureOptions:
 
 
 def figure(name: str, options: FigureOptions) -> None:
-    """`gdn figure NAME`: one curve a model on each corpus that was read."""
+    """`gdn figure NAME`: one curve a model, on each corpus that was read or each device that was timed."""
     if name not in FIGURES:
         raise UserError(f"There is no figure {name!r}{nearest(name, FIGURES)}; there is {', '.join(FIGURES)}.")
+    if name == "figure3":
+        return _figure3(options)
     found = rows(options.scale)
     if not found:
         raise UserError(
@@ -43,6 +46,20 @@ def figure(name: str, options: FigureOptions) -> None:
     print(json.dumps(found, indent=1) if options.json else described(found))
     if not options.json:
         print(f"Wrote {picture} and {picture.with_suffix('.json')}.")
+
+
+def _figure3(options: FigureOptions) -> None:
+    if options.scale not in SETTINGS:
+        raise UserError(f"figure3 has no scale {options.scale!r}; it has {', '.join(SETTINGS)}.")
+    found = drawn_figure3.collected(options.scale, drawn_figure3.kept_rows(options.scale))
+    if not found["rows"]:
+        raise UserError(
+            f"No step at {options.scale} was timed for figure3; begin with: gdn bench figure3 --scale {options.scale}."
+        )
+    paths = drawn_figure3.write(found, Path(options.out))
+    print(json.dumps(found, indent=1) if options.json else drawn_figure3.markdown(found))
+    if not options.json:
+        print(f"\nWrote {', '.join(map(str, paths))}.")
 
 
 def rows(scale: str) -> list[dict[str, Any]]:

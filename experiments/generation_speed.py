@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments.report import piped
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 
@@ -210,7 +211,6 @@ def markdown(found: dict[str, Any]) -> str:
                 row["note"] or "ok",
             )
         )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     cpu = "; speeds of a CPU say nothing about a GPU" if found["device"].lower() == "cpu" else ""
     facts = [
         f"Device: {found['device']}{cpu}",
@@ -224,7 +224,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"Versions: {', '.join(f'{name} {version}' for name, version in found['versions'].items())}",
         f"Date: {found['date']}, commit {found['commit']}{' with uncommitted changes' if found['dirty'] else ''}",
     ]
-    return f"{table}\n\n" + "\n".join(f"- {fact}" for fact in facts)
+    return f"{piped(lines)}\n\n" + "\n".join(f"- {fact}" for fact in facts)
 
 
 def _said(row: dict[str, Any]) -> str:

@@ -1,10 +1,12 @@
 """Results that count: where they are kept, and which of them are one number.
 
     python -m experiments.published runs/ID/HASH ...      keep the results of these runs in experiments/results/
+    python -m experiments.published runs/figure3/*/1.3b/*.json      keep points of Figure 3
 
 A result lies at results/<id>/<recipe8>/<seed>-<data8>-<device>.json: recipe8 is the hash of model, optimizer and data
 configuration without the seed, data8 the fingerprint of the tokens that it was trained on. Runs that differ in the seed
-alone are one row, mean and spread; another recipe, other data or another kind of device is another row.
+alone are one row, mean and spread; another recipe, other data or another kind of device is another row. A point of
+Figure 3 lies at results/<id>/<recipe8>/<setting>-<device>.json.
 """
 
 import json
@@ -109,8 +111,11 @@ def of_experiment(experiment: Experiment, *, runs: Path | None = None) -> list[R
 def place(row: Row) -> Path:
     """Where a result row is kept."""
     trained_on = row["validation"]["trained_on"]
-    kind = re.sub(r"[^a-z0-9]+", "-", device(row["environment"]).lower()).strip("-")
-    return RESULTS / row["id"] / row["recipe8"] / f"{row['seed']}-{trained_on[:8]}-{kind}.json"
+    return RESULTS / row["id"] / row["recipe8"] / f"{row['seed']}-{trained_on[:8]}-{_kind(row)}.json"
+
+
+def _kind(row: Row) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", device(row["environment"]).lower()).strip("-")
 
 
 def publish(run_dir: Path) -> Path:
@@ -121,16 +126,27 @@ def publish(run_dir: Path) -> Path:
     row = json.loads(path.read_text())
     if why := marks(row["validation"]):
         raise UserError(f"The result of {run_dir} is not its ID's number ({', '.join(why)}); run: gdn run {row['id']}.")
+    return _keep(row, place(row), run_dir)
+
+
+def publish_point(path: Path) -> Path:
+    """Keep a point of Figure 3; a UserError for one that was not measured, or of files with uncommitted changes."""
+    row = json.loads(path.read_text())
+    if row["note"]:
+        raise UserError(f"{path} holds no number ({row['note']}); measure it again: gdn bench figure3.")
+    return _keep(row, RESULTS / row["id"] / row["recipe8"] / f"{path.stem}-{_kind(row)}.json", path)
+
+
+def _keep(row: Row, to: Path, made: Path) -> Path:
     environment = committed(row["environment"])
     if environment["dirty"]:
         raise UserError(
-            f"{run_dir} was made with uncommitted changes; commit them and run it again, or publish it from a checkout "
+            f"{made} was made with uncommitted changes; commit them and run it again, or publish it from a checkout "
             f"without changes whose files are those of its source {environment['source']}."
         )
-    row = row | {"environment": environment}
-    place(row).parent.mkdir(parents=True, exist_ok=True)
-    write_json(place(row), row)
-    return place(row)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    write_json(to, row | {"environment": environment})
+    return to
 
 
 def committed(environment: Row) -> Row:
@@ -161,6 +177,6 @@ def commit(environment: Row) -> str:
 if __name__ == "__main__":
     try:
         for name in sys.argv[1:]:
-            print(publish(Path(name)))
+            print(publish_point(Path(name)) if name.endswith(".json") else publish(Path(name)))
     except (UserError, OSError) as error:
         sys.exit(str(error))

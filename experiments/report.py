@@ -175,6 +175,11 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def piped(rows: list[tuple[str, ...]]) -> str:
+    """Rows of cells as lines of a Markdown table."""
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+
+
 def _columns(rows: list[tuple[str, ...]]) -> list[list[str]]:
     longest = max(map(len, rows))
     return [[row[i] for row in rows if i < len(row)] for i in range(longest)]

@@ -41,10 +41,10 @@ def environment() -> dict[str, Any]:
 
 
 @functools.cache
-def source_hash() -> str:
-    """Eight hex digits of every Python file of the three packages: a checkout, a copy without git and a wheel agree."""
+def source_hash(packages: tuple[str, ...] = SOURCES) -> str:
+    """Eight hex digits of every Python file of the packages: a checkout, a copy without git and a wheel agree."""
     digest = hashlib.sha256()
-    files = sorted(path.relative_to(HERE).as_posix() for name in SOURCES for path in (HERE / name).rglob("*.py"))
+    files = sorted(path.relative_to(HERE).as_posix() for name in packages for path in (HERE / name).rglob("*.py"))
     for name in files:
         content = (HERE / name).read_bytes()
         digest.update(f"{name} {len(content)}\n".encode() + content)

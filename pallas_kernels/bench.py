@@ -9,23 +9,18 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import platform
 import re
 import signal
 import statistics
-import subprocess
 import sys
-import threading
-import time
 import traceback
-import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pallas_kernels import ops, peers
+from pallas_kernels import ops, peers, workers
 from pallas_kernels.roofline import PEAKS, floor_ms
 
 IMPLS = ("auto", "triton", "chunked", "triton_interpret", "reference")
@@ -167,41 +162,7 @@ def _reason(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {said}"
 
 
-def _worker(job: str, parent: int) -> None:
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    with os.fdopen(os.dup(1), "w") as answer:
-        os.dup2(2, 1)  # what libraries print is no part of the answer
-        answer.write(json.dumps(work(Job(**json.loads(job)))) + "\n")
-
-
-def _end_with(parent: int) -> None:
-    """However the process that waits for the answer ends, this one does not keep the device."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
-
-
 # --- the process that starts the workers ---
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, where it would otherwise end this process and leave the worker running."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():  # only that one may set handlers
-        yield
-        return
-
-    def stop(*_: Any) -> typing.NoReturn:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def run(todo: Sequence[Job]) -> dict[str, Any]:
@@ -214,12 +175,12 @@ def run(todo: Sequence[Job]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     stopped = 0
     try:
-        with _terminable():
+        with workers.terminable():
             for job in todo:
                 rows.append(measure(job))
                 print(f"[{len(rows)}/{len(todo)}] {job.shape} {_progress(rows[-1])}", file=sys.stderr, flush=True)
     except KeyboardInterrupt as stop:
-        stopped = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+        stopped = signal.SIGTERM if isinstance(stop, workers.Terminated) else signal.SIGINT
     rows += [_row(job) | {"note": NOT_RUN} for job in todo[len(rows) :]]
     return {
         "op": todo[0].op,
@@ -248,30 +209,9 @@ def measure(job: Job) -> dict[str, Any]:
     library = benchmark.PEERS[job.contender].library if job.contender in benchmark.PEERS else None
     if library and importlib.util.find_spec(library.module) is None:
         return _row(job) | {"note": "not installed"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pallas_kernels.bench", "worker", json.dumps(job._asdict()), str(os.getpid())],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | (library.environment if library else {}),
-        start_new_session=True,  # compilers that it starts go with it
-    )
-    try:
-        out, err = process.communicate(timeout=job.timeout)
-    except subprocess.TimeoutExpired:
-        return _row(job) | {"note": f"failed: no result within {job.timeout} s"}
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    try:
-        row = json.loads(out)
-    except json.JSONDecodeError:
-        code = process.returncode
-        end = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        return _row(job) | {"note": f"failed: {end}, {(err.strip().splitlines() or ['without a word'])[-1]}"}
+    row = workers.ask("pallas_kernels.bench", job._asdict(), job.timeout, library.environment if library else None)
+    if isinstance(row, str):
+        return _row(job) | {"note": row}
     floor = floor_ms(benchmark.cost(benchmark.Shape(*job.sizes)), row["device"])
     row["floor_ms"] = floor
     for phase in PHASES:
@@ -398,6 +338,4 @@ def _of_floor(time: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "worker":
-        sys.exit("usage: python -m pallas_kernels.bench worker JOB PARENT_PID; for a benchmark: gdn bench OP")
-    _worker(sys.argv[2], int(sys.argv[3]))
+    workers.answer(lambda job: work(Job(**job)), "pallas_kernels.bench")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import EVALUATIONS, EXPERIMENTS, doctor, report
+from experiments import EVALUATIONS, EXPERIMENTS, TIMINGS, doctor, report
 from experiments.options import Overrides
 from experiments.run import COMMANDS, main
 from pallas_kernels import ops
@@ -32,7 +32,7 @@ def as_json(capsys, *words):
 
 def test_list_is_an_array_of_every_id(capsys):
     rows = as_json(capsys, "list")
-    assert [row["id"] for row in rows] == [*EXPERIMENTS, *EVALUATIONS]
+    assert [row["id"] for row in rows] == [*EXPERIMENTS, *EVALUATIONS, *TIMINGS]
     assert {row["kind"] for row in rows[: len(EXPERIMENTS)]} == {"trains"}
     assert as_json(capsys, "list", "table3/gated-deltanet/*") == [
         row for row in rows if row["model"] == "gated-deltanet" and row["group"] == "table3"
@@ -52,7 +52,7 @@ def test_list_for_a_reader(capsys):
     assert [other.split(maxsplit=2) for other in others] == [
         [f"{name}/gated-deltanet/1.3b", "evaluates", "the run of table3/gated-deltanet/1.3b"]
         for name in ("table2", "table4", "table5", "figure2")
-    ]
+    ] + [["figure3/gated-deltanet/1.3b", "times", "a training step of table3/gated-deltanet/1.3b"]]
 
 
 def test_an_evaluating_id_is_a_run_and_its_tasks(capsys):

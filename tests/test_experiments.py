@@ -152,3 +152,4 @@ def test_modules_say_how_to_run_them():
     tables = (experiments.table2, experiments.table3, experiments.table4, experiments.table5, experiments.figure2)
     for module in (experiments.smoke, *tables, experiments.ablations):
         assert "gdn run " in module.__doc__ and "Expect" in module.__doc__
+    assert "gdn bench figure3 " in experiments.figure3.__doc__ and "Expect" in experiments.figure3.__doc__

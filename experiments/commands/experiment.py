@@ -13,12 +13,14 @@ import experiments
 from experiments import published, report
 from experiments.commands import Stopped, evaluation, print_facts
 from experiments.commands.evaluation import TaskOptions
+from experiments.figure3 import Timing
 from experiments.options import Overrides, Switch
 from gdn_jax.config import Experiment, flat, to_dict
 from gdn_jax.errors import UserError
 
 CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 parameters and AdamW's two moments
 CHECKPOINT_REST = 1 << 16  # step, configuration, array metadata
+OF_KIND = {"evaluates": "the run of", "times": "a training step of"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +67,9 @@ class RunOptions(Overrides, TaskOptions):
 def list_ids(glob: str, options: ListOptions) -> None:
     rows = [_list_row(experiment) for experiment in experiments.find(glob or "*")]
     rows += [_evaluation_row(one) for id, one in experiments.EVALUATIONS.items() if fnmatchcase(id, glob or "*")]
+    rows += [_timing_row(one) for id, one in experiments.TIMINGS.items() if fnmatchcase(id, glob or "*")]
     if not rows:
-        known = [*experiments.EXPERIMENTS, *experiments.EVALUATIONS]
+        known = [*experiments.EXPERIMENTS, *experiments.EVALUATIONS, *experiments.TIMINGS]
         groups = dict.fromkeys(id.partition("/")[0] for id in known)
         raise UserError(f"No experiment matches {glob!r}; the IDs begin with {', '.join(groups)}.")
     if options.json:
@@ -76,7 +79,7 @@ def list_ids(glob: str, options: ListOptions) -> None:
     cells = [
         (row["id"], row["kind"], f"{row['parameters']:,}", report.short(row["tokens"]), row["source"])
         if row["kind"] == "trains"
-        else (row["id"], row["kind"], f"the run of {row['of']}")
+        else (row["id"], row["kind"], f"{OF_KIND[row['kind']]} {row['of']}")
         for row in rows
     ]
     print(report.aligned([header, *cells]))
@@ -101,6 +104,12 @@ def _list_row(experiment: Experiment) -> dict[str, Any]:
 def _evaluation_row(one: experiments.Evaluation) -> dict[str, Any]:
     changed = {"id": one.id, "kind": "evaluates", "group": one.id.partition("/")[0]}
     return _list_row(one.experiment) | changed | {"of": one.experiment.id, "tasks": one.suite.tasks}
+
+
+def _timing_row(one: Timing) -> dict[str, Any]:
+    sizes = {setting.seq_len * setting.batch_size for setting in one.settings.values()}
+    changed = {"id": one.id, "kind": "times", "group": one.id.partition("/")[0], "tokens": max(sizes)}
+    return _list_row(one.of) | changed | {"of": one.of.id, "settings": list(one.settings)}
 
 
 def show(experiment: Experiment, options: ShowOptions) -> None:

@@ -1,12 +1,15 @@
-"""`gdn doctor`, `gdn bench` of ops and of generation, `gdn tune`: this machine checked, timed, and tuned."""
+"""`gdn doctor`, `gdn bench` of ops, steps and generation, `gdn tune`: this machine checked, timed, tuned."""
 
 import dataclasses
 import json
 from dataclasses import dataclass
 
+import experiments
 from experiments.commands import of_run
 from experiments.generation_speed import GenerationOptions, report
 from experiments.options import Switch
+from experiments.training_speed import SpeedOptions
+from experiments.training_speed import report as report_speed
 from gdn_jax.errors import UserError
 from pallas_kernels import bench, tune, tuned
 
@@ -33,6 +36,13 @@ class BenchGenerateOptions(GenerationOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BenchFigure3Options(SpeedOptions):
+    """Time the training step of Figure 3's models at its lengths: tokens/s, MFU, memory, the paper's claims."""
+
+    json: Switch = False  # print one object
+
+
+@dataclass(frozen=True, kw_only=True)
 class TuneOptions(tune.Options):
     """Find the fastest tiles, warps and stages of an op's kernels here; only what float64 confirms is kept."""
 
@@ -52,6 +62,8 @@ def doctor(name: str, options: DoctorOptions) -> int:
 def bench_op(op: str, options: BenchOptions) -> int:
     from gdn_jax.metrics import environment
 
+    if op in experiments.TIMINGS:
+        experiments.get(op)  # says what times it
     try:
         jobs = bench.jobs(op, options)
     except ValueError as error:
@@ -65,6 +77,10 @@ def bench_generate(name: str, options: BenchGenerateOptions) -> None:
     if options.precision != "run":
         optim = dataclasses.replace(optim, precision=options.precision)
     report(dataclasses.replace(experiment, optim=optim, run=run), options, options.json)
+
+
+def bench_figure3(operand: str, options: BenchFigure3Options) -> int:
+    return report_speed(options, options.json)
 
 
 def tune_op(op: str, options: TuneOptions) -> None:

@@ -92,6 +92,10 @@ def gated_delta_rule(
 
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
     q, k, v are bfloat16 (bf16 operands at the large dots, fp32 elsewhere), float32 or float64 (exact throughout).
+    Rounded operands, the kernels' always, are not exact where keys repeat and nothing decays. With one key for all
+    tokens and g = 0 a chunk's inverse has the entries -beta (1 - beta)^(i - j - 1): towards beta = 2 they alternate
+    undamped, what is left of their rounded terms is rounding, and the state keeps it. Of o that is 1 % at beta = 1 (of
+    dbeta 20 %) and 20 to 80 % at beta = 1.9; there 10 % at chunk 16, 2 % at g = -0.05, 1e-5 for float32 in "chunked".
     Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
     Source: arXiv 2412.06464, section 3.
     """

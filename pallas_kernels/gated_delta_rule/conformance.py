@@ -64,6 +64,9 @@ CASES = (
     Case(name="beta in (1,2)", T=200, beta=(1.0, 2.0), cosine=0.5),
     Case(name="cosine 0.99", T=200, cosine=0.99),
     Case(name="identical keys", T=200, cosine=1.0, beta=(0.5, 1.0)),
+    Case(name="identical keys, beta=1, g=0", T=200, cosine=1.0, beta=(1.0, 1.0), log_decay=0.0),
+    Case(name="identical keys, beta=1.9", T=200, cosine=1.0, beta=(1.9, 1.9)),
+    Case(name="identical keys, beta=1.9, g=0", T=200, cosine=1.0, beta=(1.9, 1.9), log_decay=0.0),
     Case(name="documents", T=200, documents=0.05),
     Case(name="every token a document", T=200, documents=1.0),
 )
@@ -150,14 +153,22 @@ def errors(
 
 
 def limits(case: Case, impl: str) -> dict[str, float]:
-    """The accuracy that is asked of each output (relative L2); infinite where only finiteness is."""
+    """The accuracy that is asked of each output (relative L2).
+
+    Identical keys: about twice what chunked and the interpreted kernels do over twelve seeds. At g = 0 and beta = 1.9
+    rounded operands leave no digit (api.gated_delta_rule says why), only the size of the numbers.
+    """
     hard = case.cosine >= 0.99 or max(case.beta) > 1
     rounded = impl.startswith("triton") or case.dtype == "bfloat16"
     if not rounded:
         exact = 1e-12 if case.dtype == "float64" else 1e-5
         return dict.fromkeys(OUTPUTS, 20 * exact if hard else exact)
     if case.cosine == 1:
-        return dict.fromkeys(OUTPUTS, np.inf)
+        if max(case.beta) <= 1:
+            return dict.fromkeys(OUTPUTS, 4e-2) | {"dg": 8e-2, "dbeta": 0.4}
+        if case.log_decay:
+            return dict.fromkeys(OUTPUTS, 7e-2) | {"dg": 0.14, "dbeta": 0.12}
+        return dict.fromkeys(OUTPUTS, 1.5) | {"dv": 2.5, "dbeta": 8.0}
     if hard:
         return dict.fromkeys(OUTPUTS, 5e-2)
     return dict.fromkeys(OUTPUTS, 1e-2) | {"dg": 2.5e-2, "dbeta": 2.5e-2}

@@ -16,7 +16,7 @@ from typing import Any
 
 from experiments.report import piped
 from gdn_jax.config import Model
-from pallas_kernels.bench import Peak
+from pallas_kernels.roofline import Peak
 
 PRODUCTS, ATTENTION, ELEMENTWISE, COPIES, OTHER = "products", "softmax attention", "elementwise", "copies", "other"
 # family -> what the names of its kernels contain, first match; our own kernels are known by the step's program
@@ -165,11 +165,6 @@ def floors(cfg: Model, *, seq_len: int, batch_size: int, ours: Names) -> dict[st
     return {name: found[name] for name in found if any(found[name].values())}
 
 
-def floor_ms(need: Mapping[str, float], peak: Peak | None) -> float | None:
-    """Milliseconds that FLOPs and bytes take at least on a device; None where its ceilings are not known."""
-    return None if peak is None else 1e3 * max(need["flops"] / peak.flops, need["bytes"] / peak.bandwidth)
-
-
 # --- the profile ---
 
 
@@ -197,10 +192,11 @@ def profile(
     for name in sorted(total, key=lambda name: -total[name]) + sorted(needs.keys() - total.keys()):
         ms = total.get(name, 0.0)
         largest = sorted(kernels[name].items(), key=lambda item: -sum(item[1]))[:LARGEST]
+        need = needs.get(name, {"flops": 0.0, "bytes": 0.0})
         families[name] = {
             "ms": ms,
             "share": ms / busy if busy else 0.0,
-            "floor_ms": floor_ms(needs.get(name, {"flops": 0.0, "bytes": 0.0}), peak),
+            "floor_ms": None if peak is None else peak.least_ms(need["flops"], need["bytes"]),
             "kernels": [{"name": kernel, "ms": sum(times), "calls": len(times)} for kernel, times in largest],
         }
     return {"busy_ms": busy, "idle_ms": (end - first - worked) / 1e3, "families": families}

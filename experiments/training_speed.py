@@ -240,7 +240,7 @@ def _profile(step: Any, arguments: tuple, program: Any, experiment: Experiment) 
     import jax
 
     from experiments import step_profile
-    from pallas_kernels.bench import peak_of
+    from pallas_kernels.roofline import peak_of
 
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):

@@ -9,6 +9,10 @@ class Peak(NamedTuple):
     flops: float
     bandwidth: float
 
+    def least_ms(self, flops: float, moved: float) -> float:
+        """Milliseconds that so many FLOPs and bytes take at least, where they overlap."""
+        return 1e3 * max(flops / self.flops, moved / self.bandwidth)
+
 
 class Cost(NamedTuple):
     """FLOPs of matrix products, bytes of arguments and results; what is kept in between is each one's own choice."""
@@ -40,5 +44,5 @@ def floor_ms(cost: dict[str, Cost], device: str) -> dict[str, float] | None:
     peak = peak_of(device)
     if peak is None:
         return None
-    floor = {phase: 1e3 * max(work.flops / peak.flops, work.moved / peak.bandwidth) for phase, work in cost.items()}
+    floor = {phase: peak.least_ms(*work) for phase, work in cost.items()}
     return floor | {"forward_backward": floor["forward"] + floor["backward"]}

@@ -170,7 +170,7 @@ def test_a_row_that_does_not_fit_says_so(capsys, monkeypatch):
         (f"{ID} --prompts 0", "prompts is '0'; it must be positive whole numbers, separated by commas."),
         (f"{ID} --tokens 0", "tokens is 0; it must be positive."),
         (f"{ID} --repetitions 0", "repetitions is 0; it must be positive."),
-        (f"{ID} --impl triton", "run.impl is 'triton', which cannot run gated_delta_rule here"),
+        (f"{ID} --impl triton", "run.impl is 'triton', which cannot run gated_norm here"),
     ],
 )
 def test_a_mistake_gets_one_sentence(capsys, words, sentence):

@@ -50,7 +50,10 @@ def doctor(name: str, options: DoctorOptions) -> int:
 
 
 def bench_op(op: str, options: BenchOptions) -> int:
-    from gdn_jax.metrics import environment
+    def environment():
+        from gdn_jax.metrics import environment  # imports jax, which must wait until no worker needs the device
+
+        return environment()
 
     try:
         jobs = bench.jobs(op, options)

@@ -193,8 +193,8 @@ def test_mistakes_get_one_sentence(capsys, words, sentence):
 def test_a_figure_without_runs(capsys):
     assert main(["figure", "figure2", "--scale", "desk"]) == 2
     assert "No run at desk was evaluated for figure2; begin with: gdn run figure2/" in capsys.readouterr().err
-    assert main(["figure", "figure9"]) == 2
-    assert "There is no figure 'figure9' (did you mean 'figure2'?)" in capsys.readouterr().err
+    assert main(["figure", "figure22"]) == 2
+    assert "There is no figure 'figure22' (did you mean 'figure2'?)" in capsys.readouterr().err
 
 
 def run_of(id, directory, step):

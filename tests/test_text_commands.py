@@ -111,9 +111,10 @@ def test_ctrl_c_keeps_what_was_printed():
             printed += process.stdout.read(100)
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=100)
-    taken, stopped = err.splitlines()
+    *taken, stopped = err.splitlines()
     assert process.returncode == 130 and stopped == b"Stopped; what was finished before is kept."
-    assert taken.startswith(b"gated_delta_rule: auto takes chunked (triton: ")
+    ops = [line.partition(b": auto takes chunked (triton: ")[0] for line in taken]
+    assert sorted(ops) == [b"gated_delta_rule", b"gated_norm", b"short_conv"]
     text = (printed + rest).decode()
     assert text == "x" + "漢" * (len(text) - 2) + "\n" and len(text) > 130
 
@@ -177,7 +178,7 @@ MISTAKES = [
     ("generate letters --seed -1", "seed is -1; it must be in [0, 2^31 - samples]."),
     ("generate letters --stop=", "A stop string is empty"),
     ("generate letters --step 3", "holds no checkpoint of step 3; there are 0."),
-    ("generate letters --impl triton", "run.impl is 'triton', which cannot run gated_delta_rule here"),
+    ("generate letters --impl triton", "run.impl is 'triton', which cannot run gated_norm here"),
     ("generate letters --prompt_file no.txt", "prompt_file no.txt cannot be read (No such file or directory)"),
     ("generate letters --prompt_file latin", "prompt_file latin is not UTF-8 (byte 1)"),
     ("generate letters --prompt_file empty", "prompt_file empty is empty"),

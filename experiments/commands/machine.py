@@ -60,7 +60,10 @@ def doctor(name: str, options: DoctorOptions) -> int:
 
 
 def bench_op(op: str, options: BenchOptions) -> int:
-    from gdn_jax.metrics import environment
+    def environment():
+        from gdn_jax.metrics import environment  # imports jax, which must wait until no worker needs the device
+
+        return environment()
 
     if op in experiments.TIMINGS:
         experiments.get(op)  # says what times it

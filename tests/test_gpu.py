@@ -21,6 +21,7 @@ from gdn_jax.tree import named_leaves
 from pallas_kernels.gated_delta_rule import configurations, conformance, gated_delta_rule, triton_op
 from pallas_kernels.gated_delta_rule.conformance import CASES, Case
 from pallas_kernels.gated_norm import conformance as norm_conformance
+from pallas_kernels.linear_attention import conformance as linear_conformance
 from pallas_kernels.short_conv import conformance as conv_conformance
 
 pytestmark = pytest.mark.gpu
@@ -95,6 +96,7 @@ def test_triton_repeats_bit_for_bit_and_writes_everything(K, V):
         assert all(np.array_equal(first, other[name]) for other in runs[1:]), name
 
 
+HEAD = [case for case in linear_conformance.CASES if not case.channels and case.chunk in (64, 128)]
 CONV = ["W=7", "documents", "heads to norm 1", "many small heads", "pieces of a row", "no activation", "plain"]
 
 
@@ -126,6 +128,20 @@ def test_triton_norm_matches_the_equation(case, dtype):
 def test_triton_norm_matches_the_equation_at_model_sizes(shape, first):
     case = norm_conformance.Case(name="size", shape=shape, gate_first=first, dtype="bfloat16")
     assert norm_conformance.failures(case, "triton", seed=2) == []
+
+
+@pytest.mark.parametrize("case", [c for c in HEAD if c.T > 1], ids=lambda case: case.name)
+def test_linear_attention_kernels_match_float64(case):
+    case = dataclasses.replace(case, dtype="bfloat16")
+    assert linear_conformance.failures(case, "triton", seed=1) == []
+
+
+@pytest.mark.parametrize("chunk", [64, 128])
+@pytest.mark.parametrize("H,Hv,K,V", [(2, 2, 256, 512), (1, 4, 128, 64), (2, 2, 192, 384), (1, 3, 24, 40)])
+def test_linear_attention_kernels_match_float64_at_model_sizes(H, Hv, K, V, chunk):
+    sizes = {"T": 500, "H": H, "Hv": Hv, "K": K, "V": V, "chunk": chunk}
+    case = linear_conformance.Case(name="size", dtype="bfloat16", documents=0.01, **sizes)
+    assert linear_conformance.failures(case, "triton", seed=2) == []
 
 
 def test_triton_under_transformations():

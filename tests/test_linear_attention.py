@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from pallas_kernels.linear_attention import conformance, linear_attention, linear_attention_step
+from pallas_kernels.dispatch import Choice
+from pallas_kernels.linear_attention import conformance, linear_attention, linear_attention_step, resolve
 from pallas_kernels.linear_attention.conformance import CASES, Case
 
 
@@ -20,6 +22,58 @@ def test_fp32_matches_float64_recurrence(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c.T == 200], ids=lambda case: case.name)
 def test_bf16_matches_float64_recurrence(case):
     assert conformance.failures(dataclasses.replace(case, dtype="bfloat16"), "chunked") == []
+
+
+HEAD = [case for case in CASES if not case.channels and case.chunk in (64, 128)]
+
+
+@pytest.mark.parametrize("case", HEAD, ids=lambda case: case.name)
+def test_interpreted_kernels_match_float64(case):
+    assert conformance.failures(dataclasses.replace(case, B=1), "triton_interpret", seed=1) == []
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_interpreted_kernels_match_float64_in_bf16_with_tiles_that_overlap(x64):
+    """K in tiles of 64 and 8 more, V of three times 64 and 8; heads of two groups."""
+    case = Case(name="odd", T=70, B=1, H=2, Hv=4, K=72, V=200, dtype="bfloat16", documents=0.05)
+    with jax.enable_x64(x64):
+        assert conformance.failures(case, "triton_interpret", seed=2) == []
+
+
+def test_kernels_with_a_decay_of_no_other_token_of_the_chunk_are_exact():
+    """What D weighs, by hand: two tokens, q = k = (1, 0, ...), v = 1 and 10, decays 1/2 and 1/4, scale 1."""
+    key = jnp.zeros((1, 2, 1, 16)).at[..., 0].set(1.0)
+    value = jnp.ones((1, 2, 1, 16)) * jnp.asarray([1.0, 10.0])[None, :, None, None]
+    g = jnp.log(jnp.asarray([0.5, 0.25]))[None, :, None]
+    state = jnp.zeros((1, 1, 16, 16)).at[0, 0, 0].set(16.0)
+    o, last = linear_attention(key, key, value, g, scale=1.0, initial_state=state, impl="triton_interpret")
+    np.testing.assert_allclose(o[0, :, 0, 0], [16 / 2 + 1, (16 / 2 + 1) / 4 + 10], rtol=1e-6)
+    np.testing.assert_allclose(last[0, 0, 0], (16 / 2 + 1) / 4 + 10, rtol=1e-6)
+
+
+def test_auto_leaves_the_kernels_until_a_gpu_has_checked_them():
+    assert resolve() == Choice("linear_attention", "chunked")
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+def test_sharded_kernels_equal_the_plain_ones(impl):
+    """Value heads of one group on one device: two groups, over two devices of a tensor axis, and rows over two."""
+    arrays, (do, d_state) = _inputs(T=64, K=16, V=16, H=2, Hv=4)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def run(arrays):
+        def loss(arrays):
+            *tokens, state = arrays
+            o, last = linear_attention(*tokens, initial_state=state, impl=impl)
+            return (o * do).sum() + (last * d_state).sum()
+
+        return jax.grad(loss)(arrays)
+
+    plain = jax.jit(run)(arrays)
+    with jax.set_mesh(mesh):
+        sharded = jax.jit(run)(arrays)
+    for x, y in zip(plain, sharded, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
 
 
 @pytest.mark.parametrize("channels", [False, True])
@@ -172,9 +226,18 @@ def _tokens(T=8, H=2, Hv=2, K=4, V=4, dtype=jnp.float32):
         (_tokens(dtype=jnp.float16), {}, ValueError, "q is float16"),
         (
             _tokens(),
+            {"impl": "triton_interpret"},
+            NotImplementedError,
+            "K is 4; the kernels take 16 to 512",
+        ),
+        (_tokens(K=16, V=520), {"impl": "triton_interpret"}, NotImplementedError, "V is 520"),
+        (_tokens(), {"impl": "triton", "chunk": 32}, NotImplementedError, "the kernels take 64 or 128 tokens at once"),
+        (_tokens(K=16, V=16), {"impl": "triton"}, NotImplementedError, "the default device is cpu"),
+        (
+            (*_tokens(K=16, V=16)[:3], jnp.zeros((1, 8, 2, 16))),
             {"impl": "triton"},
             NotImplementedError,
-            "linear_attention: impl 'triton' cannot run: this version",
+            "cannot run: g has a decay for each key channel",
         ),
     ],
 )

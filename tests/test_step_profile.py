@@ -11,8 +11,8 @@ from experiments import step_profile
 from experiments.variants import model_config
 from gdn_jax.flops import matmul_parameters
 from gdn_jax.model import count_parameters
-from pallas_kernels.roofline import PEAKS, Peak
 from pallas_kernels.gated_delta_rule import gated_delta_rule
+from pallas_kernels.roofline import PEAKS, Peak
 
 OURS = {"forward_states": "gated_delta_rule", "rows": "short_conv"}
 NEEDS = {"products": {"flops": 3e9, "bytes": 0.0}, "short_conv": {"flops": 1.0, "bytes": 2e6}}

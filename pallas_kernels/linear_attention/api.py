@@ -1,7 +1,7 @@
 """Linear attention with decay: signature, equation, argument rules, and the choice of an implementation."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from beartype import beartype
@@ -10,15 +10,44 @@ from jaxtyping import Array, Float, Int, jaxtyped
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_tokens
 from pallas_kernels.chunkwise import confine
-from pallas_kernels.linear_attention import chunked, reference
+from pallas_kernels.linear_attention import chunked, reference, triton_head
 
 NAME = "linear_attention"
-IMPLS = dispatch.PLAIN
+IMPLS = dispatch.WITH_KERNELS
+KERNEL_CHUNKS = (64, 128)
 
 
-def resolve(impl: str = "auto") -> dispatch.Choice:
-    """Which implementation `impl` means, and why a faster one was refused."""
-    return dispatch.choose_plain(NAME, impl)
+def why_not(impl: str, shape: tuple[int, int, int, int, int], channels: bool, chunk: int, dtype: Any) -> str | None:
+    """The reason `impl` cannot run here on [B, T, Hv, K, V], or None when it can.
+
+    channels: g has a decay for each key channel; `dtype` is the widest of q, k and v.
+    """
+    if impl not in ("triton", "triton_interpret"):
+        return None
+    if channels:
+        return "g has a decay for each key channel; the kernels take one a head"
+    if chunk not in KERNEL_CHUNKS:
+        return f"the kernels take {' or '.join(map(str, KERNEL_CHUNKS))} tokens at once, not {chunk}"
+    if dtype == jnp.float64:
+        return "it would round float64 to bfloat16"
+    return triton_head.why_not(shape, interpret=impl == "triton_interpret")
+
+
+def resolve(
+    impl: str = "auto",
+    *,
+    shape: tuple[int, int, int, int, int] = (1, 4096, 16, 128, 128),
+    channels: bool = False,
+    chunk: int = 64,
+    dtype: Any = jnp.bfloat16,
+) -> dispatch.Choice:
+    """Which implementation `impl` means on this machine for these sizes, and why a faster one was refused.
+
+    "auto" takes "chunked": no GPU has checked the kernels yet.
+    """
+    if impl == "auto":
+        return dispatch.Choice(NAME, "chunked")
+    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, channels=channels, chunk=chunk, dtype=dtype))
 
 
 @jaxtyped(typechecker=beartype)
@@ -46,7 +75,9 @@ def linear_attention(
     scale          defaults to K^-1/2
     initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
-    impl           "auto" takes the fastest for this device; a named one never falls back
+    impl           "auto" takes "chunked", as long as no GPU has checked the kernels; a named one never falls back. The
+                   kernels ("triton") take one decay a head, K and V from 16 to 512 and chunks of 64 or 128, and round
+                   operands to bf16
     chunk          16, 32, 64 or 128 tokens at once
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk;
                    "inputs" runs the forward again instead
@@ -64,25 +95,38 @@ def linear_attention(
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     g = (g[..., None] if g.ndim == 3 else g).astype(exact)
-    carried = initial_state is not None
-    if not carried:
-        initial_state = jnp.zeros((q.shape[0], v.shape[2], q.shape[-1], v.shape[-1]))
-    initial_state = initial_state.astype(exact)
-    if dispatch.taken(resolve(impl)) == "reference":
-        segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
-    run = partial(_on_one_device, carried=carried, scale=scale, chunk=chunk, residuals=residuals)
+    if initial_state is not None:
+        initial_state = initial_state.astype(exact)
+    run = partial(_on_one_device, impl=impl, scale=scale, chunk=chunk, residuals=residuals)
     token, state = ("batch", None, "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
         run, (q, k, v, g, initial_state, segment_ids), (token, token, token, token, state, token[:2]), (token, state)
     )
 
 
-def _on_one_device(q, k, v, g, initial_state, segment_ids, *, carried, scale, chunk, residuals):
-    op = partial(
-        chunked.linear_attention, q, k, v, g,
-        segment_ids=segment_ids, scale=scale, chunk=chunk, residuals=residuals,
-    )  # fmt: skip
+def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk, residuals):
+    """The implementation that is right for the part of the arrays that one device has."""
+    (B, T, _, K), (Hv, V), carried = q.shape, v.shape[2:], initial_state is not None
+    shape, channels = (B, T, Hv, K, V), g.shape[3] > 1
+    choice = resolve(impl, shape=shape, channels=channels, chunk=chunk, dtype=jnp.result_type(q, k, v))
+    impl = dispatch.taken(choice)
+    kernels = impl in ("triton", "triton_interpret") and v.size
+    if not carried and not kernels:
+        initial_state = jnp.zeros((B, Hv, K, V), g.dtype)
+    if impl == "reference":
+        segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
+    if kernels:
+        interpret, configuration = impl == "triton_interpret", triton_head.Configuration(chunk=chunk)
+        op = partial(
+            triton_head.linear_attention, q, k, v, g[..., 0], segment_ids=segment_ids, scale=scale,
+            residuals=residuals, interpret=interpret, configuration=configuration,
+        )  # fmt: skip
+    else:
+        op = partial(
+            chunked.linear_attention, q, k, v, g,
+            segment_ids=segment_ids, scale=scale, chunk=chunk, residuals=residuals,
+        )  # fmt: skip
     if carried and segment_ids is not None:
         return confine(op, initial_state, segment_ids, ~jnp.isfinite(initial_state), axis=2)
     return op(initial_state)

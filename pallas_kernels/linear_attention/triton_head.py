@@ -1,0 +1,353 @@
+"""Linear attention with one decay a head as two Triton kernels, each of which the forward and the backward run.
+
+Tokens are taken in chunks of C. total_i is the sum of a chunk's log decays up to token i, gamma_i = exp(total_i) what
+the entering state has left there, leaving_j = exp(total_C - total_j) what the leaving state has of token j, and
+D_ij = gamma_i / gamma_j for i >= j of one document, else 0. One kernel carries a state from chunk to chunk, the other
+does the rest, all chunks at once:
+
+    carry   S'  = gamma_C S + K^T (leaving V)            dS  = gamma_C dS' + Q^T (scale gamma dO)
+    join    O   = (scale D . Q K^T) V + scale gamma (Q S)
+            dV  = (scale D . Q K^T)^T dO + leaving (K dS')
+            dQ  = (scale D . dO V^T) K + scale gamma (dO S^T)
+            dK  = (scale D . dO V^T)^T Q + leaving (V dS'^T)
+
+with S entering and dS' leaving a chunk. All four joins are out = (scale D . X Z^T) Y + w (X S). Where several value
+heads read one key head, those of dQ and dK are summed over them in fp32 inside the program. A log decay g_t acts on
+every pair that it lies between and on the state behind the chunk, so that with sums over a row
+
+    dg_t = sum over i >= t in the chunk of (q_i . dq_i - k_i . dk_i) + <S', dS'>
+
+Pairs are made again for each join instead of being kept: their products are small beside the bytes.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import triton_dialect as triton
+from pallas_kernels.chunkwise import document_numbers, pad_tokens
+from pallas_kernels.triton_dialect import BlockSpec
+
+LEAST_DIM, MOST_DIM = 16, 512
+LEAST_LOG_DECAY = -104.0  # the exponential of anything below is 0 in fp32
+MOST_ELEMENTS = 1 << 31  # 32-bit indices
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carry:
+    """Of the serial kernel: a program owns a tile of the state."""
+
+    key_tile: int = 64
+    value_tile: int = 64
+    warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Join:
+    """Of the parallel kernel: a program makes a tile of columns of a chunk's output."""
+
+    column_tile: int = 64
+    inner_tile: int = 64  # of the columns that are summed over
+    warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """Of both, and the tokens of a chunk."""
+
+    chunk: int = 64
+    carry: Carry = Carry()
+    join: Join = Join()
+
+
+def why_not(shape: tuple[int, int, int, int, int], *, interpret: bool) -> str | None:
+    """The reason the kernels cannot run on [B, T, Hv, K, V], or None."""
+    B, T, Hv, K, V = shape
+    for name, size in (("K", K), ("V", V)):
+        if not LEAST_DIM <= size <= MOST_DIM:
+            return f"{name} is {size}; the kernels take {LEAST_DIM} to {MOST_DIM}"
+    elements = B * Hv * max(T, 64) * max(K, V, K * V // 64)
+    if elements >= MOST_ELEMENTS:
+        return (
+            f"an array of {elements:,} elements is past the {MOST_ELEMENTS:,} that they are made for; split the batch"
+        )
+    return None if interpret else triton.why_not_here()
+
+
+class _Static(NamedTuple):
+    scale: float
+    residuals: str
+    interpret: bool
+    configuration: Configuration
+
+
+class _Decays(NamedTuple):
+    """Of every token or chunk, fp32 unless it says so; T is a multiple of C."""
+
+    total: jax.Array  # [B,Hv,T] the chunk's log decays up to a token
+    gamma: jax.Array  # [B,Hv,T] what the entering state has left at a token
+    leaving: jax.Array  # [B,Hv,T] what the leaving state has of a token
+    end: jax.Array  # [B,Hv,N] gamma of a chunk's last token
+    numbers: jax.Array | None  # [B,T] int32, the token's document; None where a row is one document
+
+
+def _decays(g, numbers, chunk):
+    """`_Decays` of g [B,Hv,T] and the documents [B,1+T] counted along each row, beginning with what came before."""
+    by_chunk = (*g.shape[:2], -1, chunk)
+    total = jnp.cumsum(g.reshape(by_chunk), axis=-1)
+    gamma = jnp.exp(total)
+    later = jnp.pad(g.reshape(by_chunk)[..., 1:], ((0, 0),) * 3 + ((0, 1),))
+    leaving = jnp.exp(jax.lax.cumsum(later, axis=3, reverse=True))  # a sum, not a difference of large ones
+    own = None
+    if numbers is not None:
+        own = numbers[:, 1:]
+        each = own.reshape(own.shape[0], 1, -1, chunk)
+        before = numbers[:, :-1].reshape(each.shape)[..., :1]
+        gamma = jnp.where(each == before, gamma, 0.0)
+        leaving = jnp.where(each == each[..., -1:], leaving, 0.0)
+    return _Decays(*(x.reshape(g.shape) for x in (total, gamma, leaving)), gamma[..., -1], own)
+
+
+def _span(tile, origin):
+    """Where a tile lies. `origin`, 0 times a program's number, is folded by the compiler: it makes a Python number an
+    index of 32 bits, as all others are, where jax_enable_x64 would give it 64."""
+    return triton.ds(tile[0] + origin, tile[1])
+
+
+def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpret):
+    """The state before each chunk on the way, from initial [B,Hv,K,V] fp32 or None for zeros, and the last one:
+    S' = end S + X^T (weight Y).
+
+    x [B,T,H,K], y [B,T,Hv,V], weight [B,Hv,T], end [B,Hv,N]. Forward: states [B,Hv,N+1,K,V] bf16, the last after the
+    last chunk. In reverse: states [B,Hv,N,K,V], the gradient of what leaves each chunk; with the forward's states as
+    `other` their inner product with it, [tiles,B,Hv,N].
+    """
+    (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
+    N, group = T // chunk, Hv // H
+    across = triton.count_of_tiles(V, config.value_tile)
+
+    def lin_carry(refs):
+        origin = 0 * triton.program_id(0)
+
+        def body(rows, columns):
+            keys, values = _span(rows, origin), _span(columns, origin)
+            mine = triton.owned(rows, columns)
+
+            def step(i, state):
+                n = N - 1 - i if reverse else i
+                triton.store_where(refs.states, (n, keys, values), state, mine)
+                if other is not None:
+                    left = refs.other[n + 1, keys, values].astype(jnp.float32)
+                    both = state * left
+                    refs.inner[n] = jnp.sum(both if mine is None else jnp.where(mine, both, 0.0))
+                tokens = triton.ds(n * chunk, chunk)
+                added = (refs.weight[tokens][:, None] * refs.y[tokens, values].astype(jnp.float32)).astype(jnp.bfloat16)
+                return refs.end[n] * state + triton.dot(refs.x[tokens, keys].T, added)
+
+            if initial is None:
+                state = jnp.zeros((keys.size, values.size), jnp.float32)
+            else:
+                state = refs.initial[keys, values]
+            state = jax.lax.fori_loop(jnp.int32(0), jnp.int32(N), step, state)
+            triton.store_where(refs.final, (keys, values), state, mine)
+            if not reverse:
+                triton.store_where(refs.states, (jnp.int32(N), keys, values), state, mine)
+
+        number = triton.program_id(0)
+        down, along = triton.quotient(number, across), triton.remainder(number, across)
+        triton.for_tile(
+            down, K, config.key_tile,
+            lambda rows: triton.for_tile(along, V, config.value_tile, lambda columns: body(rows, columns)),
+        )  # fmt: skip
+
+    tiles = across * triton.count_of_tiles(K, config.key_tile)
+    key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
+    value = BlockSpec((None, T, None, V), lambda i, h, b: (b, 0, h, 0))
+    gate = BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
+    state = BlockSpec((None, None, K, V), lambda i, h, b: (b, h, 0, 0))
+    kept = lambda count: BlockSpec((None, None, count, K, V), lambda i, h, b: (b, h, 0, 0, 0))  # noqa: E731
+    count = N if reverse else N + 1
+    sums = None if other is None else jax.ShapeDtypeStruct((tiles, B, Hv, N), jnp.float32)
+    made = triton.call(
+        lin_carry,
+        {
+            "x": (x, key), "y": (y, value), "weight": (weight, gate), "initial": (initial, state),
+            "end": (end, BlockSpec((None, None, N), lambda i, h, b: (b, h, 0))), "other": (other, kept(N + 1)),
+        },
+        {
+            "states": (jax.ShapeDtypeStruct((B, Hv, count, K, V), jnp.bfloat16), kept(count)),
+            "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
+            "inner": (sums, BlockSpec((None, None, None, N), lambda i, h, b: (i, b, h, 0))),
+        },
+        grid=(tiles, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+    )  # fmt: skip
+    return made["states"], made["final"], made["inner"]
+
+
+class _Operands(NamedTuple):
+    """Of one join, out = (scale D . X Z^T) Y + w (X S); tokens [B,T,heads,size] of key heads or value heads."""
+
+    x: jax.Array
+    z: jax.Array
+    y: jax.Array
+    w: jax.Array  # [B,Hv,T]
+    states: jax.Array  # [B,Hv,N or N+1,K,V]
+    turned: bool  # the states are read as S^T
+    late: bool  # rows are the later tokens of a pair; else the earlier ones
+    other: jax.Array | None  # like out: the rowwise inner products of each value head's part with it are wanted too
+
+
+def _join(operands, decays, heads, *, scale, config, chunk, interpret):
+    """(out [B,T,heads,size] bf16, inner products [tiles,B,Hv,T] or None), where heads is H or Hv."""
+    x, z, y, w, states, turned, late, other = operands
+    (B, T), Hv, size = y.shape[:2], w.shape[1], y.shape[3]
+    N, members = T // chunk, Hv // heads  # value heads that are summed
+    tiles = triton.count_of_tiles(size, config.column_tile)
+
+    def lin_join(refs):
+        origin = 0 * triton.program_id(0)
+        rows = triton.ds(0, chunk)
+        iota = partial(jax.lax.broadcasted_iota, jnp.int32, (chunk, chunk))
+        allowed = iota(0) >= iota(1) if late else iota(0) <= iota(1)
+        if decays.numbers is not None:
+            numbers = refs.numbers[...]
+            allowed = allowed & (numbers[:, None] == numbers[None, :])
+
+        def body(tile):
+            columns = _span(tile, origin)
+
+            def member(m, out):
+                at = lambda array: m if array.shape[2] == Hv else 0  # noqa: E731  one key head for all
+
+                def products(sums, inner):
+                    pairs, read = sums
+                    depth = _span(inner, origin)
+                    mine = triton.own(refs.x[rows, at(x), depth], inner)
+                    pairs = pairs + triton.dot(mine, refs.z[rows, at(z), depth].T)
+                    state = refs.states[m, columns, depth].T if turned else refs.states[m, depth, columns]
+                    return pairs, read + triton.dot(mine, state)
+
+                zero = jnp.zeros((chunk, chunk), jnp.float32), jnp.zeros((chunk, columns.size), jnp.float32)
+                pairs, read = triton.over_tiles(x.shape[3], config.inner_tile, products, zero)
+                total = refs.total[m, rows]
+                between = total[:, None] - total[None, :] if late else total[None, :] - total[:, None]
+                decay = triton.exp(jnp.where(allowed, between, -jnp.inf), interpret)
+                part = refs.w[m, rows][:, None] * read
+                part += triton.dot((scale * decay * pairs).astype(jnp.bfloat16), refs.y[rows, at(y), columns])
+                if other is not None:
+                    met = refs.other[rows, columns].astype(jnp.float32) * part
+                    refs.inner[m, rows] = jnp.sum(triton.own(met, tile), axis=1)
+                return out + part
+
+            out = jnp.zeros((chunk, columns.size), jnp.float32)
+            if members == 1:
+                out = member(0, out)
+            else:
+                out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), member, out)
+            triton.store_own(refs.out, rows, tile, out)
+
+        triton.for_tile(triton.remainder(triton.program_id(0), tiles), size, config.column_tile, body)
+
+    chunk_of = lambda i: triton.quotient(i, tiles)  # noqa: E731
+
+    def tokens(array):
+        """[C, value heads that are summed, size], or of the one key head that they share."""
+        if array.shape[2] == Hv:
+            return BlockSpec((None, chunk, members, array.shape[3]), lambda i, h, b: (b, chunk_of(i), h, 0))
+        group = Hv // array.shape[2] // members  # programs that read a key head
+        shape = (None, chunk, 1, array.shape[3])
+        return BlockSpec(shape, lambda i, h, b: (b, chunk_of(i), triton.quotient(h, group), 0))
+
+    gate = BlockSpec((None, members, chunk), lambda i, h, b: (b, h, chunk_of(i)))
+    state = BlockSpec((None, members, None, *states.shape[3:]), lambda i, h, b: (b, h, chunk_of(i), 0, 0))
+    out = BlockSpec((None, chunk, None, size), lambda i, h, b: (b, chunk_of(i), h, 0))
+    sums = BlockSpec((None, None, members, chunk), lambda i, h, b: (triton.remainder(i, tiles), b, h, chunk_of(i)))
+    inner_shape = None if other is None else jax.ShapeDtypeStruct((tiles, B, Hv, T), jnp.float32)
+    made = triton.call(
+        lin_join,
+        {
+            "x": (x, tokens(x)), "z": (z, tokens(z)), "y": (y, tokens(y)), "w": (w, gate),
+            "total": (decays.total, gate), "states": (states, state), "other": (other, out),
+            "numbers": (decays.numbers, BlockSpec((None, chunk), lambda i, h, b: (b, chunk_of(i)))),
+        },
+        {
+            "out": (jax.ShapeDtypeStruct((B, T, heads, size), jnp.bfloat16), out),
+            "inner": (inner_shape, sums),
+        },
+        grid=(N * tiles, heads, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+    )  # fmt: skip
+    return made["out"], made["inner"]
+
+
+def _states(static, k, v, decays, initial):
+    chosen = static.configuration
+    return _carry(
+        k, v, decays.leaving, decays.end, initial, None,
+        reverse=False, config=chosen.carry, chunk=chosen.chunk, interpret=static.interpret,
+    )[:2]  # fmt: skip
+
+
+def _joined(static, decays, heads, operands):
+    chosen = static.configuration
+    options = {"scale": static.scale, "chunk": chosen.chunk, "interpret": static.interpret}
+    return _join(operands, decays, heads, config=chosen.join, **options)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _op(static, q, k, v, g, initial, numbers):
+    return _run(static, q, k, v, g, initial, numbers)[0]
+
+
+def _run(static, q, k, v, g, initial, numbers):
+    decays = _decays(g, numbers, static.configuration.chunk)
+    states, final = _states(static, k, v, decays, initial)
+    read = static.scale * decays.gamma
+    o, _ = _joined(static, decays, v.shape[2], _Operands(q, k, v, read, states, False, True, None))
+    return (o, final), states
+
+
+def _op_fwd(static, q, k, v, g, initial, numbers):
+    outputs, states = _run(static, q, k, v, g, initial, numbers)
+    return outputs, (q, k, v, g, initial, numbers, states if static.residuals == "saved" else None)
+
+
+def _op_bwd(static, kept, cotangents):
+    q, k, v, g, initial, numbers, states = kept
+    (do, d_final), chosen = cotangents, static.configuration
+    decays = _decays(g, numbers, chosen.chunk)
+    if states is None:
+        states, _ = _states(static, k, v, decays, initial)
+    read = static.scale * decays.gamma
+    d_states, d_initial, behind = _carry(
+        q, do, read, decays.end, d_final, states,
+        reverse=True, config=chosen.carry, chunk=chosen.chunk, interpret=static.interpret,
+    )  # fmt: skip
+    run, H, Hv = partial(_joined, static, decays), k.shape[2], v.shape[2]
+    dv, _ = run(Hv, _Operands(k, q, do, decays.leaving, d_states, False, False, None))
+    dq, of_queries = run(H, _Operands(do, v, k, read, states, True, True, q))
+    dk, of_keys = run(H, _Operands(v, do, q, decays.leaving, d_states, True, False, k))
+    each = (of_queries - of_keys).sum(0).reshape(*g.shape[:2], -1, chosen.chunk)
+    dg = jax.lax.cumsum(each, axis=3, reverse=True) + behind.sum(0)[..., None]
+    return dq, dk, dv, dg.reshape(g.shape), None if initial is None else d_initial, None
+
+
+_op.defvjp(_op_fwd, _op_bwd)
+
+
+def linear_attention(q, k, v, g, initial_state, *, segment_ids, scale, residuals, interpret, configuration):
+    """g [B,T,Hv], the rest as in api.linear_attention; initial_state and segment_ids may be None. Any T."""
+    tokens, dtype = q.shape[1], v.dtype
+    padding = -tokens % configuration.chunk
+    numbers = document_numbers(segment_ids, padding)
+    given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)]
+    if padding:  # k = v = g = 0 writes nothing and keeps the state
+        given = [pad_tokens(x, padding) for x in given]
+    q, k, v, g = given
+    static = _Static(scale, residuals, interpret, configuration)
+    o, state = _op(static, q, k, v, jnp.swapaxes(g, 1, 2), initial_state, numbers)
+    return o[:, :tokens].astype(dtype), state

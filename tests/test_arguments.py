@@ -37,9 +37,9 @@ OPS = {
     ),
     "linear_attention": Op(
         linear_attention,
-        {"q": ("B", "T", 1, 8), "k": ("B", "T", 1, 8), "v": ("B", "T", 2, 8), "g": ("B", "T", 2, 8),
-         "initial_state": ("B", 2, 8, 8)},
-        (("B", "T", 2, 8), ("B", 2, 8, 8)),
+        {"q": ("B", "T", 1, 16), "k": ("B", "T", 1, 16), "v": ("B", "T", 2, 16), "g": ("B", "T", 2),
+         "initial_state": ("B", 2, 16, 16)},
+        (("B", "T", 2, 16), ("B", 2, 16, 16)),
     ),
     "selective_scan": Op(
         selective_scan,

@@ -117,7 +117,7 @@ def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk
         segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
     if kernels:
-        interpret, configuration = impl == "triton_interpret", triton_head.Configuration(chunk=chunk)
+        interpret, configuration = impl == "triton_interpret", triton_head.configuration_for(chunk)
         op = partial(
             triton_head.linear_attention, q, k, v, g[..., 0], segment_ids=segment_ids, scale=scale,
             residuals=residuals, interpret=interpret, configuration=configuration,

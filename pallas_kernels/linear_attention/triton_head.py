@@ -65,6 +65,11 @@ class Configuration:
     join: Join = Join()
 
 
+def configuration_for(chunk: int) -> Configuration:
+    """What compiles with the fewest spilled registers."""
+    return Configuration(chunk=chunk, join=Join(warps=chunk // 16))
+
+
 def why_not(shape: tuple[int, int, int, int, int], *, interpret: bool) -> str | None:
     """The reason the kernels cannot run on [B, T, Hv, K, V], or None."""
     B, T, Hv, K, V = shape

@@ -38,7 +38,8 @@ OPS = {
     "linear_attention, channels": linear_attention,
     "selective_scan": selective_scan,
 }
-CASES = [(op, "chunked", 16) for op in OPS] + [("gated_delta_rule", "triton_interpret", 64)]
+CASES = [(op, "chunked", 16) for op in OPS]
+CASES += [("gated_delta_rule", "triton_interpret", 64), ("linear_attention", "triton_interpret", 16)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}")

@@ -152,10 +152,11 @@ def test_golden_training_step(plain):
     np.testing.assert_allclose(plain[[0, 2, 3]], GOLDEN, rtol=1e-4, err_msg=test_golden_training_step.__doc__)
 
 
-def test_fsdp_on_four_devices_gives_the_losses_of_one(home, plain, monkeypatch):
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_fsdp_on_four_devices_gives_the_losses_of_one(home, plain, monkeypatch, scan_layers):
     """One compilation, every array where its rule says, losses equal to fp32 rounding."""
     monkeypatch.setattr(sharding, "SMALL", 512)
-    sharded, trainer, state = first_steps(experiment(home, fsdp=4), jax.devices())
+    sharded, trainer, state = first_steps(experiment(home, fsdp=4, scan_layers=scan_layers), jax.devices())
     np.testing.assert_allclose(sharded, plain[:3], rtol=2e-5)
     assert trainer.step._cache_size() == 1
     wanted = named_leaves(tuple(trainer.shardings))
@@ -176,7 +177,8 @@ def test_micro_batches_give_the_gradient_of_the_whole(home, plain):
 
 
 def test_remat_and_kept_inputs_change_nothing(home, plain):
-    for run in ({"remat": "products", "residuals": "inputs", "chunk": 16}, {"impl": "reference"}):
+    written_out = {"remat": "products+kernels", "scan_layers": False}
+    for run in ({"remat": "products", "residuals": "inputs", "chunk": 16}, written_out, {"impl": "reference"}):
         values, _, _ = first_steps(experiment(home, **run), jax.devices()[:1])
         np.testing.assert_allclose(values, plain[:3], rtol=2e-5, err_msg=str(run))
 
@@ -185,7 +187,8 @@ def test_bf16_step_is_near_fp32(home, plain):
     small = experiment(home)
     low = dataclasses.replace(small, optim=dataclasses.replace(small.optim, precision="bf16"))
     values, _, state = first_steps(low, jax.devices()[:1])
-    np.testing.assert_allclose(values[:, 0], plain[:3, 0], rtol=1e-2)
+    np.testing.assert_allclose(values[:, 0], plain[:3, 0], rtol=2e-3)  # the loss
+    np.testing.assert_allclose(values[:, 1], plain[:3, 1], rtol=5e-2)  # the gradient's norm
     assert {leaf.dtype for leaf in jax.tree.leaves(state[0])} == {jnp.dtype("float32")}
 
 
@@ -296,7 +299,9 @@ def test_resume_may_change_how_but_not_what(home, uninterrupted):
     assert worker.until(lambda: max(training_rows(home / name), default=0) >= 7)
     worker.process.send_signal(signal.SIGTERM)
     worker.wait_and_check(143)
-    train(in_this_process(home, name, fsdp=2, micro_batches=2, remat="full"))  # four devices here, one there
+    train(
+        in_this_process(home, name, fsdp=2, micro_batches=2, remat="full", scan_layers=False)
+    )  # four devices here, one there
     rows = losses(home / name)
     np.testing.assert_allclose([rows[s] for s in rows], [uninterrupted[s][0] for s in rows], rtol=2e-3)
     assert [row[2] for row in training_rows(home / name).values()] == [row[2] for row in uninterrupted.values()]

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,16 @@ HINTS = {
 }
 HELP = ("-h", "--help")
 GPU_MEMORY = "0.92"  # the share of a GPU's memory that jax takes; its own 0.75 is too little for a 1.3b step on 80 GB
+
+
+def console() -> typing.NoReturn:
+    """`gdn`: `main`, and the end of its process."""
+    code = main()
+    if code == 128 + signal.SIGINT:  # a thread may still compile, and crash when Python ends under it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

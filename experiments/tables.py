@@ -15,7 +15,6 @@ from gdn_jax.errors import UserError, nearest
 
 NOT_RUN = "not run"
 DIFFERENCES = Path(__file__).parent / "paper_differences.json"  # id -> column -> the paper's cell, the document's
-DOCUMENT = "000_17d5b185e1126207.txt"  # the summary of the paper that the project was created from
 STAND_IN = "held_out_ppl"
 HYBRID = ("transformer", "samba", "gated-deltanet-h1", "gated-deltanet-h2")  # the paper's second group of rows
 
@@ -184,6 +183,8 @@ def _protocols(suite: Suite, result: published.Result) -> Row:
 def described(name: str, scale: str, found: list[Row]) -> str:
     """Rows for a terminal; `*` after the best of a group, a letter where a number bears marks."""
     header, lines, notes = laid_out(name, found)
+    if any(cell.endswith("*") for line in lines for cell in line):
+        notes.insert(0, "* the best of its column among the paper's or our rows without marks, hybrid models apart.")
     return f"{name} at {scale}: {TABLES[name].title}\n{report.aligned([header, *lines])}\n" + "\n".join(notes)
 
 
@@ -211,7 +212,10 @@ def laid_out(name: str, found: list[Row], best: str = "{}*") -> tuple[Cells, lis
         *(f"[{letter}] {marks}: compares with no number that lacks this mark" for marks, letter in letters.items()),
     ]
     if any(row["document_differs"] for row in found if row["paper"] is not None):
-        notes.append(f"‡ {DOCUMENT} has another number in this cell of the paper (experiments/{DIFFERENCES.name}).")
+        notes.append(
+            f"‡ the summary of the paper that this project began with has another number here; both are in "
+            f"experiments/{DIFFERENCES.name}."
+        )
     if name == "s1":
         notes.append("Avg-PPL is read as the mean of the Wiki and the LAMBADA perplexity; the paper does not say.")
     return ("model", "whose", *columns.values(), "from"), lines, notes

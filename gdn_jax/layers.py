@@ -6,6 +6,7 @@ policy.
 """
 
 import math
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +17,8 @@ from beartype import beartype
 from flax import nnx
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from gdn_jax.config import Experiment, Model
+from gdn_jax.config import Experiment, Model, Run
+from gdn_jax.errors import UserError
 from pallas_kernels import gated_norm, short_conv
 from pallas_kernels.chunkwise import document_starts
 
@@ -35,6 +37,12 @@ class Compute:
     residuals: str = "saved"
     remat: str = "none"  # what the backward recomputes, see config.Run
     scan_layers: bool = True  # False, for training alone: write the layers out
+
+    def __post_init__(self):
+        for name in ("impl", "remat"):
+            known = typing.get_args(typing.get_type_hints(Run)[name])
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
 
     def impl_among(self, known: tuple[str, ...]) -> str:
         """`impl` for an op with the implementations `known`, or "auto" where it is none of them."""

@@ -14,6 +14,13 @@ def check_tokens(tokens: int, op: str) -> None:
         raise ValueError(f"T is 0; {op} needs at least one token.")
 
 
+def check_sizes(**sizes: int) -> None:
+    """Axes that cannot be empty."""
+    for name, size in sizes.items():
+        if size == 0:
+            raise ValueError(f"{name} is 0; it must be at least 1.")
+
+
 def check_chunk(chunk: int) -> None:
     """Of tokens that a chunkwise op takes at once."""
     if chunk not in CHUNKS:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from experiments import get
 from gdn_jax.config import AttentionConfig, GatedDeltaNetConfig, Model
+from gdn_jax.errors import UserError
 from gdn_jax.layers import (
     Compute,
     Linear,
@@ -183,6 +184,12 @@ def test_initialisation_of_the_gates():
     assert 0.99e-3 < dt.min() < 1.1e-3 and 0.095 < dt.max() < 0.101
     np.testing.assert_allclose(np.log(dt).mean(), np.log(1e-2), rtol=0.01)
     np.testing.assert_allclose(np.log(dt).std(), np.log(100) / np.sqrt(12), rtol=0.02)
+
+
+@pytest.mark.parametrize("field", ["impl", "remat"])
+def test_compute_takes_no_unknown_word(field):
+    with pytest.raises(UserError, match=f"{field} is 'foo'; it must be one of "):
+        Compute(**{field: "foo"})
 
 
 def test_compute_follows_the_experiment():

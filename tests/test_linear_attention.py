@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from pallas_kernels.dispatch import Choice
+from pallas_kernels import triton_dialect
 from pallas_kernels.linear_attention import conformance, linear_attention, linear_attention_step, resolve
 from pallas_kernels.linear_attention.conformance import CASES, Case
 
@@ -51,8 +51,11 @@ def test_kernels_with_a_decay_of_no_other_token_of_the_chunk_are_exact():
     np.testing.assert_allclose(last[0, 0, 0], (16 / 2 + 1) / 4 + 10, rtol=1e-6)
 
 
-def test_auto_leaves_the_kernels_until_a_gpu_has_checked_them():
-    assert resolve() == Choice("linear_attention", "chunked")
+def test_auto_leaves_the_kernels_until_a_gpu_has_checked_them(monkeypatch):
+    assert resolve().impl == "chunked" and "not a CUDA device" in resolve().reason
+    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    assert resolve().impl == "chunked" and "no GPU has checked this kernel yet" in resolve().reason
+    assert "for each key channel" in resolve(channels=True).reason
 
 
 @pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
@@ -222,6 +225,7 @@ def _tokens(T=8, H=2, Hv=2, K=4, V=4, dtype=jnp.float32):
     [
         (_tokens(Hv=3), {}, ValueError, "v has 3 heads, not a multiple of the 2"),
         (_tokens(T=0), {}, ValueError, "at least one token"),
+        (_tokens(K=0), {}, ValueError, "K is 0; it must be at least 1"),
         (_tokens(), {"chunk": 48}, ValueError, "chunk is 48"),
         (_tokens(dtype=jnp.float16), {}, ValueError, "q is float16"),
         (

@@ -174,6 +174,11 @@ def test_sharded_calls_equal_the_plain_one(l2norm, impl):
         np.testing.assert_allclose(other, one, atol=1e-5 * float(jnp.abs(one).max()))
 
 
+def test_a_filter_needs_a_row():
+    with pytest.raises(ValueError, match="W is 0; it must be at least 1"):
+        short_conv(jnp.ones((1, 20, 4)), jnp.ones((0, 4)))
+
+
 @pytest.mark.parametrize(
     ("x", "options", "error", "words"),
     [

@@ -101,7 +101,7 @@ def test_control_characters_do_not_reach_a_terminal(capsys, monkeypatch):
 
 
 def test_ctrl_c_keeps_what_was_printed():
-    code = "import sys; from experiments.run import main; sys.exit(main())"
+    code = "from experiments.run import console; console()"
     words = ["generate", "kanji", "--prompt", "x漢", "--max_tokens", "100000000"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}

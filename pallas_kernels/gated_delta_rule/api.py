@@ -9,7 +9,7 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_tokens
+from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.gated_delta_rule import chunked, configurations, reference, triton_op
 
@@ -101,6 +101,7 @@ def gated_delta_rule(
     """
     check_heads(q.shape[2], v.shape[2])
     check_tokens(q.shape[1], "the gated delta rule")
+    check_sizes(K=q.shape[3], V=v.shape[3])
     check_chunk(chunk)
     check_dtypes(q=q, k=k, v=v)
     exact = jnp.promote_types(jnp.float32, v.dtype)

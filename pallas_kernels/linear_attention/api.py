@@ -8,7 +8,7 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_tokens
+from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.linear_attention import chunked, reference, triton_head
 
@@ -46,7 +46,8 @@ def resolve(
     "auto" takes "chunked": no GPU has checked the kernels yet.
     """
     if impl == "auto":
-        return dispatch.Choice(NAME, "chunked")
+        reason = why_not("triton", shape, channels, chunk, dtype) or "no GPU has checked this kernel yet"
+        return dispatch.Choice(NAME, "chunked", (dispatch.Refusal(NAME, "triton", reason),))
     return dispatch.choose(NAME, impl, partial(why_not, shape=shape, channels=channels, chunk=chunk, dtype=dtype))
 
 
@@ -83,13 +84,14 @@ def linear_attention(
                    "inputs" runs the forward again instead
 
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
-    q, k, v are bfloat16 (bf16 operands at the dots, fp32 elsewhere), float32 or float64 (exact throughout). A decay of
-    exp(g) = 0 and g = -inf are allowed; no exponent is ever positive.
+    q, k, v are bfloat16 (bf16 operands at the dots, fp32 elsewhere), float32 or float64 (exact throughout, but
+    the kernels round float32 to bf16 operands). g = -inf, a decay of 0, is allowed; no exponent is ever positive.
     Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
     Source: arXiv 2412.06464, section 2; per channel: HGRN2, arXiv 2404.07904.
     """
     check_heads(q.shape[2], v.shape[2])
     check_tokens(q.shape[1], "linear attention")
+    check_sizes(K=q.shape[3], V=v.shape[3])
     check_chunk(chunk)
     check_dtypes(q=q, k=k, v=v)
     exact = jnp.promote_types(jnp.float32, v.dtype)

@@ -8,7 +8,7 @@ from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import check_dtypes, check_tokens
+from pallas_kernels.arguments import check_dtypes, check_sizes, check_tokens
 from pallas_kernels.short_conv import chunked, reference, triton_conv
 from pallas_kernels.short_conv.triton_conv import LEAST_TOKENS
 
@@ -76,6 +76,7 @@ def short_conv(
     Source: arXiv 2412.06464, section 3.4; with bias: Mamba, arXiv 2312.00752.
     """
     check_tokens(x.shape[1], "the convolution")
+    check_sizes(W=weight.shape[0])
     check_dtypes(x=x)
     if l2norm is not None and (l2norm < 1 or x.shape[2] % l2norm):
         raise ValueError(f"l2norm is {l2norm}; it must divide the number of channels, {x.shape[2]}.")

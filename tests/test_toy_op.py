@@ -54,7 +54,8 @@ def test_an_op_is_its_folder(tmp_path):
 
     code, bench = found["bench"]
     rows = {row["contender"]: row for row in bench["rows"]}
-    assert code == 1 and bench["problems"] == ["toy at small: auto took chunked (triton: nothing was tuned on cpu)."]
+    assert code == 0 and bench["problems"] == []  # on a device whose ceilings are known it would be one
+    assert rows["auto"]["refused"] == "triton: nothing was tuned on cpu"
     assert [(name, row["sizes"], row["implementation"], row["note"]) for name, row in rows.items()] == [
         ("auto", "2x8", "chunked", ""),
         ("chunked", "2x8", "chunked", ""),

@@ -87,8 +87,9 @@ def stream(
     Raises UserError for arguments outside these rules, a tokenizer larger than the model's vocabulary, more than the
     device's free memory holds, and logits that are not finite.
     """
-    if isinstance(prompts, str):
-        raise UserError(f"prompts is the text {prompts[:20]!r}; pass a list of prompts: [{prompts[:20]!r}].")
+    for name, texts in (("prompts", prompts), ("stops", stops)):
+        if isinstance(texts, str):
+            raise UserError(f"{name} is the text {texts[:20]!r}; pass a list of {name}: [{texts[:20]!r}].")
     sampling = Sampling() if sampling is None else sampling
     compute = Compute() if compute is None else compute
     seeds = [0] * len(prompts) if seeds is None else list(seeds)

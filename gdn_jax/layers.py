@@ -39,10 +39,10 @@ class Compute:
     scan_layers: bool = True  # False, for training alone: write the layers out
 
     def __post_init__(self):
-        for name in ("impl", "remat"):
+        for name in ("impl", "chunk", "residuals", "remat"):
             known = typing.get_args(typing.get_type_hints(Run)[name])
             if getattr(self, name) not in known:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}.")
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(str, known))}.")
 
     def impl_among(self, known: tuple[str, ...]) -> str:
         """`impl` for an op with the implementations `known`, or "auto" where it is none of them."""

@@ -155,9 +155,7 @@ def over_tiles(size: int, widest: int, step: Callable[[Any, tuple], Any], carry:
     if count == 1:
         carry = step(carry, (0, width, width))
     else:
-        carry = jax.lax.fori_loop(
-            jnp.int32(0), jnp.int32(count), lambda i, carry: step(carry, (i * width, width, width)), carry
-        )
+        carry = jax.lax.fori_loop(0, count, lambda i, carry: step(carry, (i * width, width, width)), carry)
     for tile in rest:
         carry = step(carry, tile)
     return carry
@@ -180,13 +178,12 @@ def for_tile(index: Any, size: int, widest: int, body: Callable[[tuple], None]) 
         when(index == count + number)(partial(body, tile))
 
 
-def own(x: jax.Array, tile: tuple[Any, int, Any], axis: int = 1) -> jax.Array:
-    """x with zeros in the columns, or along `axis`, that the tile before it owns; `fresh` may be known on the device
-    alone."""
+def own(x: jax.Array, tile: tuple[Any, int, Any]) -> jax.Array:
+    """x with zeros in the columns that the tile before it owns; `fresh` may be known on the device alone."""
     _, width, fresh = tile
     if isinstance(fresh, int) and fresh == width:
         return x
-    return jnp.where(_own(x.shape, axis, tile), x, 0)
+    return jnp.where(_own(x.shape, 1, tile), x, 0)
 
 
 def owned(rows: tuple[Any, int, int], columns: tuple[Any, int, int]) -> jax.Array | None:

@@ -170,6 +170,7 @@ def test_wrong_arguments_get_a_sentence():
     assert "There is no prompt" in says(prompts=())
     with pytest.raises(UserError, match=r"prompts is the text 'She '; pass a list of prompts: \['She '\]"):
         generate(lm, BYTES, "She ", max_tokens=1)
+    assert "stops is the text 'ab'" in says(stops="ab")
     assert "'\\udcff' is not valid UTF-8" in says(prompts=["\udcff"])
     assert "max_tokens is 0; it must be positive" in says(max_tokens=0)
     assert "seed is -1; it must be in [0, 2^31)" in says(seeds=[-1])

@@ -186,7 +186,7 @@ def test_initialisation_of_the_gates():
     np.testing.assert_allclose(np.log(dt).std(), np.log(100) / np.sqrt(12), rtol=0.02)
 
 
-@pytest.mark.parametrize("field", ["impl", "remat"])
+@pytest.mark.parametrize("field", ["impl", "chunk", "residuals", "remat"])
 def test_compute_takes_no_unknown_word(field):
     with pytest.raises(UserError, match=f"{field} is 'foo'; it must be one of "):
         Compute(**{field: "foo"})

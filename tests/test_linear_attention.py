@@ -40,8 +40,8 @@ def test_interpreted_kernels_match_float64_in_bf16_with_tiles_that_overlap(x64):
         assert conformance.failures(case, "triton_interpret", seed=2) == []
 
 
-def test_kernels_with_a_decay_of_no_other_token_of_the_chunk_are_exact():
-    """What D weighs, by hand: two tokens, q = k = (1, 0, ...), v = 1 and 10, decays 1/2 and 1/4, scale 1."""
+def test_two_tokens_by_hand():
+    """q = k = (1, 0, ...), v = 1 and 10, decays 1/2 and 1/4, a state of 16 before them, scale 1."""
     key = jnp.zeros((1, 2, 1, 16)).at[..., 0].set(1.0)
     value = jnp.ones((1, 2, 1, 16)) * jnp.asarray([1.0, 10.0])[None, :, None, None]
     g = jnp.log(jnp.asarray([0.5, 0.25]))[None, :, None]

@@ -167,6 +167,9 @@ def test_fsdp_on_four_devices_gives_the_losses_of_one(home, plain, monkeypatch, 
     parameters = {name for name in split if name.startswith("0/")}
     moments = {name for name in split if "/mu/" in name or "/nu/" in name}
     assert (len(parameters), len(moments)) == (9, 18)
+    assert sharding.parameter_spec("groups/kernel", (2, 32, 48), 4) == jax.sharding.PartitionSpec(
+        None, "fsdp"
+    )  # the first axis
     embed = leaves["0/embed"]
     assert embed.addressable_shards[0].data.shape == (320 // 4, 32)
 

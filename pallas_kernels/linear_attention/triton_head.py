@@ -119,9 +119,10 @@ def _decays(g, numbers, chunk):
 
 
 def _span(tile, origin):
-    """Where a tile lies. `origin`, 0 times a program's number, is folded by the compiler: it makes a Python number an
-    index of 32 bits, as all others are, where jax_enable_x64 would give it 64."""
-    return triton.ds(tile[0] + origin, tile[1])
+    """Where a tile lies, in 32 bits like all other indices, where jax_enable_x64 would give it 64. `origin`, 0 times a
+    program's number, makes such an index of a Python number; the compiler folds it."""
+    start, width, _ = tile
+    return triton.ds(start + origin if isinstance(start, int) else start.astype(jnp.int32), width)
 
 
 def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpret):

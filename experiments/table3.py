@@ -60,7 +60,10 @@ RECIPES = {
 # written out; without kernels that is no faster and takes more memory. Gradients summed over micro-batches take 4.7 GiB
 # more: measured for gated-deltanet and its H1; for gated-deltanet-fla that makes 70.5 GiB, not run. Nor was mamba with
 # products kept.
-WITH_KERNELS = ("gated-deltanet", "gated-deltanet-fla", "gated-deltanet-h1", "deltanet", "transformer")
+WITH_KERNELS = (
+    "gated-deltanet", "gated-deltanet-fla", "gated-deltanet-h1", "gated-deltanet-h2", "deltanet", "mamba2", "retnet",
+    "transformer",
+)  # fmt: skip
 MAMBA = ("mamba", "mamba-nomlp", "mamba-fla")
 
 

@@ -93,7 +93,7 @@ def test_linear_attention_kernels_lower_to_cuda(H, Hv, K, V):
         def op(q, k, v, g):
             return triton_head.linear_attention(
                 q, k, v, g, None, segment_ids=segments, scale=1.0, residuals="saved", interpret=False,
-                configuration=triton_head.configuration_for(64),
+                configuration=triton_head.configuration_for(K, V),
             )  # fmt: skip
 
         outputs, vjp = jax.vjp(op, q, k, v, g)

@@ -14,10 +14,9 @@ from pallas_kernels.linear_attention import chunked, reference, triton_head
 
 NAME = "linear_attention"
 IMPLS = dispatch.WITH_KERNELS
-KERNEL_CHUNKS = (64, 128)
 
 
-def why_not(impl: str, shape: tuple[int, int, int, int, int], channels: bool, chunk: int, dtype: Any) -> str | None:
+def why_not(impl: str, shape: tuple[int, int, int, int, int], channels: bool, dtype: Any) -> str | None:
     """The reason `impl` cannot run here on [B, T, Hv, K, V], or None when it can.
 
     channels: g has a decay for each key channel; `dtype` is the widest of q, k and v.
@@ -26,8 +25,6 @@ def why_not(impl: str, shape: tuple[int, int, int, int, int], channels: bool, ch
         return None
     if channels:
         return "g has a decay for each key channel; the kernels take one a head"
-    if chunk not in KERNEL_CHUNKS:
-        return f"the kernels take {' or '.join(map(str, KERNEL_CHUNKS))} tokens at once, not {chunk}"
     if dtype == jnp.float64:
         return "it would round float64 to bfloat16"
     return triton_head.why_not(shape, interpret=impl == "triton_interpret")
@@ -38,17 +35,17 @@ def resolve(
     *,
     shape: tuple[int, int, int, int, int] = (1, 4096, 16, 128, 128),
     channels: bool = False,
-    chunk: int = 64,
     dtype: Any = jnp.bfloat16,
 ) -> dispatch.Choice:
     """Which implementation `impl` means on this machine for these sizes, and why a faster one was refused.
 
-    "auto" takes "chunked": no GPU has checked the kernels yet.
+    "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for.
     """
-    if impl == "auto":
-        reason = why_not("triton", shape, channels, chunk, dtype) or "no GPU has checked this kernel yet"
-        return dispatch.Choice(NAME, "chunked", (dispatch.Refusal(NAME, "triton", reason),))
-    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, channels=channels, chunk=chunk, dtype=dtype))
+    named = partial(why_not, shape=shape, channels=channels, dtype=dtype)
+    if impl == "auto" and dtype != jnp.bfloat16:
+        refusal = dispatch.Refusal(NAME, "triton", f"it would round {jnp.dtype(dtype)} to bfloat16")
+        return dispatch.Choice(NAME, "chunked", (refusal,))
+    return dispatch.choose(NAME, impl, named)
 
 
 @jaxtyped(typechecker=beartype)
@@ -64,6 +61,7 @@ def linear_attention(
     impl: dispatch.Impl = "auto",
     chunk: int = 64,
     residuals: Literal["saved", "inputs"] = "saved",
+    configuration: triton_head.Configuration | None = None,
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
     """Decayed linear attention of every token and head, and the state after the last one.
 
@@ -76,12 +74,12 @@ def linear_attention(
     scale          defaults to K^-1/2
     initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
-    impl           "auto" takes "chunked", as long as no GPU has checked the kernels; a named one never falls back. The
-                   kernels ("triton") take one decay a head, K and V from 16 to 512 and chunks of 64 or 128, and round
-                   operands to bf16
-    chunk          16, 32, 64 or 128 tokens at once
+    impl           "auto" takes the fastest for this device, these sizes and dtypes; a named one never falls back. The
+                   kernels ("triton") take one decay a head, K and V from 16 to 512, and round operands to bf16
+    chunk          16, 32, 64 or 128 tokens at once in "chunked"; the kernels' configuration has their own
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk;
                    "inputs" runs the forward again instead
+    configuration  of the kernels: absent, the one for these sizes; no other implementation reads it
 
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
     q, k, v are bfloat16 (bf16 operands at the dots, fp32 elsewhere), float32 or float64 (exact throughout, but
@@ -99,18 +97,19 @@ def linear_attention(
     g = (g[..., None] if g.ndim == 3 else g).astype(exact)
     if initial_state is not None:
         initial_state = initial_state.astype(exact)
-    run = partial(_on_one_device, impl=impl, scale=scale, chunk=chunk, residuals=residuals)
+    static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
+    run = partial(_on_one_device, impl=impl, **static)
     token, state = ("batch", None, "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
         run, (q, k, v, g, initial_state, segment_ids), (token, token, token, token, state, token[:2]), (token, state)
     )
 
 
-def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk, residuals):
+def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk, residuals, configuration):
     """The implementation that is right for the part of the arrays that one device has."""
     (B, T, _, K), (Hv, V), carried = q.shape, v.shape[2:], initial_state is not None
     shape, channels = (B, T, Hv, K, V), g.shape[3] > 1
-    choice = resolve(impl, shape=shape, channels=channels, chunk=chunk, dtype=jnp.result_type(q, k, v))
+    choice = resolve(impl, shape=shape, channels=channels, dtype=jnp.result_type(q, k, v))
     impl = dispatch.taken(choice)
     kernels = impl in ("triton", "triton_interpret") and v.size
     if not carried and not kernels:
@@ -119,7 +118,7 @@ def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk
         segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
     if kernels:
-        interpret, configuration = impl == "triton_interpret", triton_head.configuration_for(chunk)
+        interpret, configuration = impl == "triton_interpret", configuration or triton_head.configuration_for(K, V)
         op = partial(
             triton_head.linear_attention, q, k, v, g[..., 0], segment_ids=segment_ids, scale=scale,
             residuals=residuals, interpret=interpret, configuration=configuration,

@@ -10,6 +10,7 @@ import numpy as np
 from pallas_kernels.accuracy import outside, relative_errors
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.linear_attention.api import linear_attention, resolve
+from pallas_kernels.linear_attention.triton_head import Configuration
 
 OUTPUTS = ("o", "state", "dq", "dk", "dv", "dg", "dinitial")
 
@@ -89,25 +90,29 @@ def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | No
     return [q, k, v, g, state], segments, [do, d_state]
 
 
-@partial(jax.jit, static_argnames=("impl", "chunk", "residuals"))
-def _run(arrays, segments, cotangents, *, impl, chunk, residuals):
+@partial(jax.jit, static_argnames=("impl", "chunk", "residuals", "configuration"))
+def _run(arrays, segments, cotangents, *, impl, chunk, residuals, configuration):
     def op(q, k, v, g, state):
         return linear_attention(
-            q, k, v, g, initial_state=state, segment_ids=segments, impl=impl, chunk=chunk, residuals=residuals
-        )
+            q, k, v, g, initial_state=state, segment_ids=segments,
+            impl=impl, chunk=chunk, residuals=residuals, configuration=configuration,
+        )  # fmt: skip
 
     outputs, vjp = jax.vjp(op, *arrays)
     return *outputs, *vjp(tuple(cotangents))
 
 
-def outputs_and_gradients(case: Case, arrays, segments, cotangents, *, impl: str, dtype) -> dict[str, np.ndarray]:
+def outputs_and_gradients(
+    case: Case, arrays, segments, cotangents, *, impl: str, dtype, configuration=None
+) -> dict[str, np.ndarray]:
     """Every output and gradient of one call at `dtype` (g and states at least fp32), as float64 arrays."""
     exact = jnp.promote_types(jnp.float32, dtype)
     dtypes = (dtype, dtype, dtype, exact, exact)
     arrays = [jnp.asarray(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
     cotangents = [jnp.asarray(x, dtype) for x, dtype in zip(cotangents, (dtype, exact), strict=True)]
     segments = None if segments is None else jnp.asarray(segments, jnp.int32)
-    results = _run(arrays, segments, cotangents, impl=impl, chunk=case.chunk, residuals=case.residuals)
+    static = {"impl": impl, "chunk": case.chunk, "residuals": case.residuals, "configuration": configuration}
+    results = _run(arrays, segments, cotangents, **static)
     return {name: np.asarray(x).astype(np.float64) for name, x in zip(OUTPUTS, results, strict=True)}
 
 
@@ -117,13 +122,15 @@ def oracle(case: Case, arrays, segments, cotangents) -> dict[str, np.ndarray]:
         return outputs_and_gradients(case, arrays, segments, cotangents, impl="reference", dtype=jnp.float64)
 
 
-def errors(case: Case, impl: str, seed: int = 0) -> dict[str, float]:
+def errors(case: Case, impl: str, seed: int = 0, configuration: Configuration | None = None) -> dict[str, float]:
     """Relative L2 error of every output and gradient of `impl` against float64.
 
     dg is measured against max(|dg|, |do . o|): under strong decay dg itself is pure cancellation.
     """
     arrays, segments, cotangents = inputs(case, seed)
-    got = outputs_and_gradients(case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype))
+    got = outputs_and_gradients(
+        case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype), configuration=configuration
+    )
     want = oracle(case, arrays, segments, cotangents)
     return relative_errors(got, want, {"dg": float(np.linalg.norm((cotangents[0] * want["o"]).sum(-1)))})
 
@@ -135,6 +142,6 @@ def limits(case: Case, impl: str) -> dict[str, float]:
     return dict.fromkeys(OUTPUTS, 1e-12 if case.dtype == "float64" else 1e-5)
 
 
-def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
+def failures(case: Case, impl: str, seed: int = 0, configuration: Configuration | None = None) -> list[str]:
     """`name error > limit` for everything outside its limit or not finite."""
-    return outside(errors(case, impl, seed), limits(case, impl))
+    return outside(errors(case, impl, seed, configuration), limits(case, impl))

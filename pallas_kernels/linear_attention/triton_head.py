@@ -17,7 +17,9 @@ every pair that it lies between and on the state behind the chunk, so that with 
 
     dg_t = sum over i >= t in the chunk of (q_i . dq_i - k_i . dk_i) + <S', dS'>
 
-Pairs are made again for each join instead of being kept: their products are small beside the bytes.
+Pairs are made again for each join instead of being kept: their products are small beside the bytes. A chunk may
+be longer than the BLOCK tokens whose rows a program of join makes: it then meets the chunk's other blocks one by one,
+those before it (O, dQ) or after it (dV, dK). The longer the chunk, the fewer states are written and read.
 """
 
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import triton_dialect as triton
 from pallas_kernels.chunkwise import document_numbers, pad_tokens
@@ -34,6 +37,7 @@ from pallas_kernels.triton_dialect import BlockSpec
 LEAST_DIM, MOST_DIM = 16, 512
 LEAST_LOG_DECAY = -104.0  # the exponential of anything below is 0 in fp32
 MOST_ELEMENTS = 1 << 31  # 32-bit indices
+BLOCK = 64  # tokens whose rows a program of join makes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +46,14 @@ class Carry:
 
     key_tile: int = 64
     value_tile: int = 64
+    token_tile: int = 64  # tokens of one product
     warps: int = 4
     num_stages: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Join:
-    """Of the parallel kernel: a program makes a tile of columns of a chunk's output."""
+    """Of the parallel kernel: a program makes a tile of columns of a block's rows."""
 
     column_tile: int = 64
     inner_tile: int = 64  # of the columns that are summed over
@@ -58,16 +63,24 @@ class Join:
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """Of both, and the tokens of a chunk."""
+    """Of every launch, and the tokens of a chunk, a multiple of BLOCK."""
 
-    chunk: int = 64
-    carry: Carry = Carry()
-    join: Join = Join()
+    chunk: int = 128
+    forward: Carry = Carry()
+    reverse: Carry = Carry()
+    output: Join = Join()
+    values: Join = Join()
+    keys: Join = Join()  # dQ and dK
 
 
-def configuration_for(chunk: int) -> Configuration:
-    """What compiles with the fewest spilled registers."""
-    return Configuration(chunk=chunk, join=Join(warps=chunk // 16))
+def configuration_for(K: int, V: int) -> Configuration:
+    """The fastest of those timed on an H100: at RetNet's heads (256 x 512), and Mamba2's (128 x 64) for narrow ones."""
+    if min(K, V) < 128:
+        narrow = Join(column_tile=64)
+        return Configuration(chunk=64, output=narrow, values=narrow, keys=Join(column_tile=128))
+    carry = Carry(key_tile=128, value_tile=64, token_tile=128, num_stages=2)
+    join = Join(column_tile=128, num_stages=3)
+    return Configuration(chunk=128, forward=carry, reverse=carry, output=join, values=join, keys=join)
 
 
 def why_not(shape: tuple[int, int, int, int, int], *, interpret: bool) -> str | None:
@@ -85,6 +98,7 @@ def why_not(shape: tuple[int, int, int, int, int], *, interpret: bool) -> str | 
 
 
 class _Static(NamedTuple):
+    chunk: int
     scale: float
     residuals: str
     interpret: bool
@@ -136,6 +150,7 @@ def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpr
     (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
     N, group = T // chunk, Hv // H
     across = triton.count_of_tiles(V, config.value_tile)
+    token_tile = BLOCK if chunk % config.token_tile else config.token_tile
 
     def lin_carry(refs):
         origin = 0 * triton.program_id(0)
@@ -151,9 +166,12 @@ def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpr
                     left = refs.other[n + 1, keys, values].astype(jnp.float32)
                     both = state * left
                     refs.inner[n] = jnp.sum(both if mine is None else jnp.where(mine, both, 0.0))
-                tokens = triton.ds(n * chunk, chunk)
-                added = (refs.weight[tokens][:, None] * refs.y[tokens, values].astype(jnp.float32)).astype(jnp.bfloat16)
-                return refs.end[n] * state + triton.dot(refs.x[tokens, keys].T, added)
+                state = refs.end[n] * state
+                for piece in range(chunk // token_tile):
+                    tokens = triton.ds(n * chunk + piece * token_tile, token_tile)
+                    added = refs.weight[tokens][:, None] * refs.y[tokens, values].astype(jnp.float32)
+                    state += triton.dot(refs.x[tokens, keys].T, added.astype(jnp.bfloat16))
+                return state
 
             if initial is None:
                 state = jnp.zeros((keys.size, values.size), jnp.float32)
@@ -212,54 +230,74 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
     """(out [B,T,heads,size] bf16, inner products [tiles,B,Hv,T] or None), where heads is H or Hv."""
     x, z, y, w, states, turned, late, other = operands
     (B, T), Hv, size = y.shape[:2], w.shape[1], y.shape[3]
-    N, members = T // chunk, Hv // heads  # value heads that are summed
+    N, blocks, members = T // chunk, chunk // BLOCK, Hv // heads  # value heads that are summed
     tiles = triton.count_of_tiles(size, config.column_tile)
 
     def lin_join(refs):
-        origin = 0 * triton.program_id(0)
-        rows = triton.ds(0, chunk)
-        iota = partial(jax.lax.broadcasted_iota, jnp.int32, (chunk, chunk))
-        allowed = iota(0) >= iota(1) if late else iota(0) <= iota(1)
-        if decays.numbers is not None:
-            numbers = refs.numbers[...]
-            allowed = allowed & (numbers[:, None] == numbers[None, :])
+        number = triton.program_id(0)
+        origin = 0 * number
+        block = triton.remainder(triton.quotient(number, tiles), blocks)
+        rows = triton.ds(block * BLOCK, BLOCK)
+        iota = partial(jax.lax.broadcasted_iota, jnp.int32, (BLOCK, BLOCK))
+        causal = iota(0) >= iota(1) if late else iota(0) <= iota(1)
 
         def body(tile):
             columns = _span(tile, origin)
 
             def member(m, out):
-                at = lambda array: m if array.shape[2] == Hv else 0  # noqa: E731  one key head for all
+                at = lambda array: m if array.shape[2] == Hv else origin  # noqa: E731  one key head for all
+                zero = jnp.zeros((BLOCK, BLOCK), jnp.float32)
 
-                def products(sums, inner):
-                    pairs, read = sums
+                def met(inner, there):
                     depth = _span(inner, origin)
                     mine = triton.own(refs.x[rows, at(x), depth], inner)
-                    pairs = pairs + triton.dot(mine, refs.z[rows, at(z), depth].T)
-                    state = refs.states[m, columns, depth].T if turned else refs.states[m, depth, columns]
-                    return pairs, read + triton.dot(mine, state)
+                    return mine, triton.dot(mine, refs.z[there, at(z), depth].T)
 
-                zero = jnp.zeros((chunk, chunk), jnp.float32), jnp.zeros((chunk, columns.size), jnp.float32)
-                pairs, read = triton.over_tiles(x.shape[3], config.inner_tile, products, zero)
-                total = refs.total[m, rows]
-                between = total[:, None] - total[None, :] if late else total[None, :] - total[:, None]
-                decay = triton.exp(jnp.where(allowed, between, -jnp.inf), interpret)
-                part = refs.w[m, rows][:, None] * read
-                part += triton.dot((scale * decay * pairs).astype(jnp.bfloat16), refs.y[rows, at(y), columns])
+                def added(pairs, there, allowed):
+                    """Of the tokens `there`, from their products with the rows."""
+                    if decays.numbers is not None:
+                        same = refs.numbers[rows][:, None] == refs.numbers[there][None, :]
+                        allowed = same if allowed is None else allowed & same
+                    here, total = refs.total[m, rows][:, None], refs.total[m, there][None, :]
+                    between = here - total if late else total - here
+                    between = between if allowed is None else jnp.where(allowed, between, -jnp.inf)
+                    pairs = scale * triton.exp(between, interpret) * pairs
+                    return triton.dot(pairs.astype(jnp.bfloat16), refs.y[there, at(y), columns])
+
+                def own_block(sums, inner):
+                    pairs, read = sums
+                    mine, product = met(inner, rows)
+                    depth = _span(inner, origin)
+                    state = refs.states[m, columns, depth].T if turned else refs.states[m, depth, columns]
+                    return pairs + product, read + triton.dot(mine, state)
+
+                def other_block(b, part):
+                    there = triton.ds(b * BLOCK, BLOCK)
+                    products = lambda pairs, inner: pairs + met(inner, there)[1]  # noqa: E731
+                    pairs = triton.over_tiles(x.shape[3], config.inner_tile, products, zero)
+                    return part + added(pairs, there, None)
+
+                sums = zero, jnp.zeros((BLOCK, columns.size), jnp.float32)
+                pairs, read = triton.over_tiles(x.shape[3], config.inner_tile, own_block, sums)
+                part = refs.w[m, rows][:, None] * read + added(pairs, rows, causal)
+                if blocks > 1:
+                    first, last = (origin, block) if late else (block + 1, origin + blocks)
+                    part = jax.lax.fori_loop(first, last, other_block, part)
                 if other is not None:
-                    met = refs.other[rows, columns].astype(jnp.float32) * part
-                    refs.inner[m, rows] = jnp.sum(triton.own(met, tile), axis=1)
+                    product = refs.other[rows, columns].astype(jnp.float32) * part
+                    refs.inner[m, rows] = jnp.sum(triton.own(product, tile), axis=1)
                 return out + part
 
-            out = jnp.zeros((chunk, columns.size), jnp.float32)
+            out = jnp.zeros((BLOCK, columns.size), jnp.float32)
             if members == 1:
-                out = member(0, out)
+                out = member(origin, out)
             else:
                 out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), member, out)
-            triton.store_own(refs.out, rows, tile, out)
+            triton.store_own(refs.out, rows, (columns.start, *tile[1:]), out)
 
-        triton.for_tile(triton.remainder(triton.program_id(0), tiles), size, config.column_tile, body)
+        triton.for_tile(triton.remainder(number, tiles), size, config.column_tile, body)
 
-    chunk_of = lambda i: triton.quotient(i, tiles)  # noqa: E731
+    chunk_of = lambda i: triton.quotient(i, tiles * blocks)  # noqa: E731
 
     def tokens(array):
         """[C, value heads that are summed, size], or of the one key head that they share."""
@@ -285,23 +323,29 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
             "out": (jax.ShapeDtypeStruct((B, T, heads, size), jnp.bfloat16), out),
             "inner": (inner_shape, sums),
         },
-        grid=(N * tiles, heads, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+        grid=(N * blocks * tiles, heads, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return made["out"], made["inner"]
 
 
 def _states(static, k, v, decays, initial):
-    chosen = static.configuration
     return _carry(
         k, v, decays.leaving, decays.end, initial, None,
-        reverse=False, config=chosen.carry, chunk=chosen.chunk, interpret=static.interpret,
+        reverse=False, config=static.configuration.forward, chunk=static.chunk, interpret=static.interpret,
     )[:2]  # fmt: skip
 
 
-def _joined(static, decays, heads, operands):
-    chosen = static.configuration
-    options = {"scale": static.scale, "chunk": chosen.chunk, "interpret": static.interpret}
-    return _join(operands, decays, heads, config=chosen.join, **options)
+def _joined(static, decays, heads, config, operands):
+    options = {"scale": static.scale, "chunk": static.chunk, "interpret": static.interpret}
+    return _join(operands, decays, heads, config=config, **options)
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Wanted:
+    """Which gradients the caller differentiates for, as far as work is saved without them."""
+
+    dg: bool
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -310,50 +354,58 @@ def _op(static, q, k, v, g, initial, numbers):
 
 
 def _run(static, q, k, v, g, initial, numbers):
-    decays = _decays(g, numbers, static.configuration.chunk)
+    decays = _decays(g, numbers, static.chunk)
     states, final = _states(static, k, v, decays, initial)
-    read = static.scale * decays.gamma
-    o, _ = _joined(static, decays, v.shape[2], _Operands(q, k, v, read, states, False, True, None))
+    operands = _Operands(q, k, v, static.scale * decays.gamma, states, False, True, None)
+    o, _ = _joined(static, decays, v.shape[2], static.configuration.output, operands)
     return (o, final), states
 
 
-def _op_fwd(static, q, k, v, g, initial, numbers):
+def _op_fwd(static, *primals):
+    q, k, v, g, initial, numbers = (None if x is None else x.value for x in primals)
     outputs, states = _run(static, q, k, v, g, initial, numbers)
-    return outputs, (q, k, v, g, initial, numbers, states if static.residuals == "saved" else None)
+    kept = states if static.residuals == "saved" else None
+    return outputs, (q, k, v, g, initial, numbers, kept, _Wanted(primals[3].perturbed))
 
 
 def _op_bwd(static, kept, cotangents):
-    q, k, v, g, initial, numbers, states = kept
-    (do, d_final), chosen = cotangents, static.configuration
-    decays = _decays(g, numbers, chosen.chunk)
+    q, k, v, g, initial, numbers, states, wanted = kept
+    do, d_final = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    do = jnp.zeros_like(v) if do is None else do
+    chosen, decays = static.configuration, _decays(g, numbers, static.chunk)
     if states is None:
         states, _ = _states(static, k, v, decays, initial)
     read = static.scale * decays.gamma
     d_states, d_initial, behind = _carry(
-        q, do, read, decays.end, d_final, states,
-        reverse=True, config=chosen.carry, chunk=chosen.chunk, interpret=static.interpret,
+        q, do, read, decays.end, d_final, states if wanted.dg else None,
+        reverse=True, config=chosen.reverse, chunk=static.chunk, interpret=static.interpret,
     )  # fmt: skip
     run, H, Hv = partial(_joined, static, decays), k.shape[2], v.shape[2]
-    dv, _ = run(Hv, _Operands(k, q, do, decays.leaving, d_states, False, False, None))
-    dq, of_queries = run(H, _Operands(do, v, k, read, states, True, True, q))
-    dk, of_keys = run(H, _Operands(v, do, q, decays.leaving, d_states, True, False, k))
-    each = (of_queries - of_keys).sum(0).reshape(*g.shape[:2], -1, chosen.chunk)
-    dg = jax.lax.cumsum(each, axis=3, reverse=True) + behind.sum(0)[..., None]
-    return dq, dk, dv, dg.reshape(g.shape), None if initial is None else d_initial, None
+    against = lambda x: x if wanted.dg else None  # noqa: E731
+    dv, _ = run(Hv, chosen.values, _Operands(k, q, do, decays.leaving, d_states, False, False, None))
+    dq, of_queries = run(H, chosen.keys, _Operands(do, v, k, read, states, True, True, against(q)))
+    dk, of_keys = run(H, chosen.keys, _Operands(v, do, q, decays.leaving, d_states, True, False, against(k)))
+    dg = None
+    if wanted.dg:
+        each = (of_queries - of_keys).sum(0).reshape(*g.shape[:2], -1, static.chunk)
+        dg = jax.lax.cumsum(each, axis=3, reverse=True) + behind.sum(0)[..., None]
+        dg = dg.reshape(g.shape)
+    return dq, dk, dv, dg, None if initial is None else d_initial, None
 
 
-_op.defvjp(_op_fwd, _op_bwd)
+_op.defvjp(_op_fwd, _op_bwd, symbolic_zeros=True)
 
 
 def linear_attention(q, k, v, g, initial_state, *, segment_ids, scale, residuals, interpret, configuration):
     """g [B,T,Hv], the rest as in api.linear_attention; initial_state and segment_ids may be None. Any T."""
     tokens, dtype = q.shape[1], v.dtype
-    padding = -tokens % configuration.chunk
+    chunk = min(configuration.chunk, -(-tokens // BLOCK) * BLOCK)
+    padding = -tokens % chunk
     numbers = document_numbers(segment_ids, padding)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)]
     if padding:  # k = v = g = 0 writes nothing and keeps the state
         given = [pad_tokens(x, padding) for x in given]
     q, k, v, g = given
-    static = _Static(scale, residuals, interpret, configuration)
+    static = _Static(chunk, scale, residuals, interpret, configuration)
     o, state = _op(static, q, k, v, jnp.swapaxes(g, 1, 2), initial_state, numbers)
     return o[:, :tokens].astype(dtype), state

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, jaxtyped
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
-from pallas_kernels.linear_attention import chunked, reference, triton_head
+from pallas_kernels.linear_attention import chunked, reference, triton_channel, triton_head
 
 NAME = "linear_attention"
 IMPLS = dispatch.WITH_KERNELS
@@ -24,8 +24,8 @@ def why_not(impl: str, shape: tuple[int, int, int, int, int], channels: bool, ch
     """
     if impl not in ("triton", "triton_interpret"):
         return None
-    if channels:
-        return "g has a decay for each key channel; the kernels take one a head"
+    if channels and chunk != triton_channel.CHUNK:
+        return f"with a decay for each key channel the kernels take {triton_channel.CHUNK} tokens at once, not {chunk}"
     if chunk not in KERNEL_CHUNKS:
         return f"the kernels take {' or '.join(map(str, KERNEL_CHUNKS))} tokens at once, not {chunk}"
     if dtype == jnp.float64:
@@ -119,11 +119,13 @@ def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk
         segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
     if kernels:
-        interpret, configuration = impl == "triton_interpret", triton_head.configuration_for(chunk)
-        op = partial(
-            triton_head.linear_attention, q, k, v, g[..., 0], segment_ids=segment_ids, scale=scale,
-            residuals=residuals, interpret=interpret, configuration=configuration,
-        )  # fmt: skip
+        if channels:
+            op = partial(triton_channel.linear_attention, q, k, v, g, configuration=triton_channel.Configuration())
+        else:
+            configuration = triton_head.configuration_for(chunk)
+            op = partial(triton_head.linear_attention, q, k, v, g[..., 0], configuration=configuration)
+        interpret = impl == "triton_interpret"
+        op = partial(op, segment_ids=segment_ids, scale=scale, residuals=residuals, interpret=interpret)
     else:
         op = partial(
             chunked.linear_attention, q, k, v, g,

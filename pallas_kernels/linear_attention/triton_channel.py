@@ -237,9 +237,11 @@ def _of_level(pairs, half):
     return jnp.where((apart >= half) & (apart < 2 * half), pairs, 0.0)
 
 
-def _halves():
-    """The half sizes of all levels."""
-    return [1 << level for level in reversed(range((CHUNK - 1).bit_length()))]
+def _over_halves(step, carry):
+    """carry after step(half, carry) for the half sizes of all levels: a loop, so that the compiler holds one at a
+    time in registers."""
+    levels = jnp.int32((CHUNK - 1).bit_length())
+    return jax.lax.fori_loop(jnp.int32(0), levels, lambda i, carry: step(jax.lax.shift_right_logical(jnp.int32(CHUNK // 2), i), carry), carry)
 
 
 def _from_middle(total, refs_total, half, index, interpret):
@@ -288,10 +290,13 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
                     weight = _leaving(total, end, _column(refs.leaves, rows), interpret)
                 read = read + triton.dot(_bf16(weight * x, interpret), refs.states[keys, values])
                 pairs = pairs + jnp.where(_apart() == 0, jnp.sum(x * z, axis=1)[:, None], 0.0)
-                for half in _halves():
+
+                def level(half, pairs):
                     decay = _from_middle(total, refs.total, half, (keys,), interpret)
-                    pairs += _of_level(triton.dot(_bf16(decay * x, interpret), _bf16(decay * z, interpret).T), half)
-                return pairs, read
+                    both = triton.dot(_bf16(decay * x, interpret), _bf16(decay * z, interpret).T)
+                    return pairs + _of_level(both, half)
+
+                return _over_halves(level, pairs), read
 
             zero = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros((CHUNK, values.size), jnp.float32)
             pairs, read = triton.over_tiles(K, config.key_tile, channels, zero)
@@ -353,13 +358,16 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                 q, k = refs.q[rows, keys].astype(jnp.float32), refs.k[rows, keys].astype(jnp.float32)
                 dq = scale * _gamma(total, _column(refs.entered, rows), interpret) * read
                 written = _leaving(total, end[None, :], _column(refs.leaves, rows), interpret) * written
-                dk = jnp.zeros_like(dq)
-                for half in _halves():
+
+                def level(half, sums):
+                    dq, dk = sums
                     decay = _from_middle(total, refs.total, half, (m, keys), interpret)
                     below, above = (_bf16(_of_level(x, half), interpret) for x in (pairs, turned))
                     dq += decay * triton.dot(below, _bf16(decay * k, interpret))
                     dk += decay * triton.dot(above, _bf16(decay * q, interpret))
+                    return dq, dk
 
+                dq, dk = _over_halves(level, (dq, jnp.zeros_like(dq)))
                 left = _gamma(end, None if refs.entered is None else refs.entered[CHUNK - 1], interpret)
                 after = q * dq - k * dk  # a decay has those of its own token and later ones
                 each = k * written - after

@@ -66,7 +66,8 @@ class Read:
     """Of the kernel that makes O and dV: a program makes a tile of columns of a chunk's."""
 
     value_tile: int = 128
-    key_tile: int = 64  # of the channels that are summed over
+    key_tile: int = 64  # of the channels that are summed over with the state
+    pair_tile: int = 64  # of the channels that are summed over for the pairs
     warps: int = 4
     num_stages: int = 1
 
@@ -225,36 +226,38 @@ def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret
     return made["states"], made["final"]
 
 
-def _apart():
-    """i xor j of every pair [C, C]: 0 on the diagonal, in [s, 2 s) for the pairs of level s."""
-    iota = partial(jax.lax.broadcasted_iota, jnp.int32, (CHUNK, CHUNK))
-    return iota(0) ^ iota(1)
+def _over_levels(step, carry):
+    """carry after step(level, carry) for every level, s = 2^level: a loop, so that the compiler holds one at a time in
+    registers."""
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32((CHUNK - 1).bit_length()), step, carry)
 
 
-def _of_level(pairs, half):
-    """The pairs [C, C] that the middle of a block of 2 * half tokens lies between; zeros elsewhere."""
-    apart = _apart()
-    return jnp.where((apart >= half) & (apart < 2 * half), pairs, 0.0)
+def _tokens():
+    return jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0)
 
 
-def _over_halves(step, carry):
-    """carry after step(half, carry) for the half sizes of all levels: a loop, so that the compiler holds one at a
-    time in registers."""
-    levels = jnp.int32((CHUNK - 1).bit_length())
-    return jax.lax.fori_loop(jnp.int32(0), levels, lambda i, carry: step(jax.lax.shift_right_logical(jnp.int32(CHUNK // 2), i), carry), carry)
+def _of_level(pairs, level):
+    """The pairs [C, C] that the middle of a block of 2 s tokens lies between, i xor j in [s, 2 s); zeros elsewhere."""
+    number = jax.lax.shift_right_logical(_tokens(), jax.lax.broadcast(level, (CHUNK,)))  # of the block of s tokens
+    return jnp.where((number ^ 1)[:, None] == number[None, :], pairs, 0.0)
 
 
-def _from_middle(total, refs_total, half, index, interpret):
-    """E [C, channels]: the decay between a token and the middle of its block of 2 * half tokens."""
-    token = jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0)
-    middle = (token | (2 * half - 1)) - half  # the last token of the first half
+def _diagonal(pairs):
+    tokens = _tokens()
+    return jnp.where(tokens[:, None] == tokens[None, :], pairs, 0.0)
+
+
+def _from_middle(total, refs_total, level, index, interpret):
+    """E [C, channels]: the decay between a token and the middle of its block of 2 s tokens."""
+    half = jax.lax.shift_left(jnp.int32(1), level)
+    middle = (_tokens() | (2 * half - 1)) - half  # the last token of the first half
     return triton.exp(-jnp.abs(total - refs_total[(middle, *index)]), interpret)
 
 
 def _allowed(refs, late):
     """Which pairs [C, C] interact; `late`: rows are the later tokens."""
-    iota = partial(jax.lax.broadcasted_iota, jnp.int32, (CHUNK, CHUNK))
-    allowed = iota(0) >= iota(1) if late else iota(0) <= iota(1)
+    tokens = _tokens()
+    allowed = tokens[:, None] >= tokens[None, :] if late else tokens[:, None] <= tokens[None, :]
     if refs.numbers is None:
         return allowed
     numbers = refs.numbers[...]
@@ -277,31 +280,35 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
         def body(tile):
             values = span(tile, origin)
 
-            def channels(sums, inner):
-                pairs, read = sums
+            def pairs_of(pairs, inner):
                 keys = span(inner, origin)
                 total = refs.total[rows, keys]
-                x = triton.own(refs.x[rows, keys], inner).astype(jnp.float32)
-                z = refs.z[rows, keys].astype(jnp.float32)
+                x, z = triton.own(refs.x[rows, keys], inner), refs.z[rows, keys]
+                x, z = x.astype(jnp.float32), z.astype(jnp.float32)
+                pairs = pairs + _diagonal(jnp.sum(x * z, axis=1)[:, None])
+
+                def level(number, pairs):
+                    decay = _from_middle(total, refs.total, number, (keys,), interpret)
+                    both = triton.dot(_bf16(decay * x, interpret), _bf16(decay * z, interpret).T)
+                    return pairs + _of_level(both, number)
+
+                return _over_levels(level, pairs)
+
+            def of_state(out, inner):
+                keys = span(inner, origin)
+                total = refs.total[rows, keys]
                 if late:
                     weight = scale * _gamma(total, _column(refs.entered, rows), interpret)
                 else:
                     end = refs.total[CHUNK - 1, keys][None, :]
                     weight = _leaving(total, end, _column(refs.leaves, rows), interpret)
-                read = read + triton.dot(_bf16(weight * x, interpret), refs.states[keys, values])
-                pairs = pairs + jnp.where(_apart() == 0, jnp.sum(x * z, axis=1)[:, None], 0.0)
+                x = weight * triton.own(refs.x[rows, keys], inner).astype(jnp.float32)
+                return out + triton.dot(_bf16(x, interpret), refs.states[keys, values])
 
-                def level(half, pairs):
-                    decay = _from_middle(total, refs.total, half, (keys,), interpret)
-                    both = triton.dot(_bf16(decay * x, interpret), _bf16(decay * z, interpret).T)
-                    return pairs + _of_level(both, half)
-
-                return _over_halves(level, pairs), read
-
-            zero = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros((CHUNK, values.size), jnp.float32)
-            pairs, read = triton.over_tiles(K, config.key_tile, channels, zero)
+            pairs = triton.over_tiles(K, config.pair_tile, pairs_of, jnp.zeros((CHUNK, CHUNK), jnp.float32))
             pairs = _bf16(jnp.where(_allowed(refs, late), scale * pairs, 0.0), interpret)
-            triton.store_own(refs.out, rows, tile, read + triton.dot(pairs, refs.y[rows, values]))
+            out = triton.dot(pairs, refs.y[rows, values])
+            triton.store_own(refs.out, rows, tile, triton.over_tiles(K, config.key_tile, of_state, out))
 
         triton.for_tile(triton.remainder(triton.program_id(0), tiles), V, config.value_tile, body)
 
@@ -359,21 +366,21 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                 dq = scale * _gamma(total, _column(refs.entered, rows), interpret) * read
                 written = _leaving(total, end[None, :], _column(refs.leaves, rows), interpret) * written
 
-                def level(half, sums):
+                def level(number, sums):
                     dq, dk = sums
-                    decay = _from_middle(total, refs.total, half, (m, keys), interpret)
-                    below, above = (_bf16(_of_level(x, half), interpret) for x in (pairs, turned))
+                    decay = _from_middle(total, refs.total, number, (m, keys), interpret)
+                    below, above = (_bf16(_of_level(x, number), interpret) for x in (pairs, turned))
                     dq += decay * triton.dot(below, _bf16(decay * k, interpret))
                     dk += decay * triton.dot(above, _bf16(decay * q, interpret))
                     return dq, dk
 
-                dq, dk = _over_halves(level, (dq, jnp.zeros_like(dq)))
+                dq, dk = _over_levels(level, (dq, jnp.zeros_like(dq)))
                 left = _gamma(end, None if refs.entered is None else refs.entered[CHUNK - 1], interpret)
                 after = q * dq - k * dk  # a decay has those of its own token and later ones
                 each = k * written - after
                 dg = jnp.cumsum(each, axis=0) - each + (jnp.sum(after, axis=0) + left * both)[None, :]
                 triton.store_where(refs.dg, (rows, m, keys), dg, triton.owned((0, CHUNK, CHUNK), tile))
-                diagonal = jnp.sum(jnp.where(_apart() == 0, pairs, 0.0), axis=1)[:, None]
+                diagonal = jnp.sum(_diagonal(pairs), axis=1)[:, None]
                 return sums[0] + dq + diagonal * k, sums[1] + dk + written + diagonal * q
 
             sums = (jnp.zeros((CHUNK, keys.size), jnp.float32),) * 2

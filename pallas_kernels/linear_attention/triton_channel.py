@@ -23,8 +23,9 @@ of a level, dP = scale dO V^T below and on the diagonal:
 so that no exponent is positive and all work is in products of matrices. A log decay g_t acts on the pairs and the reads
 and writes of the state that it lies between; the diagonal has no part in it:
 
-    dg_t = sum over i >= t of (q_i dq_i - k_i (pairs of dk_i)) + sum over j < t of k_j (leaving (V dS'^T))_j
-           + gamma_C (sum over values of S dS')
+    dg_t = sum over i >= t of (q_i dq_i - k_i dk_i) + sum over values of S' dS'
+
+where S' dS' = gamma_C S dS' + sum over j of k_j (leaving (V dS'^T))_j needs no state but the one that entered.
 """
 
 from dataclasses import dataclass
@@ -63,11 +64,11 @@ class Carry:
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """Of the kernel that makes O and dV: a program makes a tile of columns of a chunk's."""
+    """Of the kernel that makes O and dV: a program makes a chunk's, a tile of columns after the other."""
 
-    value_tile: int = 128
+    value_tile: int = 64
     key_tile: int = 64  # of the channels that are summed over with the state
-    pair_tile: int = 64  # of the channels that are summed over for the pairs
+    pair_tile: int = 32  # of the channels that are summed over for the pairs
     warps: int = 4
     num_stages: int = 1
 
@@ -239,7 +240,7 @@ def _tokens():
 def _of_level(pairs, level):
     """The pairs [C, C] that the middle of a block of 2 s tokens lies between, i xor j in [s, 2 s); zeros elsewhere."""
     number = jax.lax.shift_right_logical(_tokens(), jax.lax.broadcast(level, (CHUNK,)))  # of the block of s tokens
-    return jnp.where((number ^ 1)[:, None] == number[None, :], pairs, 0.0)
+    return jnp.where((number ^ 1)[:, None] == number[None, :], pairs, 0)
 
 
 def _diagonal(pairs):
@@ -271,28 +272,31 @@ def _bf16(x, interpret):
 def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
     """O [B,T,Hv,V] bf16 of x, z, y = q, k, v if `late`; else dV of k, q, dO, where states are the gradients."""
     (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
-    group, tiles = Hv // H, triton.count_of_tiles(V, config.value_tile)
+    group = Hv // H
 
     def lin_read(refs):
         origin = 0 * triton.program_id(0)
         rows = triton.ds(0, CHUNK)
 
-        def body(tile):
+        def pairs_of(pairs, inner):
+            keys = span(inner, origin)
+            total = refs.total[rows, keys]
+            x, z = triton.own(refs.x[rows, keys], inner), refs.z[rows, keys]
+            x, z = x.astype(jnp.float32), z.astype(jnp.float32)
+            pairs = pairs + _diagonal(jnp.sum(x * z, axis=1)[:, None])
+
+            def step(level, pairs):
+                decay = _from_middle(total, refs.total, level, (keys,), interpret)
+                both = triton.dot(_bf16(decay * x, interpret), _bf16(decay * z, interpret).T)
+                return pairs + _of_level(both, level)
+
+            return _over_levels(step, pairs)
+
+        pairs = triton.over_tiles(K, config.pair_tile, pairs_of, jnp.zeros((CHUNK, CHUNK), jnp.float32))
+        pairs = _bf16(jnp.where(_allowed(refs, late), scale * pairs, 0.0), interpret)
+
+        def columns(done, tile):
             values = span(tile, origin)
-
-            def pairs_of(pairs, inner):
-                keys = span(inner, origin)
-                total = refs.total[rows, keys]
-                x, z = triton.own(refs.x[rows, keys], inner), refs.z[rows, keys]
-                x, z = x.astype(jnp.float32), z.astype(jnp.float32)
-                pairs = pairs + _diagonal(jnp.sum(x * z, axis=1)[:, None])
-
-                def level(number, pairs):
-                    decay = _from_middle(total, refs.total, number, (keys,), interpret)
-                    both = triton.dot(_bf16(decay * x, interpret), _bf16(decay * z, interpret).T)
-                    return pairs + _of_level(both, number)
-
-                return _over_levels(level, pairs)
 
             def of_state(out, inner):
                 keys = span(inner, origin)
@@ -305,27 +309,25 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
                 x = weight * triton.own(refs.x[rows, keys], inner).astype(jnp.float32)
                 return out + triton.dot(_bf16(x, interpret), refs.states[keys, values])
 
-            pairs = triton.over_tiles(K, config.pair_tile, pairs_of, jnp.zeros((CHUNK, CHUNK), jnp.float32))
-            pairs = _bf16(jnp.where(_allowed(refs, late), scale * pairs, 0.0), interpret)
             out = triton.dot(pairs, refs.y[rows, values])
             triton.store_own(refs.out, rows, tile, triton.over_tiles(K, config.key_tile, of_state, out))
+            return done
 
-        triton.for_tile(triton.remainder(triton.program_id(0), tiles), V, config.value_tile, body)
+        triton.over_tiles(V, config.value_tile, columns, ())
 
-    chunk_of = lambda i: triton.quotient(i, tiles)  # noqa: E731
-    key = BlockSpec((None, CHUNK, None, K), lambda i, h, b: (b, chunk_of(i), triton.quotient(h, group), 0))
-    of_value_head = lambda size: BlockSpec((None, CHUNK, None, size), lambda i, h, b: (b, chunk_of(i), h, 0))  # noqa: E731
-    token = BlockSpec((None, CHUNK), lambda i, h, b: (b, chunk_of(i)))
+    key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
+    of_value_head = lambda size: BlockSpec((None, CHUNK, None, size), lambda n, h, b: (b, n, h, 0))  # noqa: E731
+    token = BlockSpec((None, CHUNK), lambda n, h, b: (b, n))
     return triton.call(
         lin_read,
         {
             "x": (x, key), "z": (z, key), "y": (y, of_value_head(V)), "total": (total, of_value_head(K)),
-            "states": (states, BlockSpec((None, None, None, K, V), lambda i, h, b: (b, h, chunk_of(i), 0, 0))),
+            "states": (states, BlockSpec((None, None, None, K, V), lambda n, h, b: (b, h, n, 0, 0))),
             "numbers": (documents.numbers, token), "entered": (documents.entered if late else None, token),
             "leaves": (None if late else documents.leaves, token),
         },
         {"out": (jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16), of_value_head(V))},
-        grid=(T // CHUNK * tiles, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+        grid=(T // CHUNK, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )["out"]  # fmt: skip
 
 
@@ -336,7 +338,7 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
 
     def lin_back(refs):
         origin = 0 * triton.program_id(0)
-        rows = triton.ds(0, CHUNK)
+        rows = span((0, CHUNK, CHUNK), origin)
 
         def body(tile):
             keys = span(tile, origin)
@@ -359,29 +361,30 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                 pairs, turned, read, written, both = triton.over_tiles(V, config.value_tile, values, zero)
                 # each made by its own product: a product turned for the next one is miscompiled (Triton 3.4 to 3.7)
                 pairs = jnp.where(_allowed(refs, late=True), scale * pairs, 0.0)
-                turned = jnp.where(_allowed(refs, late=False), scale * turned, 0.0)
+                turned = _bf16(jnp.where(_allowed(refs, late=False), scale * turned, 0.0), interpret)
+                diagonal = jnp.sum(_diagonal(pairs), axis=1)[:, None]
+                pairs = _bf16(pairs, interpret)
 
                 total, end = refs.total[rows, m, keys], refs.total[CHUNK - 1, m, keys]
                 q, k = refs.q[rows, keys].astype(jnp.float32), refs.k[rows, keys].astype(jnp.float32)
                 dq = scale * _gamma(total, _column(refs.entered, rows), interpret) * read
-                written = _leaving(total, end[None, :], _column(refs.leaves, rows), interpret) * written
+                dk = _leaving(total, end[None, :], _column(refs.leaves, rows), interpret) * written
+                left = _gamma(end, None if refs.entered is None else refs.entered[CHUNK - 1], interpret)
+                behind = left * both + jnp.sum(k * dk, axis=0)
 
-                def level(number, sums):
+                def step(level, sums):
                     dq, dk = sums
-                    decay = _from_middle(total, refs.total, number, (m, keys), interpret)
-                    below, above = (_bf16(_of_level(x, number), interpret) for x in (pairs, turned))
+                    decay = _from_middle(total, refs.total, level, (m, keys), interpret)
+                    below, above = _of_level(pairs, level), _of_level(turned, level)
                     dq += decay * triton.dot(below, _bf16(decay * k, interpret))
                     dk += decay * triton.dot(above, _bf16(decay * q, interpret))
                     return dq, dk
 
-                dq, dk = _over_levels(level, (dq, jnp.zeros_like(dq)))
-                left = _gamma(end, None if refs.entered is None else refs.entered[CHUNK - 1], interpret)
-                after = q * dq - k * dk  # a decay has those of its own token and later ones
-                each = k * written - after
-                dg = jnp.cumsum(each, axis=0) - each + (jnp.sum(after, axis=0) + left * both)[None, :]
+                dq, dk = _over_levels(step, (dq, dk))
+                each = q * dq - k * dk  # a decay has those of its own token and later ones
+                dg = each - jnp.cumsum(each, axis=0) + (jnp.sum(each, axis=0) + behind)[None, :]
                 triton.store_where(refs.dg, (rows, m, keys), dg, triton.owned((0, CHUNK, CHUNK), tile))
-                diagonal = jnp.sum(_diagonal(pairs), axis=1)[:, None]
-                return sums[0] + dq + diagonal * k, sums[1] + dk + written + diagonal * q
+                return sums[0] + dq + diagonal * k, sums[1] + dk + diagonal * q
 
             sums = (jnp.zeros((CHUNK, keys.size), jnp.float32),) * 2
             if members == 1:

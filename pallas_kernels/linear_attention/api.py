@@ -77,7 +77,7 @@ def linear_attention(
     initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
     impl           "auto" takes "chunked", as long as no GPU has checked the kernels; a named one never falls back. The
-                   kernels ("triton") take one decay a head, K and V from 16 to 512 and chunks of 64 or 128, and round
+                   kernels ("triton") take K and V from 16 to 512, chunks of 64 or, with one decay a head, 128, and round
                    operands to bf16
     chunk          16, 32, 64 or 128 tokens at once
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk;

@@ -57,8 +57,8 @@ class Carry:
     """Of the serial kernel: a program owns a tile of the state."""
 
     key_tile: int = 64
-    value_tile: int = 64
-    warps: int = 4
+    value_tile: int = 128
+    warps: int = 8
     num_stages: int = 3
 
 
@@ -144,20 +144,18 @@ def _sums(g, *, config, interpret):
     return made["total"].reshape(g.shape)
 
 
-def _gamma(total, entered, interpret):
-    """What the entering state has left at the tokens of `total` [tokens, channels] or [channels]."""
-    gamma = triton.exp(total, interpret)
-    return gamma if entered is None else gamma * entered
+def _weight(refs, tokens, total, end, *, late, scale, interpret):
+    """Of tokens [C, channels]: `scale gamma` if `late`, for reads of the state that entered; else `leaving`, for what
+    is written to the one that leaves. `end` [channels] is the last token's total."""
+    weight = scale * triton.exp(total, interpret) if late else triton.exp(end[None, :] - total, interpret)
+    lasts = refs.entered if late else refs.leaves
+    return weight if lasts is None else weight * lasts[tokens][:, None]
 
 
-def _leaving(total, end, leaves, interpret):
-    """What the leaving state has of the tokens; `end` [1, channels] is the last token's total."""
-    leaving = triton.exp(end - total, interpret)
-    return leaving if leaves is None else leaving * leaves
-
-
-def _column(ref, index):
-    return None if ref is None else ref[index][:, None]
+def _kept(refs, last, end, interpret):
+    """gamma_C [channels]."""
+    gamma = triton.exp(end, interpret)
+    return gamma if refs.entered is None else gamma * refs.entered[last]
 
 
 def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret):
@@ -182,13 +180,10 @@ def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret
                 triton.store_where(refs.states, (n, keys, values), state, mine)
                 tokens, last = triton.ds(n * CHUNK, CHUNK), n * CHUNK + (CHUNK - 1)
                 total, end = refs.total[tokens, keys], refs.total[last, keys]
-                if reverse:
-                    weight = scale * _gamma(total, _column(refs.entered, tokens), interpret)
-                else:
-                    weight = _leaving(total, end[None, :], _column(refs.leaves, tokens), interpret)
+                weight = _weight(refs, tokens, total, end, late=reverse, scale=scale, interpret=interpret)
                 weighted = (weight * refs.x[tokens, keys].astype(jnp.float32)).astype(jnp.bfloat16)
-                left = _gamma(end, None if refs.entered is None else refs.entered[last], interpret)
-                return left[:, None] * state + triton.dot(weighted.T, refs.y[tokens, values])
+                kept = _kept(refs, last, end, interpret)
+                return kept[:, None] * state + triton.dot(weighted.T, refs.y[tokens, values])
 
             if initial is None:
                 state = jnp.zeros((keys.size, values.size), jnp.float32)
@@ -300,12 +295,8 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
 
             def of_state(out, inner):
                 keys = span(inner, origin)
-                total = refs.total[rows, keys]
-                if late:
-                    weight = scale * _gamma(total, _column(refs.entered, rows), interpret)
-                else:
-                    end = refs.total[CHUNK - 1, keys][None, :]
-                    weight = _leaving(total, end, _column(refs.leaves, rows), interpret)
+                total, end = refs.total[rows, keys], refs.total[CHUNK - 1, keys]
+                weight = _weight(refs, rows, total, end, late=late, scale=scale, interpret=interpret)
                 x = weight * triton.own(refs.x[rows, keys], inner).astype(jnp.float32)
                 return out + triton.dot(_bf16(x, interpret), refs.states[keys, values])
 
@@ -338,7 +329,7 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
 
     def lin_back(refs):
         origin = 0 * triton.program_id(0)
-        rows = span((0, CHUNK, CHUNK), origin)
+        rows = triton.ds(0, CHUNK)
 
         def body(tile):
             keys = span(tile, origin)
@@ -351,10 +342,10 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                     do = triton.own(refs.do[rows, m, columns], inner)
                     state, d_state = refs.states[m, keys, columns], refs.d_states[m, keys, columns]
                     met = triton.own(state.astype(jnp.float32) * d_state.astype(jnp.float32), inner)
-                    return (
-                        pairs + triton.dot(do, v.T), turned + triton.dot(v, do.T), read + triton.dot(do, state.T),
-                        written + triton.dot(v, d_state.T), both + jnp.sum(met, axis=1),
-                    )  # fmt: skip
+                    pairs, turned = pairs + triton.dot(do, v.T), turned + triton.dot(v, do.T)
+                    read, written = read + triton.dot(do, state.T), written + triton.dot(v, d_state.T)
+                    # the states are not for products alone
+                    return pairs, turned, read, triton.finished(written, interpret), both + jnp.sum(met, axis=1)
 
                 of_pairs, of_keys = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros((CHUNK, keys.size), jnp.float32)
                 zero = of_pairs, of_pairs, of_keys, of_keys, jnp.zeros((keys.size,), jnp.float32)
@@ -367,9 +358,9 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
 
                 total, end = refs.total[rows, m, keys], refs.total[CHUNK - 1, m, keys]
                 q, k = refs.q[rows, keys].astype(jnp.float32), refs.k[rows, keys].astype(jnp.float32)
-                dq = scale * _gamma(total, _column(refs.entered, rows), interpret) * read
-                dk = _leaving(total, end[None, :], _column(refs.leaves, rows), interpret) * written
-                left = _gamma(end, None if refs.entered is None else refs.entered[CHUNK - 1], interpret)
+                weight = partial(_weight, refs, rows, total, end, scale=scale, interpret=interpret)
+                dq, dk = weight(late=True) * read, weight(late=False) * written
+                left = _kept(refs, CHUNK - 1, end, interpret)
                 behind = left * both + jnp.sum(k * dk, axis=0)
 
                 def step(level, sums):
@@ -383,7 +374,9 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                 dq, dk = _over_levels(step, (dq, dk))
                 each = q * dq - k * dk  # a decay has those of its own token and later ones
                 dg = each - jnp.cumsum(each, axis=0) + (jnp.sum(each, axis=0) + behind)[None, :]
-                triton.store_where(refs.dg, (rows, m, keys), dg, triton.owned((0, CHUNK, CHUNK), tile))
+                every = (0, CHUNK, CHUNK)
+                at = (span(every, origin), m + 0 * origin, keys)
+                triton.store_where(refs.dg, at, dg, triton.owned(every, tile))
                 return sums[0] + dq + diagonal * k, sums[1] + dk + diagonal * q
 
             sums = (jnp.zeros((CHUNK, keys.size), jnp.float32),) * 2

@@ -46,6 +46,8 @@ def parse(default: Any, words: list[str], prog: str) -> Any:
         try:
             _tyro(default, option, prog)
         except SystemExit:
+            if hints[name] is bool and values in (["True"], ["False"]):  # a Switch; other bools take these words
+                raise UserError(f"--{name} takes no value; write --{name} alone, or leave it out.") from None
             given = repr(" ".join(values)) if values else "given without a value"
             raise UserError(f"--{name} is {given}; it must be {_rule(hints[name])}.") from None
     raise UserError(f"The options {' '.join(words)!r} do not go together; `{prog} --help` explains each.")

@@ -61,8 +61,8 @@ RECIPES = {
 # more: measured for gated-deltanet and its H1; for gated-deltanet-fla that makes 70.5 GiB, not run. Nor was mamba with
 # products kept.
 WITH_KERNELS = (
-    "gated-deltanet", "gated-deltanet-fla", "gated-deltanet-h1", "gated-deltanet-h2", "deltanet", "mamba2", "retnet",
-    "transformer",
+    "gated-deltanet", "gated-deltanet-fla", "gated-deltanet-h1", "gated-deltanet-h2", "deltanet", "hgrn2", "mamba2",
+    "retnet", "transformer",
 )  # fmt: skip
 MAMBA = ("mamba", "mamba-nomlp", "mamba-fla")
 

@@ -8,7 +8,7 @@ from jax.sharding import AxisType
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_delta_rule.benchmark import SHAPES
 from pallas_kernels.gated_norm import triton_norm
-from pallas_kernels.linear_attention import triton_head
+from pallas_kernels.linear_attention import triton_channel, triton_head
 from pallas_kernels.short_conv import triton_conv
 
 
@@ -94,6 +94,27 @@ def test_linear_attention_kernels_lower_to_cuda(H, Hv, K, V):
             return triton_head.linear_attention(
                 q, k, v, g, None, segment_ids=segments, scale=1.0, residuals="saved", interpret=False,
                 configuration=triton_head.configuration_for(K, V),
+            )  # fmt: skip
+
+        outputs, vjp = jax.vjp(op, q, k, v, g)
+        return outputs, vjp((do, d_state))
+
+    text = _lowered(gradient, key, key, value, gate, array((8, T), jnp.int32), value, state)
+    assert text.count("xla.gpu.triton") == 6 and "f64" not in text
+
+
+@pytest.mark.parametrize("H,Hv,K,V", [(16, 16, 128, 128), (1, 3, 24, 40)])
+def test_linear_attention_kernels_per_channel_lower_to_cuda(H, Hv, K, V):
+    """Six launches: sums, states and outputs forward; states, dv, and dq with dk and dg backward."""
+    array, T = jax.ShapeDtypeStruct, 4096
+    key, value = array((8, T, H, K), jnp.bfloat16), array((8, T, Hv, V), jnp.bfloat16)
+    gate, state = array((8, T, Hv, K), jnp.float32), array((8, Hv, K, V), jnp.float32)
+
+    def gradient(q, k, v, g, segments, do, d_state):
+        def op(q, k, v, g):
+            return triton_channel.linear_attention(
+                q, k, v, g, None, segment_ids=segments, scale=1.0, residuals="saved", interpret=False,
+                configuration=triton_channel.Configuration(),
             )  # fmt: skip
 
         outputs, vjp = jax.vjp(op, q, k, v, g)

@@ -97,7 +97,7 @@ def test_triton_repeats_bit_for_bit_and_writes_everything(K, V):
         assert all(np.array_equal(first, other[name]) for other in runs[1:]), name
 
 
-HEAD = [case for case in linear_conformance.CASES if not case.channels and case.chunk == 64]
+LINEAR = [case for case in linear_conformance.CASES if case.chunk == 64]
 CONV = ["W=7", "documents", "heads to norm 1", "many small heads", "pieces of a row", "no activation", "plain"]
 
 
@@ -131,19 +131,51 @@ def test_triton_norm_matches_the_equation_at_model_sizes(shape, first):
     assert norm_conformance.failures(case, "triton", seed=2) == []
 
 
-@pytest.mark.parametrize("case", [c for c in HEAD if c.T > 1], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in LINEAR if c.T > 1], ids=lambda case: case.name)
 def test_linear_attention_kernels_match_float64(case):
     case = dataclasses.replace(case, dtype="bfloat16")
     assert linear_conformance.failures(case, "triton", seed=1) == []
 
 
-@pytest.mark.parametrize("chunk", [64, 128, 256])
-@pytest.mark.parametrize("H,Hv,K,V", [(2, 2, 256, 512), (1, 4, 128, 64), (2, 2, 192, 384), (1, 3, 24, 40)])
+@pytest.mark.parametrize("chunk", [64, 128, 256, "channels"])
+@pytest.mark.parametrize(
+    "H,Hv,K,V",
+    [(2, 2, 128, 128), (2, 2, 256, 512), (1, 4, 128, 64), (2, 2, 192, 384), (2, 2, 200, 400), (1, 3, 24, 40)],
+)
 def test_linear_attention_kernels_match_float64_at_model_sizes(H, Hv, K, V, chunk):
-    sizes = {"T": 500, "H": H, "Hv": Hv, "K": K, "V": V}
+    sizes = {"T": 500, "H": H, "Hv": Hv, "K": K, "V": V, "channels": chunk == "channels"}
     case = linear_conformance.Case(name="size", dtype="bfloat16", documents=0.01, **sizes)
-    configuration = dataclasses.replace(triton_head.configuration_for(K, V), chunk=chunk)
+    configuration = None
+    if chunk != "channels":
+        configuration = dataclasses.replace(triton_head.configuration_for(K, V), chunk=chunk)
     assert linear_conformance.failures(case, "triton", seed=2, configuration=configuration) == []
+
+
+@pytest.mark.parametrize("g", [-20.0, -60.0, -1e4, -float("inf")])
+def test_linear_attention_kernels_per_channel_match_float64_at_strong_decay_before_weak(g):
+    """A reset of every channel early in a chunk: later sums are large, what is between tokens is not."""
+    case = linear_conformance.Case(name="reset", T=190, K=64, V=64, dtype="bfloat16", channels=True)
+    arrays, segments, cotangents = linear_conformance.inputs(case, seed=3)
+    arrays[3][:, 3::64] = g
+    got = linear_conformance.outputs_and_gradients(
+        case, arrays, segments, cotangents, impl="triton", dtype=jnp.bfloat16
+    )
+    want = linear_conformance.oracle(case, arrays, segments, cotangents)
+    for name, limit in linear_conformance.limits(case, "triton").items():
+        assert np.linalg.norm(got[name] - want[name]) <= limit * np.linalg.norm(want[name]), name
+
+
+def test_linear_attention_kernels_per_channel_give_the_same_bits_each_time():
+    """A race in the kernels would show here: 40 runs at sizes that fill the device."""
+    case = linear_conformance.Case(name="again", T=1000, H=16, Hv=16, K=128, V=128, dtype="bfloat16", channels=True)
+    arrays, segments, cotangents = linear_conformance.inputs(case, seed=4)
+    run = partial(
+        linear_conformance.outputs_and_gradients, case, arrays, segments, cotangents, impl="triton", dtype=jnp.bfloat16
+    )
+    first = run()
+    for _ in range(40):
+        for name, x in run().items():
+            assert np.array_equal(first[name], x), name
 
 
 def test_triton_under_transformations():

@@ -25,27 +25,31 @@ def test_bf16_matches_float64_recurrence(case):
     assert conformance.failures(dataclasses.replace(case, dtype="bfloat16"), "chunked") == []
 
 
-HEAD = [case for case in CASES if not case.channels and case.chunk == 64]
+KERNELS = [case for case in CASES if case.chunk == 64]
 
 
-@pytest.mark.parametrize("case", HEAD, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
 def test_interpreted_kernels_match_float64(case):
     assert conformance.failures(dataclasses.replace(case, B=1), "triton_interpret", seed=1) == []
 
 
+@pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("x64", [False, True])
-def test_interpreted_kernels_match_float64_in_bf16_with_tiles_that_overlap(x64):
+def test_interpreted_kernels_match_float64_in_bf16_with_tiles_that_overlap(x64, channels):
     """K in tiles of 64 and 8 more, V of three times 64 and 8; heads of two groups."""
-    case = Case(name="odd", T=70, B=1, H=2, Hv=4, K=72, V=200, dtype="bfloat16", documents=0.05)
+    case = Case(name="odd", T=70, B=1, H=2, Hv=4, K=72, V=200, dtype="bfloat16", documents=0.05, channels=channels)
     with jax.enable_x64(x64):
         assert conformance.failures(case, "triton_interpret", seed=2) == []
 
 
-def test_two_tokens_by_hand():
+@pytest.mark.parametrize("channels", [False, True])
+def test_two_tokens_by_hand(channels):
     """q = k = (1, 0, ...), v = 1 and 10, decays 1/2 and 1/4, a state of 16 before them, scale 1."""
     key = jnp.zeros((1, 2, 1, 16)).at[..., 0].set(1.0)
     value = jnp.ones((1, 2, 1, 16)) * jnp.asarray([1.0, 10.0])[None, :, None, None]
     g = jnp.log(jnp.asarray([0.5, 0.25]))[None, :, None]
+    if channels:  # the others have no part in it
+        g = jnp.full((1, 2, 1, 16), -3.0).at[..., 0].set(g)
     state = jnp.zeros((1, 1, 16, 16)).at[0, 0, 0].set(16.0)
     o, last = linear_attention(key, key, value, g, scale=1.0, initial_state=state, impl="triton_interpret")
     np.testing.assert_allclose(o[0, :, 0, 0], [16 / 2 + 1, (16 / 2 + 1) / 4 + 10], rtol=1e-6)
@@ -79,18 +83,18 @@ def test_without_dg_the_other_gradients_are_the_same():
     assert launches[0] < launches[1]
 
 
-def test_auto_takes_the_kernels_for_bf16_and_one_decay_a_head(monkeypatch):
+def test_auto_takes_the_kernels_for_bf16(monkeypatch):
     assert resolve().impl == "chunked" and "not a CUDA device" in resolve().reason
     monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
-    assert resolve().impl == "triton"
+    assert resolve().impl == resolve(channels=True).impl == "triton"
     assert resolve(dtype=jnp.float32).impl == "chunked" and "would round float32" in resolve(dtype=jnp.float32).reason
-    assert resolve(channels=True).impl == "chunked" and "for each key channel" in resolve(channels=True).reason
 
 
+@pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
-def test_sharded_kernels_equal_the_plain_ones(impl):
+def test_sharded_kernels_equal_the_plain_ones(impl, channels):
     """Value heads of one group on one device: two groups, over two devices of a tensor axis, and rows over two."""
-    arrays, (do, d_state) = _inputs(T=64, K=16, V=16, H=2, Hv=4)
+    arrays, (do, d_state) = _inputs(T=64, K=16, V=16, H=2, Hv=4, channels=channels)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
     def run(arrays):
@@ -265,12 +269,6 @@ def _tokens(T=8, H=2, Hv=2, K=4, V=4, dtype=jnp.float32):
         ),
         (_tokens(K=16, V=520), {"impl": "triton_interpret"}, NotImplementedError, "V is 520"),
         (_tokens(K=16, V=16), {"impl": "triton"}, NotImplementedError, "the default device is cpu"),
-        (
-            (*_tokens(K=16, V=16)[:3], jnp.zeros((1, 8, 2, 16))),
-            {"impl": "triton"},
-            NotImplementedError,
-            "cannot run: g has a decay for each key channel",
-        ),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_reason(tokens, options, error, words):

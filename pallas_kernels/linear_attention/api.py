@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, jaxtyped
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
-from pallas_kernels.linear_attention import chunked, reference, triton_head
+from pallas_kernels.linear_attention import chunked, reference, triton_channel, triton_head
 
 NAME = "linear_attention"
 IMPLS = dispatch.WITH_KERNELS
@@ -23,8 +23,6 @@ def why_not(impl: str, shape: tuple[int, int, int, int, int], channels: bool, dt
     """
     if impl not in ("triton", "triton_interpret"):
         return None
-    if channels:
-        return "g has a decay for each key channel; the kernels take one a head"
     if dtype == jnp.float64:
         return "it would round float64 to bfloat16"
     return triton_head.why_not(shape, interpret=impl == "triton_interpret")
@@ -61,7 +59,7 @@ def linear_attention(
     impl: dispatch.Impl = "auto",
     chunk: int = 64,
     residuals: Literal["saved", "inputs"] = "saved",
-    configuration: triton_head.Configuration | None = None,
+    configuration: triton_head.Configuration | triton_channel.Configuration | None = None,
 ) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
     """Decayed linear attention of every token and head, and the state after the last one.
 
@@ -75,11 +73,12 @@ def linear_attention(
     initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
     impl           "auto" takes the fastest for this device, these sizes and dtypes; a named one never falls back. The
-                   kernels ("triton") take one decay a head, K and V from 16 to 512, and round operands to bf16
-    chunk          16, 32, 64 or 128 tokens at once in "chunked"; the kernels' configuration has their own
+                   kernels ("triton") take K and V from 16 to 512 and round operands to bf16
+    chunk          16, 32, 64 or 128 tokens at once in "chunked"; the kernels have their own
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk;
                    "inputs" runs the forward again instead
-    configuration  of the kernels: absent, the one for these sizes; no other implementation reads it
+    configuration  of the kernels, triton_head's or, for decays a channel, triton_channel's: absent, the one for these
+                   sizes; no other implementation reads it
 
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
     q, k, v are bfloat16 (bf16 operands at the dots, fp32 elsewhere), float32 or float64 (exact throughout, but
@@ -118,11 +117,14 @@ def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk
         segments = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
     if kernels:
-        interpret, configuration = impl == "triton_interpret", configuration or triton_head.configuration_for(K, V)
-        op = partial(
-            triton_head.linear_attention, q, k, v, g[..., 0], segment_ids=segment_ids, scale=scale,
-            residuals=residuals, interpret=interpret, configuration=configuration,
-        )  # fmt: skip
+        if channels:
+            configuration = configuration or triton_channel.Configuration()
+            op = partial(triton_channel.linear_attention, q, k, v, g, configuration=configuration)
+        else:
+            configuration = configuration or triton_head.configuration_for(K, V)
+            op = partial(triton_head.linear_attention, q, k, v, g[..., 0], configuration=configuration)
+        interpret = impl == "triton_interpret"
+        op = partial(op, segment_ids=segment_ids, scale=scale, residuals=residuals, interpret=interpret)
     else:
         op = partial(
             chunked.linear_attention, q, k, v, g,

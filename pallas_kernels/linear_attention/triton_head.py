@@ -132,7 +132,7 @@ def _decays(g, numbers, chunk):
     return _Decays(*(x.reshape(g.shape) for x in (total, gamma, leaving)), gamma[..., -1], own)
 
 
-def _span(tile, origin):
+def span(tile, origin):
     """Where a tile lies, in 32 bits like all other indices, where jax_enable_x64 would give it 64. `origin`, 0 times a
     program's number, makes such an index of a Python number; the compiler folds it."""
     start, width, _ = tile
@@ -156,7 +156,7 @@ def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpr
         origin = 0 * triton.program_id(0)
 
         def body(rows, columns):
-            keys, values = _span(rows, origin), _span(columns, origin)
+            keys, values = span(rows, origin), span(columns, origin)
             mine = triton.owned(rows, columns)
 
             def step(i, state):
@@ -242,14 +242,14 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
         causal = iota(0) >= iota(1) if late else iota(0) <= iota(1)
 
         def body(tile):
-            columns = _span(tile, origin)
+            columns = span(tile, origin)
 
             def member(m, out):
                 at = lambda array: m if array.shape[2] == Hv else origin  # noqa: E731  one key head for all
                 zero = jnp.zeros((BLOCK, BLOCK), jnp.float32)
 
                 def met(inner, there):
-                    depth = _span(inner, origin)
+                    depth = span(inner, origin)
                     mine = triton.own(refs.x[rows, at(x), depth], inner)
                     return mine, triton.dot(mine, refs.z[there, at(z), depth].T)
 
@@ -267,7 +267,7 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
                 def own_block(sums, inner):
                     pairs, read = sums
                     mine, product = met(inner, rows)
-                    depth = _span(inner, origin)
+                    depth = span(inner, origin)
                     state = refs.states[m, columns, depth].T if turned else refs.states[m, depth, columns]
                     return pairs + product, read + triton.dot(mine, state)
 

@@ -1,0 +1,469 @@
+"""Linear attention with one decay a key channel as four Triton kernels, forward and backward.
+
+Tokens are taken in chunks of C. total_i is the sum of a chunk's log decays up to token i, gamma_i = exp(total_i) what
+the entering state has left there, leaving_j = exp(total_C - total_j) what the leaving state has of token j; all of them
+for each key channel. With S entering and dS' leaving a chunk:
+
+    sums    total
+    carry   S'  = gamma_C S + (leaving K)^T V            dS  = gamma_C dS' + (scale gamma Q)^T dO
+    read    O   = scale P V + (scale gamma Q) S          dV  = scale P^T dO + (leaving K) dS'
+    back    dQ  = pairs + scale gamma (dO S^T)           dK  = pairs + leaving (V dS'^T)
+
+The decay of a pair, P_ij = sum over channels of q_i k_j exp(total_i - total_j), is inside the sum over channels. It
+leaves the sum by halves: in blocks of 2 s tokens, a pair whose middle m lies between its tokens, j <= m < i, has
+
+    exp(total_i - total_j) = exp(total_i - total_m) exp(total_m - total_j),     E_t = exp(-|total_t - total_m|)
+
+Every pair i > j is in exactly one of the levels s = C/2, ..., 2, 1: there i xor j lies in [s, 2 s). With M the pairs
+of a level, dP = scale dO V^T below and on the diagonal:
+
+    P  = sum over levels of M . (E Q) (E K)^T + diagonal of (q_i . k_i)
+    dQ = sum over levels of E . ((M . dP) (E K)) + dP_ii k_i      dK = sum of E . ((M . dP)^T (E Q)) + dP_ii q_i
+
+so that no exponent is positive and all work is in products of matrices. A log decay g_t acts on the pairs and the reads
+and writes of the state that it lies between; the diagonal has no part in it:
+
+    dg_t = sum over i >= t of (q_i dq_i - k_i dk_i) + sum over values of S' dS'
+
+where S' dS' = gamma_C S dS' + sum over j of k_j (leaving (V dS'^T))_j needs no state but the one that entered.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import triton_dialect as triton
+from pallas_kernels.chunkwise import document_numbers, pad_tokens
+from pallas_kernels.linear_attention.triton_head import LEAST_LOG_DECAY, span
+from pallas_kernels.triton_dialect import BlockSpec
+
+CHUNK = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sums:
+    """Of the kernel that adds up log decays."""
+
+    column_tile: int = 64
+    warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carry:
+    """Of the serial kernel: a program owns a tile of the state."""
+
+    key_tile: int = 64
+    value_tile: int = 128
+    warps: int = 8
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """Of the kernel that makes O and dV: a program makes a chunk's, a tile of columns after the other."""
+
+    value_tile: int = 64
+    key_tile: int = 64  # of the channels that are summed over with the state
+    pair_tile: int = 32  # of the channels that are summed over for the pairs
+    warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Back:
+    """Of the kernel that makes dQ, dK and dg: a program makes a tile of channels of a chunk's."""
+
+    key_tile: int = 64
+    value_tile: int = 64  # of the values that are summed over
+    warps: int = 8
+    num_stages: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """Of all four."""
+
+    sums: Sums = Sums()
+    carry: Carry = Carry()
+    read: Read = Read()
+    back: Back = Back()
+
+
+class _Static(NamedTuple):
+    scale: float
+    residuals: str
+    interpret: bool
+    configuration: Configuration
+
+
+class _Documents(NamedTuple):
+    """Of every token [B,T]; all None where a row is one document."""
+
+    numbers: jax.Array | None = None  # int32
+    entered: jax.Array | None = None  # fp32: 1 where the document that entered the chunk lasts, else 0
+    leaves: jax.Array | None = None  # fp32: 1 in the document that leaves the chunk, else 0
+
+
+def _documents(numbers):
+    """`_Documents` of the numbers [B,1+T] counted along each row, beginning with what came before."""
+    if numbers is None:
+        return _Documents()
+    own = numbers[:, 1:]
+    each = own.reshape(own.shape[0], -1, CHUNK)
+    before = numbers[:, :-1].reshape(each.shape)[..., :1]
+    return _Documents(own, *((each == x).astype(jnp.float32).reshape(own.shape) for x in (before, each[..., -1:])))
+
+
+def _sums(g, *, config, interpret):
+    """The sums of the log decays g [B,T,Hv,K] within each chunk up to a token, and that token's."""
+    B, T, Hv, K = g.shape
+    size = Hv * K
+
+    def lin_sums(refs):
+        origin = 0 * triton.program_id(0)
+        rows = triton.ds(0, CHUNK)
+
+        def body(tile):
+            each = jnp.maximum(refs.g[rows, span(tile, origin)], LEAST_LOG_DECAY)
+            triton.store_own(refs.total, rows, tile, jnp.cumsum(each, axis=0))
+
+        triton.for_tile(triton.program_id(0), size, config.column_tile, body)
+
+    block = BlockSpec((None, CHUNK, size), lambda i, n, b: (b, n, 0))
+    made = triton.call(
+        lin_sums,
+        {"g": (g.reshape(B, T, size), block)},
+        {"total": (jax.ShapeDtypeStruct((B, T, size), jnp.float32), block)},
+        grid=(triton.count_of_tiles(size, config.column_tile), T // CHUNK, B),
+        warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+    )  # fmt: skip
+    return made["total"].reshape(g.shape)
+
+
+def _weight(refs, tokens, total, end, *, late, scale, interpret):
+    """Of tokens [C, channels]: `scale gamma` if `late`, for reads of the state that entered; else `leaving`, for what
+    is written to the one that leaves. `end` [channels] is the last token's total."""
+    weight = scale * triton.exp(total, interpret) if late else triton.exp(end[None, :] - total, interpret)
+    lasts = refs.entered if late else refs.leaves
+    return weight if lasts is None else weight * lasts[tokens][:, None]
+
+
+def _kept(refs, last, end, interpret):
+    """gamma_C [channels]."""
+    gamma = triton.exp(end, interpret)
+    return gamma if refs.entered is None else gamma * refs.entered[last]
+
+
+def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret):
+    """The states on the way, from initial [B,Hv,K,V] fp32 or None for zeros, and the last one: S' = end S + (w X)^T Y.
+
+    x [B,T,H,K], y [B,T,Hv,V]. states [B,Hv,N,K,V] bf16: forward those that enter each chunk, w is `leaving`; in reverse
+    the gradients of those that leave it, w is `scale gamma`.
+    """
+    (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
+    N, group = T // CHUNK, Hv // H
+    across = triton.count_of_tiles(V, config.value_tile)
+
+    def lin_carry(refs):
+        origin = 0 * triton.program_id(0)
+
+        def body(rows, columns):
+            keys, values = span(rows, origin), span(columns, origin)
+            mine = triton.owned(rows, columns)
+
+            def step(i, state):
+                n = N - 1 - i if reverse else i
+                triton.store_where(refs.states, (n, keys, values), state, mine)
+                tokens, last = triton.ds(n * CHUNK, CHUNK), n * CHUNK + (CHUNK - 1)
+                total, end = refs.total[tokens, keys], refs.total[last, keys]
+                weight = _weight(refs, tokens, total, end, late=reverse, scale=scale, interpret=interpret)
+                weighted = (weight * refs.x[tokens, keys].astype(jnp.float32)).astype(jnp.bfloat16)
+                kept = _kept(refs, last, end, interpret)
+                return kept[:, None] * state + triton.dot(weighted.T, refs.y[tokens, values])
+
+            if initial is None:
+                state = jnp.zeros((keys.size, values.size), jnp.float32)
+            else:
+                state = refs.initial[keys, values]
+            state = jax.lax.fori_loop(jnp.int32(0), jnp.int32(N), step, state)
+            triton.store_where(refs.final, (keys, values), state, mine)
+
+        number = triton.program_id(0)
+        down, along = triton.quotient(number, across), triton.remainder(number, across)
+        triton.for_tile(
+            down, K, config.key_tile,
+            lambda rows: triton.for_tile(along, V, config.value_tile, lambda columns: body(rows, columns)),
+        )  # fmt: skip
+
+    key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
+    of_value_head = lambda size: BlockSpec((None, T, None, size), lambda i, h, b: (b, 0, h, 0))  # noqa: E731
+    token = BlockSpec((None, T), lambda i, h, b: (b, 0))
+    state = BlockSpec((None, None, K, V), lambda i, h, b: (b, h, 0, 0))
+    made = triton.call(
+        lin_carry,
+        {
+            "x": (x, key), "y": (y, of_value_head(V)), "total": (total, of_value_head(K)), "initial": (initial, state),
+            "entered": (documents.entered, token), "leaves": (None if reverse else documents.leaves, token),
+        },
+        {
+            "states": (
+                jax.ShapeDtypeStruct((B, Hv, N, K, V), jnp.bfloat16),
+                BlockSpec((None, None, N, K, V), lambda i, h, b: (b, h, 0, 0, 0)),
+            ),
+            "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
+        },
+        grid=(across * triton.count_of_tiles(K, config.key_tile), Hv, B),
+        warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+    )  # fmt: skip
+    return made["states"], made["final"]
+
+
+def _over_levels(step, carry):
+    """carry after step(level, carry) for every level, s = 2^level: a loop, so that the compiler holds one at a time in
+    registers."""
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32((CHUNK - 1).bit_length()), step, carry)
+
+
+def _tokens():
+    return jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0)
+
+
+def _of_level(pairs, level):
+    """The pairs [C, C] that the middle of a block of 2 s tokens lies between, i xor j in [s, 2 s); zeros elsewhere."""
+    number = jax.lax.shift_right_logical(_tokens(), jax.lax.broadcast(level, (CHUNK,)))  # of the block of s tokens
+    return jnp.where((number ^ 1)[:, None] == number[None, :], pairs, 0)
+
+
+def _diagonal(pairs):
+    tokens = _tokens()
+    return jnp.where(tokens[:, None] == tokens[None, :], pairs, 0.0)
+
+
+def _from_middle(total, refs_total, level, index, interpret):
+    """E [C, channels]: the decay between a token and the middle of its block of 2 s tokens."""
+    half = jax.lax.shift_left(jnp.int32(1), level)
+    middle = (_tokens() | (2 * half - 1)) - half  # the last token of the first half
+    return triton.exp(-jnp.abs(total - refs_total[(middle, *index)]), interpret)
+
+
+def _allowed(refs, late):
+    """Which pairs [C, C] interact; `late`: rows are the later tokens."""
+    tokens = _tokens()
+    allowed = tokens[:, None] >= tokens[None, :] if late else tokens[:, None] <= tokens[None, :]
+    if refs.numbers is None:
+        return allowed
+    numbers = refs.numbers[...]
+    return allowed & (numbers[:, None] == numbers[None, :])
+
+
+def _bf16(x, interpret):
+    return triton.as_made(x.astype(jnp.bfloat16), interpret)
+
+
+def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
+    """O [B,T,Hv,V] bf16 of x, z, y = q, k, v if `late`; else dV of k, q, dO, where states are the gradients."""
+    (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
+    group = Hv // H
+
+    def lin_read(refs):
+        origin = 0 * triton.program_id(0)
+        rows = triton.ds(0, CHUNK)
+
+        def pairs_of(pairs, inner):
+            keys = span(inner, origin)
+            total = refs.total[rows, keys]
+            x, z = triton.own(refs.x[rows, keys], inner), refs.z[rows, keys]
+            x, z = x.astype(jnp.float32), z.astype(jnp.float32)
+            pairs = pairs + _diagonal(jnp.sum(x * z, axis=1)[:, None])
+
+            def step(level, pairs):
+                decay = _from_middle(total, refs.total, level, (keys,), interpret)
+                both = triton.dot(_bf16(decay * x, interpret), _bf16(decay * z, interpret).T)
+                return pairs + _of_level(both, level)
+
+            return _over_levels(step, pairs)
+
+        pairs = triton.over_tiles(K, config.pair_tile, pairs_of, jnp.zeros((CHUNK, CHUNK), jnp.float32))
+        pairs = _bf16(jnp.where(_allowed(refs, late), scale * pairs, 0.0), interpret)
+
+        def columns(done, tile):
+            values = span(tile, origin)
+
+            def of_state(out, inner):
+                keys = span(inner, origin)
+                total, end = refs.total[rows, keys], refs.total[CHUNK - 1, keys]
+                weight = _weight(refs, rows, total, end, late=late, scale=scale, interpret=interpret)
+                x = weight * triton.own(refs.x[rows, keys], inner).astype(jnp.float32)
+                return out + triton.dot(_bf16(x, interpret), refs.states[keys, values])
+
+            out = triton.dot(pairs, refs.y[rows, values])
+            triton.store_own(refs.out, rows, tile, triton.over_tiles(K, config.key_tile, of_state, out))
+            return done
+
+        triton.over_tiles(V, config.value_tile, columns, ())
+
+    key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
+    of_value_head = lambda size: BlockSpec((None, CHUNK, None, size), lambda n, h, b: (b, n, h, 0))  # noqa: E731
+    token = BlockSpec((None, CHUNK), lambda n, h, b: (b, n))
+    return triton.call(
+        lin_read,
+        {
+            "x": (x, key), "z": (z, key), "y": (y, of_value_head(V)), "total": (total, of_value_head(K)),
+            "states": (states, BlockSpec((None, None, None, K, V), lambda n, h, b: (b, h, n, 0, 0))),
+            "numbers": (documents.numbers, token), "entered": (documents.entered if late else None, token),
+            "leaves": (None if late else documents.leaves, token),
+        },
+        {"out": (jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16), of_value_head(V))},
+        grid=(T // CHUNK, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+    )["out"]  # fmt: skip
+
+
+def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, interpret):
+    """dq, dk [B,T,H,K] bf16, summed in fp32 over the value heads of a key head, and dg [B,T,Hv,K] fp32."""
+    (B, T, H, K), (Hv, V) = q.shape, v.shape[2:]
+    members, tiles = Hv // H, triton.count_of_tiles(K, config.key_tile)
+
+    def lin_back(refs):
+        origin = 0 * triton.program_id(0)
+        rows = triton.ds(0, CHUNK)
+
+        def body(tile):
+            keys = span(tile, origin)
+
+            def member(m, sums):
+                def values(sums, inner):
+                    pairs, turned, read, written, both = sums
+                    columns = span(inner, origin)
+                    v = triton.own(refs.v[rows, m, columns], inner)
+                    do = triton.own(refs.do[rows, m, columns], inner)
+                    state, d_state = refs.states[m, keys, columns], refs.d_states[m, keys, columns]
+                    met = triton.own(state.astype(jnp.float32) * d_state.astype(jnp.float32), inner)
+                    pairs, turned = pairs + triton.dot(do, v.T), turned + triton.dot(v, do.T)
+                    read, written = read + triton.dot(do, state.T), written + triton.dot(v, d_state.T)
+                    # the states are not for products alone
+                    return pairs, turned, read, triton.finished(written, interpret), both + jnp.sum(met, axis=1)
+
+                of_pairs, of_keys = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros((CHUNK, keys.size), jnp.float32)
+                zero = of_pairs, of_pairs, of_keys, of_keys, jnp.zeros((keys.size,), jnp.float32)
+                pairs, turned, read, written, both = triton.over_tiles(V, config.value_tile, values, zero)
+                # each made by its own product: a product turned for the next one is miscompiled (Triton 3.4 to 3.7)
+                pairs = jnp.where(_allowed(refs, late=True), scale * pairs, 0.0)
+                turned = _bf16(jnp.where(_allowed(refs, late=False), scale * turned, 0.0), interpret)
+                diagonal = jnp.sum(_diagonal(pairs), axis=1)[:, None]
+                pairs = _bf16(pairs, interpret)
+
+                total, end = refs.total[rows, m, keys], refs.total[CHUNK - 1, m, keys]
+                q, k = refs.q[rows, keys].astype(jnp.float32), refs.k[rows, keys].astype(jnp.float32)
+                weight = partial(_weight, refs, rows, total, end, scale=scale, interpret=interpret)
+                dq, dk = weight(late=True) * read, weight(late=False) * written
+                left = _kept(refs, CHUNK - 1, end, interpret)
+                behind = left * both + jnp.sum(k * dk, axis=0)
+
+                def step(level, sums):
+                    dq, dk = sums
+                    decay = _from_middle(total, refs.total, level, (m, keys), interpret)
+                    below, above = _of_level(pairs, level), _of_level(turned, level)
+                    dq += decay * triton.dot(below, _bf16(decay * k, interpret))
+                    dk += decay * triton.dot(above, _bf16(decay * q, interpret))
+                    return dq, dk
+
+                dq, dk = _over_levels(step, (dq, dk))
+                each = q * dq - k * dk  # a decay has those of its own token and later ones
+                dg = each - jnp.cumsum(each, axis=0) + (jnp.sum(each, axis=0) + behind)[None, :]
+                every = (0, CHUNK, CHUNK)
+                at = (span(every, origin), m + 0 * origin, keys)
+                triton.store_where(refs.dg, at, dg, triton.owned(every, tile))
+                return sums[0] + dq + diagonal * k, sums[1] + dk + diagonal * q
+
+            sums = (jnp.zeros((CHUNK, keys.size), jnp.float32),) * 2
+            if members == 1:
+                sums = member(0, sums)
+            else:
+                sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), member, sums)
+            triton.store_own(refs.dq, rows, tile, sums[0])
+            triton.store_own(refs.dk, rows, tile, sums[1])
+
+        triton.for_tile(triton.remainder(triton.program_id(0), tiles), K, config.key_tile, body)
+
+    chunk_of = lambda i: triton.quotient(i, tiles)  # noqa: E731
+    key = BlockSpec((None, CHUNK, None, K), lambda i, h, b: (b, chunk_of(i), h, 0))
+    of_value_heads = lambda size: BlockSpec((None, CHUNK, members, size), lambda i, h, b: (b, chunk_of(i), h, 0))  # noqa: E731
+    token = BlockSpec((None, CHUNK), lambda i, h, b: (b, chunk_of(i)))
+    state = BlockSpec((None, members, None, K, V), lambda i, h, b: (b, h, chunk_of(i), 0, 0))
+    made = triton.call(
+        lin_back,
+        {
+            "q": (q, key), "k": (k, key), "v": (v, of_value_heads(V)), "do": (do, of_value_heads(V)),
+            "total": (total, of_value_heads(K)), "states": (states, state), "d_states": (d_states, state),
+            **{name: (x, token) for name, x in documents._asdict().items()},
+        },
+        {
+            "dq": (jax.ShapeDtypeStruct(q.shape, jnp.bfloat16), key),
+            "dk": (jax.ShapeDtypeStruct(k.shape, jnp.bfloat16), key),
+            "dg": (jax.ShapeDtypeStruct(total.shape, jnp.float32), of_value_heads(K)),
+        },
+        grid=(T // CHUNK * tiles, H, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+    )  # fmt: skip
+    return made["dq"], made["dk"], made["dg"]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _op(static, q, k, v, g, initial, numbers):
+    return _run(static, q, k, v, g, initial, numbers)[0]
+
+
+def _entering(static, k, v, g, initial, documents):
+    chosen, interpret = static.configuration, static.interpret
+    total = _sums(g, config=chosen.sums, interpret=interpret)
+    states, final = _carry(
+        k, v, total, documents, initial,
+        reverse=False, scale=static.scale, config=chosen.carry, interpret=interpret,
+    )  # fmt: skip
+    return total, states, final
+
+
+def _run(static, q, k, v, g, initial, numbers):
+    documents = _documents(numbers)
+    total, states, final = _entering(static, k, v, g, initial, documents)
+    o = _read(
+        q, k, v, total, states, documents,
+        late=True, scale=static.scale, config=static.configuration.read, interpret=static.interpret,
+    )  # fmt: skip
+    return (o, final), (total, states)
+
+
+def _op_fwd(static, q, k, v, g, initial, numbers):
+    outputs, (total, states) = _run(static, q, k, v, g, initial, numbers)
+    return outputs, (q, k, v, initial, numbers, *((total, states) if static.residuals == "saved" else (g, None)))
+
+
+def _op_bwd(static, kept, cotangents):
+    q, k, v, initial, numbers, decays, states = kept
+    (do, d_final), documents, chosen = cotangents, _documents(numbers), static.configuration
+    total = decays
+    if states is None:
+        total, states, _ = _entering(static, k, v, decays, initial, documents)
+    options = {"scale": static.scale, "interpret": static.interpret}
+    d_states, d_initial = _carry(q, do, total, documents, d_final, reverse=True, config=chosen.carry, **options)
+    dv = _read(k, q, do, total, d_states, documents, late=False, config=chosen.read, **options)
+    dq, dk, dg = _back(q, k, v, do, total, states, d_states, documents, config=chosen.back, **options)
+    return dq, dk, dv, dg, None if initial is None else d_initial, None
+
+
+_op.defvjp(_op_fwd, _op_bwd)
+
+
+def linear_attention(q, k, v, g, initial_state, *, segment_ids, scale, residuals, interpret, configuration):
+    """g [B,T,Hv,K], the rest as in api.linear_attention; initial_state and segment_ids may be None. Any T."""
+    tokens, dtype = q.shape[1], v.dtype
+    padding = -tokens % CHUNK
+    numbers = document_numbers(segment_ids, padding)
+    given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g.astype(jnp.float32)]
+    if padding:  # k = v = g = 0 writes nothing and keeps the state
+        given = [pad_tokens(x, padding) for x in given]
+    o, state = _op(_Static(scale, residuals, interpret, configuration), *given, initial_state, numbers)
+    return o[:, :tokens].astype(dtype), state

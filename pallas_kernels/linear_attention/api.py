@@ -77,8 +77,8 @@ def linear_attention(
     initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
     impl           "auto" takes "chunked", as long as no GPU has checked the kernels; a named one never falls back. The
-                   kernels ("triton") take K and V from 16 to 512, chunks of 64 or, with one decay a head, 128, and round
-                   operands to bf16
+                   kernels ("triton") take K and V from 16 to 512 and chunks of 64 or, only with one decay a head,
+                   128, and round operands to bf16
     chunk          16, 32, 64 or 128 tokens at once
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk;
                    "inputs" runs the forward again instead
@@ -120,7 +120,8 @@ def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk
         return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
     if kernels:
         if channels:
-            op = partial(triton_channel.linear_attention, q, k, v, g, configuration=triton_channel.Configuration())
+            configuration = triton_channel.configuration_for(K, V, Hv // q.shape[2])
+            op = partial(triton_channel.linear_attention, q, k, v, g, configuration=configuration)
         else:
             configuration = triton_head.configuration_for(chunk)
             op = partial(triton_head.linear_attention, q, k, v, g[..., 0], configuration=configuration)

@@ -114,7 +114,7 @@ def test_linear_attention_kernels_per_channel_lower_to_cuda(H, Hv, K, V):
         def op(q, k, v, g):
             return triton_channel.linear_attention(
                 q, k, v, g, None, segment_ids=segments, scale=1.0, residuals="saved", interpret=False,
-                configuration=triton_channel.Configuration(),
+                configuration=triton_channel.configuration_for(K, V, Hv // H),
             )  # fmt: skip
 
         outputs, vjp = jax.vjp(op, q, k, v, g)

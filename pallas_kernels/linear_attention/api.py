@@ -118,7 +118,7 @@ def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk
         return reference.linear_attention(q, k, v, g, initial_state, segments, scale)
     if kernels:
         if channels:
-            configuration = configuration or triton_channel.Configuration()
+            configuration = configuration or triton_channel.configuration_for(K, V, Hv // q.shape[2])
             op = partial(triton_channel.linear_attention, q, k, v, g, configuration=configuration)
         else:
             configuration = configuration or triton_head.configuration_for(K, V)

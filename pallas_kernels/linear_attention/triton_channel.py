@@ -93,6 +93,12 @@ class Configuration:
     back: Back = Back()
 
 
+def configuration_for(K: int, V: int, members: int) -> Configuration:
+    """What compiles with the fewest spilled registers; `members`: the value heads of a key head."""
+    wide = members == 1 and K % 64 == 0 and V % 64 == 0 and V > 64
+    return Configuration() if wide else Configuration(back=Back(key_tile=32, value_tile=32))
+
+
 class _Static(NamedTuple):
     scale: float
     residuals: str

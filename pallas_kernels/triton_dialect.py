@@ -74,14 +74,56 @@ def exp(x: jax.Array, interpret: bool) -> jax.Array:
     """exp of an fp32 tile by the device's own power of two, 2 ulp; exp(-inf) is 0."""
     if interpret:
         return jnp.exp(x)
+    return exp2(x * math.log2(math.e), interpret)
+
+
+def exp2(x: jax.Array, interpret: bool) -> jax.Array:
+    """2^x of an fp32 tile by the device's own instruction, 2 ulp; exp2(-inf) is 0."""
+    if interpret:
+        return jnp.exp2(x)
     (y,) = plt.elementwise_inline_asm(
         "ex2.approx.ftz.f32 $0, $1;",
-        args=[x * math.log2(math.e)],
+        args=[x],
         constraints="=f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
     return y
+
+
+def from_lane(x: jax.Array, mask: int, interpret: bool) -> jax.Array:
+    """What the lane whose number differs by the bits of `mask`, a power of two, holds of x.
+
+    x is a vector of fp32 with one element a lane, the only form that 32 numbers in a program of one warp have.
+    """
+    if interpret:
+        return x.reshape(-1, 2, mask)[:, ::-1].reshape(x.shape)
+    (y,) = plt.elementwise_inline_asm(
+        f"shfl.sync.bfly.b32 $0, $1, {mask}, 31, -1;",
+        args=[x],
+        constraints="=f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return y
+
+
+def columns(x: jax.Array) -> list[jax.Array]:
+    """The columns of a tile [L, a power of two], each a vector: values cannot be indexed."""
+    if x.shape[1] == 1:
+        return [x.reshape(x.shape[0])]
+    even, odd = jnp.unstack(x.reshape(x.shape[0], -1, 2), axis=-1)
+    out = [None] * x.shape[1]
+    out[::2], out[1::2] = columns(even), columns(odd)
+    return out
+
+
+def from_columns(columns: list[jax.Array]) -> jax.Array:
+    """The inverse of `columns`: pairs alone can be stacked, along a new last axis."""
+    if len(columns) == 1:
+        return columns[0][:, None]
+    even, odd = from_columns(columns[::2]), from_columns(columns[1::2])
+    return jnp.stack([even, odd], axis=-1).reshape(even.shape[0], len(columns))
 
 
 def finished(x: jax.Array, interpret: bool) -> jax.Array:

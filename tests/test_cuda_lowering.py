@@ -9,6 +9,7 @@ from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_delta_rule.benchmark import SHAPES
 from pallas_kernels.gated_norm import triton_norm
 from pallas_kernels.linear_attention import triton_channel, triton_head
+from pallas_kernels.selective_scan import triton_scan
 from pallas_kernels.short_conv import triton_conv
 
 
@@ -122,3 +123,24 @@ def test_linear_attention_kernels_per_channel_lower_to_cuda(H, Hv, K, V):
 
     text = _lowered(gradient, key, key, value, gate, array((8, T), jnp.int32), value, state)
     assert text.count("xla.gpu.triton") == 6 and "f64" not in text
+
+
+@pytest.mark.parametrize("B,T,D,N", [(8, 4096, 4608, 16), (4, 500, 200, 5)])
+@pytest.mark.parametrize("residuals,launches", [("saved", 2), ("inputs", 3)])
+def test_selective_scan_kernels_lower_to_cuda(B, T, D, N, residuals, launches):
+    """One launch forward and one backward; where the states are not kept, the forward again."""
+    array = jax.ShapeDtypeStruct
+    x, shared, state = array((B, T, D), jnp.bfloat16), array((B, T, N), jnp.bfloat16), array((B, D, N), jnp.float32)
+
+    def gradient(x, dt, A, B, C, D, state, segments, dy, d_state):
+        def op(*arrays):
+            return triton_scan.selective_scan(*arrays, segments, residuals, interpret=False)
+
+        outputs, vjp = jax.vjp(op, x, dt, A, B, C, D, state)
+        return outputs, vjp((dy, d_state))
+
+    exact = (array(x.shape, jnp.float32), array((D, N), jnp.float32))
+    segments = array((B, T), jnp.int32)
+    with jax.enable_x64(True):
+        text = _lowered(gradient, x, *exact, shared, shared, array((D,), jnp.float32), state, segments, x, state)
+    assert text.count("xla.gpu.triton") == launches and "f64" not in text

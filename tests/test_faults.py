@@ -24,7 +24,7 @@ from gdn_jax.errors import UserError
 
 ID = "test/small"
 RUN, DATA, STEPS = Path("run"), Path("data/text-b3838ac4"), 4
-PROGRESS = re.compile(rf"{ID}: step \d+ of|step \d+/\d+  ")
+PROGRESS = re.compile(rf"{ID}: step \d+ of|step \d+/\d+  |Evaluated [\d,]+ of [\d,]+ windows\.")
 ELSEWHERE = "--run.dir other"
 
 

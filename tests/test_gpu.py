@@ -23,6 +23,7 @@ from pallas_kernels.gated_delta_rule.conformance import CASES, Case
 from pallas_kernels.gated_norm import conformance as norm_conformance
 from pallas_kernels.linear_attention import conformance as linear_conformance
 from pallas_kernels.linear_attention import triton_head
+from pallas_kernels.selective_scan import conformance as scan_conformance
 from pallas_kernels.short_conv import conformance as conv_conformance
 
 pytestmark = pytest.mark.gpu
@@ -176,6 +177,26 @@ def test_linear_attention_kernels_per_channel_give_the_same_bits_each_time():
     for _ in range(40):
         for name, x in run().items():
             assert np.array_equal(first[name], x), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", scan_conformance.CASES, ids=lambda case: case.name)
+def test_selective_scan_kernels_match_float64(case, dtype):
+    assert scan_conformance.failures(dataclasses.replace(case, dtype=dtype), "triton", seed=1) == []
+
+
+@pytest.mark.parametrize("D,N", [(2048, 16), (4608, 16), (200, 16), (96, 5)])
+def test_selective_scan_kernels_match_float64_at_model_sizes_bit_for_bit(D, N):
+    """Three runs on memory that held NaNs: right, and equal."""
+    case = scan_conformance.Case(name="size", T=500, D=D, N=N, dtype="bfloat16", documents=0.01)
+    assert scan_conformance.failures(case, "triton", seed=2) == []
+    inputs, runs = scan_conformance.inputs(case), []
+    for _ in range(3):
+        for size in (1 << 20, 1 << 26, 1 << 28):
+            jax.block_until_ready(jnp.full(size, jnp.nan, jnp.float32))
+        runs.append(scan_conformance.outputs_and_gradients(case, *inputs, impl="triton", dtype=jnp.bfloat16))
+    for name, first in runs[0].items():
+        assert all(np.array_equal(first, other[name]) for other in runs[1:]), name
 
 
 def test_triton_under_transformations():

@@ -40,6 +40,7 @@ OPS = {
 }
 CASES = [(op, "chunked", 16) for op in OPS]
 CASES += [("gated_delta_rule", "triton_interpret", 64), ("linear_attention", "triton_interpret", 16)]
+CASES += [("selective_scan", "triton_interpret", 16)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {case[1]}")

@@ -8,8 +8,11 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
-from pallas_kernels.selective_scan import conformance, selective_scan, selective_scan_step
+from pallas_kernels import triton_dialect
+from pallas_kernels.selective_scan import conformance, selective_scan, selective_scan_step, triton_scan
+from pallas_kernels.selective_scan.api import resolve
 from pallas_kernels.selective_scan.conformance import CASES, Case
 
 
@@ -21,6 +24,83 @@ def test_fp32_matches_float64_recurrence(case):
 @pytest.mark.parametrize("case", [c for c in CASES if c.T == 200], ids=lambda case: case.name)
 def test_bf16_matches_float64_recurrence(case):
     assert conformance.failures(dataclasses.replace(case, dtype="bfloat16"), "chunked") == []
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_interpreted_kernels_match_float64(case):
+    assert conformance.failures(dataclasses.replace(case, B=1), "triton_interpret", seed=1) == []
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_interpreted_kernels_match_float64_in_bf16(x64):
+    """Two tiles of channels, the second not full; two rows; a last run that is not full."""
+    case = Case(name="odd", T=42, D=40, dtype="bfloat16", documents=0.05)
+    with jax.enable_x64(x64):
+        assert conformance.failures(case, "triton_interpret", seed=2) == []
+
+
+@pytest.mark.parametrize("channels,shared,N", [(1, 1, 2), (2, 1, 3), (2, 8, 32), (1, 4, 1), (4, 2, 4)])
+def test_interpreted_kernels_agree_however_channels_lie_in_lanes(channels, shared, N):
+    """More or fewer lanes a channel than channels a lane, and than sums over channels."""
+    case = Case(name="tiling", T=9, D=70, B=1, N=N)
+    arrays, _, cotangents = conformance.inputs(case)
+    arrays, cotangents = ([jnp.asarray(x, jnp.float32) for x in given] for given in (arrays, cotangents))
+    config = triton_scan.Config(channels=channels, shared=shared, run=2, hold=1)
+
+    def kernels(*arrays):
+        return triton_scan.selective_scan(*arrays, None, "saved", interpret=True, config=config)
+
+    def plain(*arrays):
+        return selective_scan(*arrays[:6], initial_state=arrays[6], impl="reference")
+
+    def run(op, arrays):
+        outputs, vjp = jax.vjp(op, *arrays)
+        return *outputs, *vjp(tuple(cotangents))
+
+    for name, x, y in zip(
+        conformance.OUTPUTS, *(jax.jit(run, static_argnums=0)(op, arrays) for op in (kernels, plain)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=2e-6 * float(jnp.abs(y).max()), err_msg=name)
+
+
+def test_two_tokens_by_hand():
+    """dt ln 2 A = log 1/2 and log 1/4, x = B = C = 1, D = 3, a state of 16 before them."""
+    ones = jnp.ones((1, 2, 1))
+    dt = jnp.asarray([1.0, 2.0]).reshape(1, 2, 1)
+    A, D, state = jnp.full((1, 1), -jnp.log(2.0)), jnp.full(1, 3.0), jnp.full((1, 1, 1), 16.0)
+    y, last = selective_scan(ones, dt, A, ones, ones, D, initial_state=state, impl="triton_interpret")
+    np.testing.assert_allclose(y[0, :, 0], [16 / 2 + 1 + 3, (16 / 2 + 1) / 4 + 2 + 3], rtol=1e-6)
+    np.testing.assert_allclose(last, (16 / 2 + 1) / 4 + 2, rtol=1e-6)
+
+
+def test_auto_leaves_the_kernels_until_a_gpu_has_checked_them(monkeypatch):
+    assert resolve().impl == "chunked" and "not a CUDA device" in resolve().reason
+    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    assert resolve().impl == "chunked" and "no GPU has checked this kernel yet" in resolve().reason
+    assert "N is 64" in resolve(shape=(1, 64, 64, 64)).reason
+    assert "would round float64" in resolve(dtype=jnp.float64).reason
+    assert "elements" in resolve(shape=(64, 32768, 4096, 16)).reason
+    assert resolve("triton").impl == "triton"
+
+
+def test_sharded_kernels_equal_the_plain_ones():
+    """Channels over two devices of a tensor axis, rows over two of a data axis."""
+    arrays, (dy, d_state) = _inputs(T=10, D=64)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+
+    def run(arrays):
+        def loss(arrays):
+            *inputs, state = arrays
+            y, last = selective_scan(*inputs, initial_state=state, impl="triton_interpret")
+            return (y * dy).sum() + (last * d_state).sum()
+
+        return jax.grad(loss)(arrays)
+
+    plain = jax.jit(run)(arrays)
+    with jax.set_mesh(mesh):
+        sharded = jax.jit(run)(arrays)
+    for x, y in zip(plain, sharded, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
 
 
 def test_float64_is_exact_and_satisfies_the_invariants():
@@ -131,7 +211,7 @@ def _tokens(T=8, D=4, N=3, dtype=jnp.float32):
         (_tokens(T=0), {}, ValueError, "at least one token"),
         (_tokens(), {"chunk": 48}, ValueError, "chunk is 48"),
         (_tokens(dtype=jnp.float16), {}, ValueError, "x is float16"),
-        (_tokens(), {"impl": "triton"}, NotImplementedError, "selective_scan: impl 'triton' cannot run: this version"),
+        (_tokens(), {"impl": "triton"}, NotImplementedError, "selective_scan: impl 'triton' cannot run: the default"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_reason(tokens, options, error, words):

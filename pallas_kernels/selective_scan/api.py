@@ -1,7 +1,7 @@
 """Mamba's selective scan: signature, equation, argument rules, and the choice of an implementation."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from beartype import beartype
@@ -10,15 +10,30 @@ from jaxtyping import Array, Float, Int, jaxtyped
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_tokens
 from pallas_kernels.chunkwise import confine
-from pallas_kernels.selective_scan import chunked, reference
+from pallas_kernels.selective_scan import chunked, reference, triton_scan
 
 NAME = "selective_scan"
-IMPLS = dispatch.PLAIN
+IMPLS = dispatch.WITH_KERNELS
+CHECKED = False  # the kernels, on a GPU: "auto" takes them then
 
 
-def resolve(impl: str = "auto") -> dispatch.Choice:
-    """Which implementation `impl` means, and why a faster one was refused."""
-    return dispatch.choose_plain(NAME, impl)
+def why_not(impl: str, shape: tuple[int, int, int, int], dtype: Any) -> str | None:
+    """The reason `impl` cannot run here on [B, T, D, N], or None; `dtype` is the widest of x, B and C."""
+    if impl not in ("triton", "triton_interpret"):
+        return None
+    if dtype == jnp.float64:
+        return "it would round float64 to float32"
+    return triton_scan.why_not(shape, interpret=impl == "triton_interpret")
+
+
+def resolve(
+    impl: str = "auto", *, shape: tuple[int, int, int, int] = (1, 4096, 4096, 16), dtype: Any = jnp.bfloat16
+) -> dispatch.Choice:
+    """Which implementation `impl` means on this machine for these sizes, and why a faster one was refused."""
+    if impl == "auto" and not CHECKED:
+        reason = why_not("triton", shape, dtype) or "no GPU has checked this kernel yet"
+        return dispatch.Choice(NAME, "chunked", (dispatch.Refusal(NAME, "triton", reason),))
+    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, dtype=dtype))
 
 
 @jaxtyped(typechecker=beartype)
@@ -47,10 +62,11 @@ def selective_scan(
     D              [D] weight of the direct path
     initial_state  [B, D, N], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
-    impl           "auto" takes the fastest for this device; a named one never falls back
-    chunk          16, 32, 64 or 128 tokens whose [D, N] states exist at once
-    residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk;
-                   "inputs" runs the forward again instead
+    impl           "auto" takes "chunked", as long as no GPU has checked the kernels; a named one never falls back. The
+                   kernels ("triton") take N up to 32 and bfloat16 or float32
+    chunk          16, 32, 64 or 128 tokens whose [D, N] states exist at once; the kernels have runs of their own
+    residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk or
+                   run; "inputs" runs the forward again instead
 
     Returns y [B, T, D] in x's dtype and the final state [B, D, N] in fp32 (float64 for float64 inputs). x, B and C are
     bfloat16, float32 or float64; all arithmetic is at least fp32.
@@ -66,10 +82,7 @@ def selective_scan(
     if not carried:
         initial_state = jnp.zeros((x.shape[0], *A.shape))
     initial_state = initial_state.astype(exact)
-    if dispatch.taken(resolve(impl)) == "reference":
-        segments = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        return reference.selective_scan(x, dt, A, B, C, D, initial_state, segments)
-    run = partial(_on_one_device, carried=carried, chunk=chunk, residuals=residuals)
+    run = partial(_on_one_device, impl=impl, carried=carried, chunk=chunk, residuals=residuals)
     token, shared, state = ("batch", None, "heads"), ("batch", None, None), ("batch", "heads", None)
     return dispatch.shard(
         run,
@@ -79,8 +92,18 @@ def selective_scan(
     )
 
 
-def _on_one_device(x, dt, A, B, C, D, initial_state, segment_ids, *, carried, chunk, residuals):
+def _on_one_device(x, dt, A, B, C, D, initial_state, segment_ids, *, impl, carried, chunk, residuals):
+    """The implementation that is right for the part of the arrays that one device has."""
+    impl = dispatch.taken(resolve(impl, shape=(*x.shape, A.shape[1]), dtype=jnp.result_type(x, B, C)))
+    if impl == "reference":
+        segments = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        return reference.selective_scan(x, dt, A, B, C, D, initial_state, segments)
     op = partial(chunked.selective_scan, x, dt, A, B, C, D, segment_ids=segment_ids, chunk=chunk, residuals=residuals)
+    if impl in ("triton", "triton_interpret") and x.size and A.size:
+        op = partial(
+            triton_scan.selective_scan, x, dt, A, B, C, D,
+            segment_ids=segment_ids, residuals=residuals, interpret=impl == "triton_interpret",
+        )  # fmt: skip
     if carried and segment_ids is not None:
         return confine(op, initial_state, segment_ids, ~jnp.isfinite(initial_state), axis=2)
     return op(initial_state)

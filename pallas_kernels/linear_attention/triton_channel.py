@@ -10,18 +10,21 @@ for each key channel. With S entering and dS' leaving a chunk:
     back    dQ  = pairs + scale gamma (dO S^T)           dK  = pairs + leaving (V dS'^T)
 
 The decay of a pair, P_ij = sum over channels of q_i k_j exp(total_i - total_j), is inside the sum over channels. It
-leaves the sum by halves: in blocks of 2 s tokens, a pair whose middle m lies between its tokens, j <= m < i, has
+leaves the sum in two ways. In blocks of 2 s tokens, a pair whose middle m lies between its tokens, j <= m < i, has
 
     exp(total_i - total_j) = exp(total_i - total_m) exp(total_m - total_j),     E_t = exp(-|total_t - total_m|)
 
-Every pair i > j is in exactly one of the levels s = C/2, ..., 2, 1: there i xor j lies in [s, 2 s). With M the pairs
-of a level, dP = scale dO V^T below and on the diagonal:
+and no exponent is positive: right at any decay. Every pair i > j is in exactly one of the levels s = C/2, ..., 2, 1:
+there i xor j lies in [s, 2 s). Where no |total_t - total_m| of a block passes WITHIN, no factor can overflow or vanish,
+and one product has all pairs of the block, with E_t = exp(total_t - total_m) for a query, its inverse for a key. Each
+tile of channels does so for the largest blocks that allow it, of 64 or 16 tokens or of a single one, and takes the
+levels from there up. With M the pairs of a level or of blocks, dP = scale dO V^T below the diagonal:
 
-    P  = sum over levels of M . (E Q) (E K)^T + diagonal of (q_i . k_i)
-    dQ = sum over levels of E . ((M . dP) (E K)) + dP_ii k_i      dK = sum of E . ((M . dP)^T (E Q)) + dP_ii q_i
+    P  = sum over M of M . (E Q) (E K)^T
+    dQ = sum over M of E . ((M . dP) (E K)) + dP_ii k_i      dK = sum over M of E . ((M . dP)^T (E Q)) + dP_ii q_i
 
-so that no exponent is positive and all work is in products of matrices. A log decay g_t acts on the pairs and the reads
-and writes of the state that it lies between; the diagonal has no part in it:
+so that all work is in products of matrices. A log decay g_t acts on the pairs and on the reads and writes of the state
+that it lies between; the diagonal has no part in it:
 
     dg_t = sum over i >= t of (q_i dq_i - k_i dk_i) + sum over values of S' dS'
 
@@ -41,6 +44,8 @@ from pallas_kernels.linear_attention.triton_head import LEAST_LOG_DECAY, span
 from pallas_kernels.triton_dialect import BlockSpec
 
 CHUNK = 64
+BLOCKS = (6, 4)  # log2 of the tokens of blocks that may be one product; single tokens always may
+WITHIN = 40.0  # exp of it leaves bf16 factors as far from the ends of its range again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,20 +233,57 @@ def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret
     return made["states"], made["final"]
 
 
-def _over_levels(step, carry):
-    """carry after step(level, carry) for every level, s = 2^level: a loop, so that the compiler holds one at a time in
-    registers."""
-    return jax.lax.fori_loop(jnp.int32(0), jnp.int32((CHUNK - 1).bit_length()), step, carry)
-
-
 def _tokens():
     return jax.lax.broadcasted_iota(jnp.int32, (CHUNK,), 0)
 
 
-def _of_level(pairs, level):
-    """The pairs [C, C] that the middle of a block of 2 s tokens lies between, i xor j in [s, 2 s); zeros elsewhere."""
-    number = jax.lax.shift_right_logical(_tokens(), jax.lax.broadcast(level, (CHUNK,)))  # of the block of s tokens
-    return jnp.where((number ^ 1)[:, None] == number[None, :], pairs, 0)
+def _shifted(x, level):
+    return jax.lax.shift_right_logical(x, jax.lax.broadcast(level, x.shape))
+
+
+def _from_middle(total, refs_total, log_block, index):
+    """Log decays [C, channels] from the middle of a block of 2^log_block tokens to a token."""
+    block = jax.lax.shift_left(jnp.int32(1), log_block)
+    middle = (_tokens() | (block - 1)) - _shifted(block, jnp.int32(1))  # the last token of the first half
+    return total - refs_total[(middle, *index)]
+
+
+def _largest_blocks(total, refs_total, index):
+    """log2 of the tokens of the largest blocks that may be one product."""
+    found = jnp.int32(0)
+    for log_block in sorted(BLOCKS):
+        most = jnp.max(jnp.abs(_from_middle(total, refs_total, jnp.int32(log_block), index)))
+        found = jnp.where(most <= WITHIN, jnp.int32(log_block), found)
+    return found
+
+
+class _Pairs(NamedTuple):
+    """Pairs that are one product: of whole blocks of 2^log_block tokens, or those that its middle lies between."""
+
+    log_block: jax.Array
+    whole: jax.Array  # 1 or 0
+
+    def of(self, pairs):
+        """The pairs [C, C]; zeros elsewhere."""
+        part = _shifted(_tokens(), self.log_block + self.whole - 1)  # the number of a token's block, or half of one
+        return jnp.where((part ^ (1 - self.whole))[:, None] == part[None, :], pairs, 0)
+
+    def factors(self, total, refs_total, index, interpret):
+        """E [C, channels] of queries and of keys."""
+        apart = _from_middle(total, refs_total, self.log_block, index)
+        within = -jnp.abs(apart)
+        late, early = (jnp.where(self.whole == 1, x, within) for x in (apart, -apart))
+        return triton.exp(late, interpret), triton.exp(early, interpret)
+
+
+def _over_pairs(step, first, carry):
+    """carry after step(_Pairs, carry) for blocks of 2^first tokens, then for every level above: a loop, so that the
+    compiler holds one at a time in registers."""
+
+    def body(log_block, carry):
+        return step(_Pairs(log_block, (log_block == first).astype(jnp.int32)), carry)
+
+    return jax.lax.fori_loop(first, jnp.int32(CHUNK.bit_length()), body, carry)
 
 
 def _diagonal(pairs):
@@ -249,17 +291,19 @@ def _diagonal(pairs):
     return jnp.where(tokens[:, None] == tokens[None, :], pairs, 0.0)
 
 
-def _from_middle(total, refs_total, level, index, interpret):
-    """E [C, channels]: the decay between a token and the middle of its block of 2 s tokens."""
-    half = jax.lax.shift_left(jnp.int32(1), level)
-    middle = (_tokens() | (2 * half - 1)) - half  # the last token of the first half
-    return triton.exp(-jnp.abs(total - refs_total[(middle, *index)]), interpret)
-
-
 def _allowed(refs, late):
     """Which pairs [C, C] interact; `late`: rows are the later tokens."""
     tokens = _tokens()
-    allowed = tokens[:, None] >= tokens[None, :] if late else tokens[:, None] <= tokens[None, :]
+    return _one_document(refs, tokens[:, None] >= tokens[None, :] if late else tokens[:, None] <= tokens[None, :])
+
+
+def _apart(refs, late):
+    """The same without the diagonal."""
+    tokens = _tokens()
+    return _one_document(refs, tokens[:, None] > tokens[None, :] if late else tokens[:, None] < tokens[None, :])
+
+
+def _one_document(refs, allowed):
     if refs.numbers is None:
         return allowed
     numbers = refs.numbers[...]
@@ -284,14 +328,13 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
             total = refs.total[rows, keys]
             x, z = triton.own(refs.x[rows, keys], inner), refs.z[rows, keys]
             x, z = x.astype(jnp.float32), z.astype(jnp.float32)
-            pairs = pairs + _diagonal(jnp.sum(x * z, axis=1)[:, None])
 
-            def step(level, pairs):
-                decay = _from_middle(total, refs.total, level, (keys,), interpret)
-                both = triton.dot(_bf16(decay * x, interpret), _bf16(decay * z, interpret).T)
-                return pairs + _of_level(both, level)
+            def step(which, pairs):
+                queries, of_keys = which.factors(total, refs.total, (keys,), interpret)
+                own, other = (queries, of_keys) if late else (of_keys, queries)
+                return pairs + which.of(triton.dot(_bf16(own * x, interpret), _bf16(other * z, interpret).T))
 
-            return _over_levels(step, pairs)
+            return _over_pairs(step, _largest_blocks(total, refs.total, (keys,)), pairs)
 
         pairs = triton.over_tiles(K, config.pair_tile, pairs_of, jnp.zeros((CHUNK, CHUNK), jnp.float32))
         pairs = _bf16(jnp.where(_allowed(refs, late), scale * pairs, 0.0), interpret)
@@ -328,6 +371,14 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
     )["out"]  # fmt: skip
 
 
+def _later_sums(x, interpret):
+    """Sums of x [C, channels] over the token and later ones, to 2^-16: products with ones of two bf16 parts."""
+    tokens = _tokens()
+    ones = jnp.where(tokens[:, None] <= tokens[None, :], 1.0, 0.0).astype(jnp.bfloat16)
+    high = _bf16(x, interpret)
+    return triton.dot(ones, high) + triton.dot(ones, _bf16(x - high.astype(jnp.float32), interpret))
+
+
 def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, interpret):
     """dq, dk [B,T,H,K] bf16, summed in fp32 over the value heads of a key head, and dg [B,T,Hv,K] fp32."""
     (B, T, H, K), (Hv, V) = q.shape, v.shape[2:]
@@ -357,29 +408,26 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                 zero = of_pairs, of_pairs, of_keys, of_keys, jnp.zeros((keys.size,), jnp.float32)
                 pairs, turned, read, written, both = triton.over_tiles(V, config.value_tile, values, zero)
                 # each made by its own product: a product turned for the next one is miscompiled (Triton 3.4 to 3.7)
-                pairs = jnp.where(_allowed(refs, late=True), scale * pairs, 0.0)
-                turned = _bf16(jnp.where(_allowed(refs, late=False), scale * turned, 0.0), interpret)
-                diagonal = jnp.sum(_diagonal(pairs), axis=1)[:, None]
-                pairs = _bf16(pairs, interpret)
+                diagonal = scale * jnp.sum(_diagonal(pairs), axis=1)[:, None]
+                pairs = _bf16(jnp.where(_apart(refs, late=True), scale * pairs, 0.0), interpret)
+                turned = _bf16(jnp.where(_apart(refs, late=False), scale * turned, 0.0), interpret)
 
                 total, end = refs.total[rows, m, keys], refs.total[CHUNK - 1, m, keys]
                 q, k = refs.q[rows, keys].astype(jnp.float32), refs.k[rows, keys].astype(jnp.float32)
                 weight = partial(_weight, refs, rows, total, end, scale=scale, interpret=interpret)
                 dq, dk = weight(late=True) * read, weight(late=False) * written
-                left = _kept(refs, CHUNK - 1, end, interpret)
-                behind = left * both + jnp.sum(k * dk, axis=0)
+                behind = _kept(refs, CHUNK - 1, end, interpret) * both + jnp.sum(k * dk, axis=0)
 
-                def step(level, sums):
+                def step(which, sums):
                     dq, dk = sums
-                    decay = _from_middle(total, refs.total, level, (m, keys), interpret)
-                    below, above = _of_level(pairs, level), _of_level(turned, level)
-                    dq += decay * triton.dot(below, _bf16(decay * k, interpret))
-                    dk += decay * triton.dot(above, _bf16(decay * q, interpret))
+                    queries, of_keys = which.factors(total, refs.total, (m, keys), interpret)
+                    dq += queries * triton.dot(which.of(pairs), _bf16(of_keys * k, interpret))
+                    dk += of_keys * triton.dot(which.of(turned), _bf16(queries * q, interpret))
                     return dq, dk
 
-                dq, dk = _over_levels(step, (dq, dk))
-                each = q * dq - k * dk  # a decay has those of its own token and later ones
-                dg = each - jnp.cumsum(each, axis=0) + (jnp.sum(each, axis=0) + behind)[None, :]
+                dq, dk = _over_pairs(step, _largest_blocks(total, refs.total, (m, keys)), (dq, dk))
+                # a decay acts on its own token and later ones
+                dg = _later_sums(q * dq - k * dk, interpret) + behind[None, :]
                 every = (0, CHUNK, CHUNK)
                 at = (span(every, origin), m + 0 * origin, keys)
                 triton.store_where(refs.dg, at, dg, triton.owned(every, tile))

@@ -269,6 +269,12 @@ def store_where(ref: Any, index: tuple, value: jax.Array, mask: jax.Array | None
         plt.store(ref.at[index], value.astype(ref.dtype), mask=mask)
 
 
+def touch(ref: Any, index: tuple, interpret: bool) -> None:
+    """ref[index] on its way from memory to the L2 cache, which a load that comes later then need not wait for."""
+    if not interpret:
+        plt.load(ref.at[index], volatile=True)
+
+
 def load_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, leading: tuple = ()) -> jax.Array:
     """ref[*leading, tile, columns], with zeros in the rows that the tile before it owns."""
     start, width, fresh = tile

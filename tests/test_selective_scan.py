@@ -45,7 +45,7 @@ def test_interpreted_kernels_agree_however_channels_lie_in_lanes(channels, share
     case = Case(name="tiling", T=9, D=70, B=1, N=N)
     arrays, _, cotangents = conformance.inputs(case)
     arrays, cotangents = ([jnp.asarray(x, jnp.float32) for x in given] for given in (arrays, cotangents))
-    config = triton_scan.Config(channels=channels, shared=shared, run=2, hold=1)
+    config = triton_scan.Config(channels=channels, shared=shared, run=2)
 
     def kernels(*arrays):
         return triton_scan.selective_scan(*arrays, None, "saved", interpret=True, config=config)

@@ -34,6 +34,7 @@ from pallas_kernels.chunkwise import document_starts, pad_tokens
 from pallas_kernels.triton_dialect import BlockSpec
 
 LANES = 32
+SECTOR = 32  # bytes that the memory fetches at once
 MOST_STATE = 32
 MOST_ELEMENTS = 1 << 31  # 32-bit indices
 LOG2_E = math.log2(math.e)
@@ -43,10 +44,9 @@ LOG2_E = math.log2(math.e)
 class Config:
     """How a program's channels lie in its lanes; powers of two."""
 
-    channels: int = 4  # of a lane
+    channels: int = 2  # of a lane
     shared: int = 4  # lanes that share a channel
     run: int = 4  # tokens between two states that are kept, and whose states are in registers at once
-    hold: int = 2  # last tokens of a run whose decays the backward holds in registers; it makes the others twice
 
 
 CONFIG = Config()
@@ -116,20 +116,24 @@ class _Lanes:
         self.number = jax.lax.broadcasted_iota(jnp.int32, (LANES,), 0)
         number = jax.lax.broadcasted_iota(jnp.int32, (LANES, 1), 0)
         place, share = triton.quotient(number, G), triton.remainder(number, G)
-        first = triton.program_id(0) * tiling.tile
-        self.channels = first + place * P + _iota(P)
+        self.first = triton.program_id(0) * tiling.tile
+        self.channels = self.first + place * P + _iota(P)
         self.numbers = share * along + _iota(along)
         self.across_shares = _masks(G // 2, 1)
         self.across_places = _masks(LANES // 2, G)
         # what a lane has after a sum over shares of P values, and over places of two tokens' N / G
-        self.own_channel = first + place * P + _held(share, G, P)
+        self.own_channel = self.first + place * P + _held(share, G, P)
         held = _held(place, LANES // G, 2 * along)
         self.own_token = triton.quotient(held, along)
         self.own_number = share * along + triton.remainder(held, along)
 
-    def load(self, ref, t, where):
-        """The columns of ref[t, where] in fp32."""
-        return triton.columns(ref[t, where].astype(jnp.float32))
+    def touch(self, ref, t, rows, columns, first=0):
+        """Rows from t on of ref[T, columns from `first` on], on the way to the cache for the run that comes next."""
+        across = max(1, columns * jnp.dtype(ref.dtype).itemsize // SECTOR)
+        for part in range(0, rows * across, LANES):
+            sector = jnp.minimum(self.number + part, rows * across - 1)
+            row, column = triton.quotient(sector, across), triton.remainder(sector, across)
+            triton.touch(ref, (t + row, first + column * (columns // across)), self.interpret)
 
     def scatter_sum(self, values, masks):
         """The sums of `values` over the lanes whose numbers differ in the bits of `masks`, each lane its own few."""
@@ -144,6 +148,11 @@ class _Lanes:
                 for low, high in pairs
             ]
         return triton.from_columns(values)
+
+
+def _columns(tile):
+    """In fp32."""
+    return triton.columns(tile.astype(jnp.float32))
 
 
 def _iota(size):
@@ -207,6 +216,10 @@ class _Kept(NamedTuple):
         pieces = [triton.columns(ref[run, piece].astype(jnp.float32)) for piece in range(self.pieces)]
         return [column for piece in pieces for column in piece]
 
+    def touch(self, ref, run, lanes):
+        for piece in range(self.pieces):
+            triton.touch(ref, (run, piece, lanes.number, 0 * lanes.number), lanes.interpret)
+
     def store(self, ref, run, states):
         for piece in range(self.pieces):
             part = triton.from_columns(states[piece * self.size : (piece + 1) * self.size])
@@ -226,20 +239,28 @@ def _forward(static, x, dt, A, B, C, D, initial, start, *, read=True, keep=False
         rates = triton.columns(refs.A[...])
         direct = triton.columns(refs.D[lanes.channels])
 
-        def load(t):
-            return (
-                lanes.load(refs.dt, t, lanes.channels),
-                lanes.load(refs.x, t, lanes.channels),
-                lanes.load(refs.B, t, lanes.numbers),
-                lanes.load(refs.C, t, lanes.numbers) if read else None,
-                None if start is None else refs.start[t],
-            )
+        def load(r):
+            """Of each token of run number r, all that is read."""
+            tokens = [r * length + s for s in range(length)]
+            return [
+                (
+                    refs.dt[t, lanes.channels],
+                    refs.x[t, lanes.channels],
+                    refs.B[t, lanes.numbers],
+                    refs.C[t, lanes.numbers] if read else None,
+                    None if start is None else refs.start[t],
+                )
+                for t in tokens
+            ]
 
-        def run(r, states):
+        def run(r, carry):
+            states, loaded = carry
+            ahead = load(jnp.minimum(r + 1, runs - 1))  # the next run's, while this one's are used
             if keep:
                 form.store(refs.kept, r, states)
-            tokens = [r * length + s for s in range(length)]
-            for t, (dt, xs, B, C, begins) in zip(tokens, [load(t) for t in tokens], strict=True):
+            for s, (*tiles, begins) in enumerate(loaded):
+                t = r * length + s
+                dt, xs, B, C = (tile if tile is None else _columns(tile) for tile in tiles)
                 new, outputs = [], []
                 for j in range(P):
                     u, y = dt[j] * xs[j], direct[j] * xs[j]
@@ -254,10 +275,10 @@ def _forward(static, x, dt, A, B, C, D, initial, start, *, read=True, keep=False
                 if read:
                     y = lanes.scatter_sum(outputs, lanes.across_shares)
                     refs.y[t, lanes.own_channel] = y.astype(x.dtype)
-            return tuple(states)
+            return tuple(states), ahead
 
-        states = tuple(triton.columns(refs.initial[...]))
-        states = jax.lax.fori_loop(jnp.int32(0), jnp.int32(runs), run, states)
+        carry = tuple(triton.columns(refs.initial[...])), load(jnp.int32(0))
+        states, _ = jax.lax.fori_loop(jnp.int32(0), jnp.int32(runs), run, carry)
         refs.final[...] = triton.from_columns(states)
 
     array = jax.ShapeDtypeStruct
@@ -293,10 +314,18 @@ def _backward(static, x, dt, A, B, C, D, start, kept, dy, d_final):
 
         def load(t):
             return (
-                *(lanes.load(ref, t, lanes.channels) for ref in (refs.dt, refs.x, refs.dy)),
-                *(lanes.load(ref, t, lanes.numbers) for ref in (refs.B, refs.C)),
+                *(_columns(ref[t, lanes.channels]) for ref in (refs.dt, refs.x, refs.dy)),
+                *(_columns(ref[t, lanes.numbers]) for ref in (refs.B, refs.C)),
                 None if start is None else refs.start[t],
             )
+
+        def touch(r):
+            """Of run number r, all that is read."""
+            for ref in (refs.dt, refs.x, refs.dy):
+                lanes.touch(ref, r * length, length, tiling.tile, lanes.first)
+            for ref in (refs.B, refs.C):
+                lanes.touch(ref, r * length, length, tiling.N)
+            form.touch(refs.kept, r, lanes)
 
         def store_sums(ref, first, parts):
             """Sums over channels of two tokens' parts."""
@@ -306,8 +335,8 @@ def _backward(static, x, dt, A, B, C, D, start, kept, dy, d_final):
         def run(i, carry):
             r = runs - 1 - i
             gradients, d_rates, d_direct = carry
+            touch(jnp.maximum(r - 1, 0))
             states = [form.load(refs.kept, r)]  # before each token
-            decays = []
             tokens, parts = [r * length + s for s in range(length)], []
             for s, t in enumerate(tokens):
                 dt, xs, dy, B, C, begins = load(t)
@@ -318,7 +347,6 @@ def _backward(static, x, dt, A, B, C, D, start, kept, dy, d_final):
                         k = j * along + i
                         decay = _decay(dt[j] * rates[k], begins, interpret)
                         h = decay * states[s][k] + u * B[i]
-                        decays.append(decay)
                         after.append(h)
                         part[i] = part[i] + dy[j] * h
                 states.append(after)
@@ -338,10 +366,7 @@ def _backward(static, x, dt, A, B, C, D, start, kept, dy, d_final):
                         dh = gradients[k] + dy[j] * C[i]
                         part[i] = part[i] + u * dh
                         du = du + dh * B[i]
-                        if s >= length - static.config.hold:
-                            dh = dh * decays[s * tiling.spread + k]
-                        else:
-                            dh = dh * _decay(dt[j] * rates[k], begins, interpret)
+                        dh = dh * _decay(dt[j] * rates[k], begins, interpret)
                         left.append(dh)
                         dl = dh * before[k]
                         d_exponent = d_exponent + dl * rates[k]

@@ -5,9 +5,10 @@ construction, so a model's parameters and its hash do not depend on precision, i
 policy.
 """
 
+import itertools
 import math
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -175,6 +176,17 @@ class Linear(nnx.Module):
             y = product(x, kernel)
         return y if self.bias is None else (y + self.bias[columns]).astype(y.dtype)
 
+    def parts(self, x: Float[Array, "*B T I"], compute: Compute, sizes: Sequence[int]) -> list[Array]:
+        """The first sum(sizes) columns of the output, in parts of `sizes`, each for another use.
+
+        Of many tokens each is a product of its own: XLA copies the parts of a product that kernels read, and again
+        their gradients. Of a single one all are one product, which reads the weight as it lies.
+        """
+        ends = list(itertools.accumulate(sizes))
+        if x.shape[-2] == 1:
+            return jnp.split(self(x, compute, columns=slice(ends[-1])), ends[:-1], axis=-1)
+        return [self(x, compute, columns=slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
 
 class RMSNorm(nnx.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight (* SiLU(gate)) over the last axis, in fp32; y has x's dtype.
@@ -215,19 +227,22 @@ class ShortConv(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         history: Float[Array, "B W1 C"] | None = None,
         lengths: Int[Array, "B"] | None = None,
+        columns: slice = slice(None),
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B W1 C"]]:
         """y in x's dtype, and the last W-1 inputs, which as `history` continue the sequence (None: zeros).
+
+        x and history are of the channels `columns`.
 
         Taps stay within a segment; the first segment continues the history. l2norm: the size of the heads that are
         brought to norm 1 after the activation. lengths: the tokens of each row that count; what follows them is
         padding, and the inputs handed on are the last before it.
         """
-        bias = None if self.bias is None else self.bias[...]
+        bias = None if self.bias is None else self.bias[columns]
         impl = compute.impl_among(short_conv.IMPLS)
         if x.shape[1] < short_conv.LEAST_TOKENS and impl in ("triton", "triton_interpret"):
             impl = "auto"  # a step has no kernel, here as in the recurrences
         y, last = short_conv.short_conv(
-            x, self.weight[...], bias, activation=activation, l2norm=l2norm, initial_state=history,
+            x, self.weight[:, columns], bias, activation=activation, l2norm=l2norm, initial_state=history,
             segment_ids=segment_ids, impl=impl,
         )  # fmt: skip
         if lengths is not None:

@@ -51,7 +51,7 @@ class Mamba(nnx.Module):
         room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], MambaCache | None]:
         mixer = self.config
-        u, z = jnp.split(self.in_proj(x, compute), 2, axis=-1)
+        u, z = self.in_proj.parts(x, compute, (mixer.inner, mixer.inner))
         history = None if cache is None else cache.conv
         u, past = self.conv(u, compute, activation="silu", segment_ids=segment_ids, history=history, lengths=lengths)
         low, B, C = jnp.split(self.x_proj(u, compute), [mixer.dt_rank, mixer.dt_rank + mixer.state], axis=-1)

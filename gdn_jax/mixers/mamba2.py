@@ -66,14 +66,18 @@ class Mamba2(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Mamba2Cache | None]:
         mixer, (batch, T, _) = self.config, x.shape
         inner, shared = mixer.heads * mixer.head_dim, mixer.groups * mixer.state
-        channels = 2 * inner + 2 * shared
-        z, xBC = jnp.split(self.in_proj(x, compute, columns=slice(channels)), [inner], axis=-1)
-        dt = self.in_proj(x, compute, exact=True, columns=slice(channels, None))
-        history = None if cache is None else cache.conv
-        xBC, past = self.conv(
-            xBC, compute, activation="silu", segment_ids=segment_ids, history=history, lengths=lengths
-        )
-        u, B, C = jnp.split(xBC, [inner, inner + shared], axis=-1)
+        z, *inputs = self.in_proj.parts(x, compute, (inner, inner, 2 * shared))
+        dt = self.in_proj(x, compute, exact=True, columns=slice(2 * inner + 2 * shared, None))
+        past = []
+        for i, columns in enumerate((slice(inner), slice(inner, None))):
+            history = None if cache is None else cache.conv[..., columns]
+            inputs[i], last = self.conv(
+                inputs[i], compute, activation="silu", segment_ids=segment_ids, history=history, lengths=lengths,
+                columns=columns,
+            )  # fmt: skip
+            past.append(last)
+        u, BC = inputs
+        B, C = jnp.split(BC, 2, axis=-1)
         u = u.reshape(batch, T, mixer.heads, mixer.head_dim)
         B, C = (y.reshape(batch, T, mixer.groups, mixer.state) for y in (B, C))
         dt = jax.nn.softplus(dt + self.dt_bias[...])
@@ -83,7 +87,7 @@ class Mamba2(nnx.Module):
         y, state = advance(LINEAR_ATTENTION, (C, B, v, g), cache, compute=compute, segment_ids=segment_ids, scale=1.0)
         y = (y + self.D[..., None] * u).astype(compute.dtype).reshape(batch, T, inner)
         y = self.out_proj(self.norm(y, compute, z), compute)
-        return y, None if cache is None and room is None else Mamba2Cache(state, past)
+        return y, None if cache is None and room is None else Mamba2Cache(state, jnp.concatenate(past, axis=-1))
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> Mamba2Cache:
         """The cache of an empty sequence; max_len does not matter, its size is constant."""

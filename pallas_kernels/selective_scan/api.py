@@ -14,7 +14,6 @@ from pallas_kernels.selective_scan import chunked, reference, triton_scan
 
 NAME = "selective_scan"
 IMPLS = dispatch.WITH_KERNELS
-CHECKED = False  # the kernels, on a GPU: "auto" takes them then
 
 
 def why_not(impl: str, shape: tuple[int, int, int, int], dtype: Any) -> str | None:
@@ -30,9 +29,6 @@ def resolve(
     impl: str = "auto", *, shape: tuple[int, int, int, int] = (1, 4096, 4096, 16), dtype: Any = jnp.bfloat16
 ) -> dispatch.Choice:
     """Which implementation `impl` means on this machine for these sizes, and why a faster one was refused."""
-    if impl == "auto" and not CHECKED:
-        reason = why_not("triton", shape, dtype) or "no GPU has checked this kernel yet"
-        return dispatch.Choice(NAME, "chunked", (dispatch.Refusal(NAME, "triton", reason),))
     return dispatch.choose(NAME, impl, partial(why_not, shape=shape, dtype=dtype))
 
 
@@ -62,8 +58,8 @@ def selective_scan(
     D              [D] weight of the direct path
     initial_state  [B, D, N], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
-    impl           "auto" takes "chunked", as long as no GPU has checked the kernels; a named one never falls back. The
-                   kernels ("triton") take N up to 32 and bfloat16 or float32
+    impl           "auto" takes the fastest that runs here, a named one never falls back; the kernels ("triton") take N up
+                   to 32 and bfloat16 or float32
     chunk          16, 32, 64 or 128 tokens whose [D, N] states exist at once; the kernels have runs of their own
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk or
                    run; "inputs" runs the forward again instead

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gdn_jax.decode import decode, idle_rows, place
+from gdn_jax.decode import decode, idle_rows, layers_of, place
 from gdn_jax.layers import Compute
 from gdn_jax.model import LM
 from gdn_jax.prefill import ReadPrompts, bucket, cache_room, groups, read_prompts, rows_at_once
@@ -53,6 +53,7 @@ class Batch:
         self._read: ReadPrompts | None = None
         self._prompts: list[int | None] = [None] * batch_size  # of each row
         self._asked = [0] * batch_size  # tokens of each row's sequence
+        self._layers = layers_of(model)
         self.rows = idle_rows(model, batch_size=batch_size, room=self._room, compute=compute)
 
     def fill(self, say: Callable[[int], None]) -> None:
@@ -86,7 +87,7 @@ class Batch:
         growing = [row for row, which in enumerate(self._prompts) if which is not None]
         if all(self._asked[row] >= self._max_tokens for row in growing):
             return None
-        self.rows, tokens, finite = self._decode(self._model, self.rows)
+        self.rows, tokens, finite = self._decode(self._model, self._layers, self.rows)
         for row in growing:
             self._asked[row] += self._steps
         return Chunk(tokens, finite, tuple(self._prompts))

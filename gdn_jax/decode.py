@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gdn_jax.layers import Compute
-from gdn_jax.model import LM
+from gdn_jax.model import LM, by_repeat
 from gdn_jax.prefill import ReadPrompts
 from gdn_jax.sampling import Sampling, sample
 
@@ -16,7 +16,7 @@ from gdn_jax.sampling import Sampling, sample
 class Rows(NamedTuple):
     """Sequences that grow together, each with a cache and random numbers of its own."""
 
-    cache: PyTree  # [repeats, B, ...] each
+    cache: list[PyTree]  # of each repeat, [B, ...] each
     logits: Float[Array, "B vocab"]  # of the next token
     seed: Int[Array, "B"]
     count: Int[Array, "B"]  # tokens written
@@ -27,7 +27,14 @@ def idle_rows(model: LM, *, batch_size: int, room: int, compute: Compute) -> Row
     """Rows that hold no sequence yet."""
     zero = jnp.zeros(batch_size, jnp.int32)
     logits = jnp.zeros((batch_size, model.config.vocab), jnp.float32)
-    return Rows(model.init_cache(batch_size, room, compute), logits, zero, zero)
+    cache = by_repeat(model.init_cache(batch_size, room, compute), model.config.repeats)
+    return Rows(cache, logits, zero, zero)
+
+
+@jax.jit
+def layers_of(model: LM) -> list[tuple]:
+    """A copy of the layers, each in memory of its own, as `decode` reads them."""
+    return model.layers()
 
 
 @functools.partial(jax.jit, donate_argnames="rows")
@@ -39,20 +46,20 @@ def place(
     def put(into: Array, new: Array) -> Array:
         return into.at[targets].set(new, mode="drop")
 
-    cache = jax.tree.map(
-        lambda into, new: into.at[:, targets].set(new[:, sources], mode="drop"), rows.cache, read.cache
-    )
+    waiting = by_repeat(jax.tree.map(lambda new: new[:, sources], read.cache), len(rows.cache))
+    cache = jax.tree.map(put, rows.cache, waiting)
     logits = model.logits(read.hidden)[sources]
     return Rows(cache, put(rows.logits, logits), put(rows.seed, seeds), put(rows.count, jnp.zeros_like(seeds)))
 
 
 @functools.partial(jax.jit, static_argnames=("steps", "compute", "sampling", "vocab"), donate_argnames="rows")
 def decode(
-    model: LM, rows: Rows, *, steps: int, compute: Compute, sampling: Sampling, vocab: int
+    model: LM, layers: list[tuple], rows: Rows, *, steps: int, compute: Compute, sampling: Sampling, vocab: int
 ) -> tuple[Rows, Int[Array, "B steps"], Bool[Array, "B steps"]]:
     """(rows, the next tokens of each, whether the logits that each was drawn from were finite).
 
-    The number of steps is fixed, so that the device goes from token to token without asking the host. Rows that hold no
+    layers: `layers_of(model)`, made once: they are written out, which a scan over layers would copy one by one. The
+    number of steps is fixed, so that the device goes from token to token without asking the host. Rows that hold no
     sequence, or one that has ended, write tokens too, which the host leaves out.
     """
 
@@ -62,7 +69,7 @@ def decode(
     def step(rows: Rows, _: None) -> tuple[Rows, tuple[Array, Array]]:
         token = jax.vmap(draw)(rows.logits, rows.seed, rows.count)
         finite = jnp.isfinite(rows.logits).all(axis=-1)
-        hidden, cache = model(token[:, None], compute=compute, cache=rows.cache)
+        hidden, cache = model(token[:, None], compute=compute, cache=rows.cache, layers=layers)
         return Rows(cache, model.logits(hidden[:, 0]), rows.seed, rows.count + 1), (token, finite)
 
     rows, (tokens, finite) = jax.lax.scan(step, rows, length=steps)

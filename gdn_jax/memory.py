@@ -27,8 +27,9 @@ def cache_bytes(cfg: Model, batch_size: int, room: int, compute: Compute) -> int
 def needed_bytes(cfg: Model, lengths: Sequence[int], *, max_tokens: int, batch_size: int, compute: Compute) -> int:
     """About what continuing prompts of these lengths takes beside the parameters.
 
-    Caches and logits of the rows and of the largest group of prompts that waits for them, and of one piece that is read
-    the outputs of a block's products, in fp32: the largest of what exists for a moment.
+    A copy of the layers' parameters, caches and logits of the rows and of the largest group of prompts that waits for
+    them, and of one piece that is read the outputs of a block's products, in fp32: the largest of what exists for a
+    moment.
     """
     widths = {bucket(length) for length in lengths}
     waiting = max(rows_at_once(width, batch_size) for width in widths)
@@ -40,7 +41,8 @@ def needed_bytes(cfg: Model, lengths: Sequence[int], *, max_tokens: int, batch_s
             outputs[block] = outputs.get(block, 0) + leaf.shape[-1]
     rows = batch_size + waiting
     caches = cache_bytes(cfg, rows, cache_room(cfg, max(lengths) + max_tokens), compute)
-    return caches + 4 * (rows * cfg.vocab + read * max(outputs.values()))
+    model = jax.eval_shape(lambda lm: for_inference(lm, compute.dtype), abstract_model(cfg))
+    return _bytes(model.groups) + caches + 4 * (rows * cfg.vocab + read * max(outputs.values()))
 
 
 def step_bytes(cfg: Model, batch_size: int, tokens: int, compute: Compute) -> int:

@@ -125,6 +125,7 @@ class LM(nnx.Module):
         cache: PyTree = None,
         lengths: Int[Array, "B"] | None = None,
         room: int | None = None,
+        layers: list[tuple] | None = None,
     ) -> tuple[Float[Array, "B T D"], PyTree]:
         """Final hidden states in compute.dtype, and the new cache (None without a cache or a room).
 
@@ -135,6 +136,8 @@ class LM(nnx.Module):
                      states mean nothing and of which the new cache keeps nothing
         room         the sequences begin here, and their new cache has room for so many tokens, as `init_cache` has for
                      max_len; the kernels of training read them
+        layers       what `layers` gives, with a list of each repeat's caches (`by_repeat`): the same arithmetic without
+                     a scan, which would copy each weight out of the stacked ones and each state in and out
         Raises UserError for segment_ids with a cache or a room, and for a cache with a room.
         """
         if segment_ids is not None and (cache is not None or room is not None):
@@ -159,6 +162,12 @@ class LM(nnx.Module):
             x, new = group_of(x, group, jax.tree.map(lambda whole: whole[repeat], cache), bounds)
             return (x, jax.tree.map(lambda whole, part: whole.at[repeat].set(part), cache, new)), None
 
+        if layers is not None:
+            new = []
+            for (group, bounds), past in zip(layers, cache, strict=True):
+                x, past = group_of(x, group, past, bounds)
+                new.append(past)
+            return self.norm(x, compute), new
         if cache is not None:  # carried, not scanned over: a loop updates in place what it carries
             repeats = jnp.arange(self.config.repeats)
             (x, cache), _ = jax.lax.scan(body_with_cache, (x, cache), (repeats, self.groups, self.bounds_by_layer()))
@@ -169,9 +178,13 @@ class LM(nnx.Module):
             x, cache = jax.lax.scan(body, x, (self.groups, self.bounds_by_layer()))
             return self.norm(x, compute), cache
         layer = _one_at_a_time(lambda x, scanned: body(x, scanned)[0])
-        for scanned in _parts((self.groups, self.bounds_by_layer()), self.config.repeats):
+        for scanned in self.layers():
             x = layer(x, scanned)
         return self.norm(x, compute), None
+
+    def layers(self) -> list[tuple[Group, Array | None]]:
+        """(blocks, lower bounds) of each repeat."""
+        return by_repeat((self.groups, self.bounds_by_layer()), self.config.repeats)
 
     def bounds_by_layer(self) -> Float[Array, "R P D"] | None:
         """HGRN2's lower bound of every layer, by repeat and place in the pattern; None without an HGRN2 mixer."""
@@ -212,7 +225,7 @@ def _one_at_a_time(layer: Callable[[Array, PyTree], Array]) -> Callable[[Array, 
     return tied
 
 
-def _parts(stacked: PyTree, repeats: int) -> list[PyTree]:
+def by_repeat(stacked: PyTree, repeats: int) -> list[PyTree]:
     """Each repeat's part of arrays [repeats, ...]; the gradient joins them in one pass."""
     leaves, tree = jax.tree.flatten(stacked)
     split = [[part[0] for part in jax.lax.split(leaf, [1] * repeats)] for leaf in leaves]

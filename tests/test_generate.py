@@ -150,7 +150,7 @@ def test_one_program_decodes_and_a_recurrent_cache_has_one_size():
     assert decode._cache_size() == 1 and {len(completion.token_ids) for completion in out} <= set(range(24))
     rows = jax.eval_shape(lambda: idle_rows(lm, batch_size=2, room=256, compute=FP32))
     options = dict(compute=FP32, sampling=Sampling(), vocab=257)
-    programs = [decode.lower(lm, rows, steps=steps, **options).compile() for steps in (16, 4096)]
+    programs = [decode.lower(lm, lm.layers(), rows, steps=steps, **options).compile() for steps in (16, 4096)]
     temporary = [program.memory_analysis().temp_size_in_bytes for program in programs]
     assert temporary[1] - temporary[0] <= 2 * (4 + 1) * 2 * (4096 - 16), "only the tokens themselves"
     sizes = {

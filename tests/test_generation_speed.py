@@ -14,7 +14,7 @@ from experiments.run import main
 from experiments.variants import PAPER_MODELS, model_config
 from gdn_jax import generate as module
 from gdn_jax import tokenizer
-from gdn_jax.decode import decode, idle_rows
+from gdn_jax.decode import decode, idle_rows, layers_of
 from gdn_jax.errors import UserError
 from gdn_jax.generate import generate
 from gdn_jax.layers import Compute
@@ -60,13 +60,15 @@ def test_memory_is_constant_in_length_for_states_and_bounded_by_the_window_for_h
             assert needed(name, 1024) == needed(name, 65_536)
 
 
-@pytest.mark.parametrize("name", ["gated-deltanet", "transformer"])
+@pytest.mark.parametrize("name", ["gated-deltanet", "hgrn2", "mamba", "transformer"])
 def test_a_step_updates_its_caches_in_place(name):
     """XLA's own account: what a chunk needs beside its arguments and results is less than half of a batch's caches."""
     cfg = replace(model_config(name, "tiny"), repeats=8)
     lm = abstract_model(cfg)
     rows = jax.eval_shape(lambda: idle_rows(lm, batch_size=128, room=256, compute=FP32))
-    program = decode.lower(lm, rows, steps=4, compute=FP32, sampling=Sampling(), vocab=257).compile()
+    program = decode.lower(
+        lm, jax.eval_shape(layers_of, lm), rows, steps=4, compute=FP32, sampling=Sampling(), vocab=257
+    ).compile()
     memory, caches = program.memory_analysis(), cache_bytes(cfg, 128, 256, FP32)
     assert memory.alias_size_in_bytes >= caches > 2 * memory.temp_size_in_bytes
 

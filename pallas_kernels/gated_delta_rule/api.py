@@ -172,7 +172,10 @@ def gated_delta_rule_step(
     q, k = (jnp.repeat(x.astype(exact), v.shape[1] // q.shape[1], axis=1) for x in (q, k))
     values, g, beta, state = (x.astype(exact) for x in (v, g, beta, state))
     alpha = jnp.exp(g)
-    read_k, read_q = ((state * x[..., None]).sum(axis=-2) for x in (k, q))
+    read_k, read_q = jax.lax.reduce(
+        tuple(state * x[..., None] for x in (k, q)), (jnp.zeros((), exact),) * 2,
+        lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)), (state.ndim - 2,),
+    )  # fmt: skip
     update = beta[..., None] * (values - alpha[..., None] * read_k)
     o = scale * (alpha[..., None] * read_q + (q * k).sum(axis=-1)[..., None] * update)
     state = alpha[..., None, None] * state + k[..., None] * update[..., None, :]

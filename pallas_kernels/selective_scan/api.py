@@ -58,8 +58,8 @@ def selective_scan(
     D              [D] weight of the direct path
     initial_state  [B, D, N], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
-    impl           "auto" takes the fastest that runs here, a named one never falls back; the kernels ("triton") take N up
-                   to 32 and bfloat16 or float32
+    impl           "auto" takes the fastest that runs here, a named one never falls back; the kernels ("triton") take N
+                   up to 32 and bfloat16 or float32
     chunk          16, 32, 64 or 128 tokens whose [D, N] states exist at once; the kernels have runs of their own
     residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk or
                    run; "inputs" runs the forward again instead

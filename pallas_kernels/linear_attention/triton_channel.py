@@ -63,7 +63,7 @@ class Carry:
 
     key_tile: int = 64
     value_tile: int = 128
-    warps: int = 8
+    warps: int = 4
     num_stages: int = 3
 
 
@@ -71,9 +71,9 @@ class Carry:
 class Read:
     """Of the kernel that makes O and dV: a program makes a chunk's, a tile of columns after the other."""
 
-    value_tile: int = 64
-    key_tile: int = 64  # of the channels that are summed over with the state
-    pair_tile: int = 32  # of the channels that are summed over for the pairs
+    value_tile: int = 128
+    key_tile: int = 128  # of the channels that are summed over with the state
+    pair_tile: int = 64  # of the channels that are summed over for the pairs
     warps: int = 4
     num_stages: int = 1
 
@@ -82,15 +82,15 @@ class Read:
 class Back:
     """Of the kernel that makes dQ, dK and dg: a program makes a tile of channels of a chunk's."""
 
-    key_tile: int = 64
+    key_tile: int = 32
     value_tile: int = 64  # of the values that are summed over
-    warps: int = 8
-    num_stages: int = 2
+    warps: int = 4
+    num_stages: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """Of all four."""
+    """Of all four: what was fastest at 128 x 128 (LOG.md)."""
 
     sums: Sums = Sums()
     carry: Carry = Carry()
@@ -98,10 +98,17 @@ class Configuration:
     back: Back = Back()
 
 
+# heads whose tiles overlap, or of several value heads a key head: what compiles with the fewest spilled registers
+NARROW = Configuration(
+    carry=Carry(warps=8),
+    read=Read(value_tile=64, key_tile=64, pair_tile=32),
+    back=Back(value_tile=32, warps=8, num_stages=2),
+)
+
+
 def configuration_for(K: int, V: int, members: int) -> Configuration:
-    """What compiles with the fewest spilled registers; `members`: the value heads of a key head."""
-    wide = members == 1 and K % 64 == 0 and V % 64 == 0 and V > 64
-    return Configuration() if wide else Configuration(back=Back(key_tile=32, value_tile=32))
+    """`members`: the value heads of a key head."""
+    return Configuration() if members == 1 and K % 64 == 0 and V % 64 == 0 and V > 64 else NARROW
 
 
 class _Static(NamedTuple):
@@ -371,14 +378,6 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
     )["out"]  # fmt: skip
 
 
-def _later_sums(x, interpret):
-    """Sums of x [C, channels] over the token and later ones, to 2^-16: products with ones of two bf16 parts."""
-    tokens = _tokens()
-    ones = jnp.where(tokens[:, None] <= tokens[None, :], 1.0, 0.0).astype(jnp.bfloat16)
-    high = _bf16(x, interpret)
-    return triton.dot(ones, high) + triton.dot(ones, _bf16(x - high.astype(jnp.float32), interpret))
-
-
 def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, interpret):
     """dq, dk [B,T,H,K] bf16, summed in fp32 over the value heads of a key head, and dg [B,T,Hv,K] fp32."""
     (B, T, H, K), (Hv, V) = q.shape, v.shape[2:]
@@ -426,8 +425,8 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                     return dq, dk
 
                 dq, dk = _over_pairs(step, _largest_blocks(total, refs.total, (m, keys)), (dq, dk))
-                # a decay acts on its own token and later ones
-                dg = _later_sums(q * dq - k * dk, interpret) + behind[None, :]
+                each = q * dq - k * dk  # a decay has those of its own token and later ones
+                dg = each - jnp.cumsum(each, axis=0) + (jnp.sum(each, axis=0) + behind)[None, :]
                 every = (0, CHUNK, CHUNK)
                 at = (span(every, origin), m + 0 * origin, keys)
                 triton.store_where(refs.dg, at, dg, triton.owned(every, tile))

@@ -65,7 +65,7 @@ def device_events(events: Iterable[dict[str, Any]]) -> list[tuple[str, float, fl
 def family(kernel: str, ours: Names) -> str:
     """The family of a kernel by its name."""
     for name, op in ours.items():
-        if re.match(rf"{re.escape(name)}(\W|_\d|$)", kernel):
+        if re.match(rf"{re.escape(name)}(\W|_+\d|$)", kernel):
             return op
     return next((one for one, words in FAMILIES.items() if re.search(words, kernel, re.IGNORECASE)), OTHER)
 

@@ -120,6 +120,11 @@ MISTAKES = [
     (f"show {ID} --run.micro_batches 3", "run.micro_batches is 3; it must divide optim.batch_size 8."),
     (f"show {ID} --model.pattern gated_deltnet", "(did you mean 'gated_deltanet'?)"),
     (f"show {ID} --model.pattern swa", "uses 'swa' but model.attention is not set"),
+    (f"show {ID} --run.scan_layers maybe", "--run.scan_layers is 'maybe'; it must be"),
+    (
+        "bench figure3 --step_profile True",
+        "--step_profile takes no value; write --step_profile alone, or leave it out.",
+    ),
     ("data prepare nowhere", "Source 'nowhere' is no file or folder, nor 'english-novels'"),
     ("data prepare . --validation 2", "validation is 2.0; it must be"),
     ("data prepare . --tokenizer bite", "Tokenizer 'bite' is neither 'byte' nor the path"),

@@ -103,6 +103,14 @@ class Writer:
             self._wandb.finish()
 
 
+class NoWriter:
+    """Of the processes that do not own the run."""
+
+    def write(self, row: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def read_rows(directory: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
     path = directory / "metrics.jsonl"

@@ -49,3 +49,9 @@ def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array
     """This process's rows of a batch as global arrays, split over all devices."""
     sharding = NamedSharding(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
+
+
+def place_whole(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    """A batch of which every process has all rows, as global arrays split over all devices."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {name: jax.make_array_from_callback(x.shape, sharding, x.__getitem__) for name, x in batch.items()}

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdn_jax import data, sharding
+from gdn_jax import data, distributed, sharding
 from gdn_jax.checkpoint import Checkpoints, write_config
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
@@ -29,10 +29,10 @@ from gdn_jax.flops import train_flops_per_token
 from gdn_jax.implementations import traced
 from gdn_jax.layers import compute_for
 from gdn_jax.loss import next_token_loss
-from gdn_jax.metrics import Writer, check_sinks, environment, peak_flops
+from gdn_jax.metrics import NoWriter, Writer, check_sinks, environment, peak_flops
 from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
-from gdn_jax.progress import Progress
+from gdn_jax.progress import SILENT, Progress
 from gdn_jax.runs import keep_compiled, own, prepared_data, run_directory
 
 
@@ -133,7 +133,7 @@ class Trainer:
         total = count = 0.0
         for batch in batches:
             rows = float(batch["weights"].sum())
-            total += rows * float(self.batch_loss(model, sharding.place_batch(self.mesh, batch)))
+            total += rows * float(self.batch_loss(model, sharding.place_whole(self.mesh, batch)))
             count += rows
         return total / count
 
@@ -145,36 +145,59 @@ def train(experiment: Experiment) -> Path:
     Interrupted when SIGINT or SIGTERM asked to stop, after saving.
     """
     directory = run_directory(experiment)
+    if not distributed.alone():
+        Progress().say(distributed.described())
+    trainer, impls, prepared, windows = distributed.on_every(partial(_prepare, experiment))
+    env = environment() | {"impl": impls, "data": prepared.identity._asdict()}
+    same = ("python", "versions", "source", "backend", "impl", "data")
+    distributed.agree({"hash": experiment.hash8, "recipe": experiment.recipe8} | {name: env[name] for name in same})
+    progress = Progress(seconds=0) if distributed.first() else SILENT
+    with contextlib.ExitStack() as stack:
+        if distributed.first():
+            distributed.on_every(lambda: stack.enter_context(own(directory, experiment)))
+        else:
+            distributed.on_every(lambda: None)
+        keep_compiled(experiment.run)
+        checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True, data=prepared.identity)
+        stack.enter_context(contextlib.closing(checkpoints))
+        stack.enter_context(jax.set_mesh(trainer.mesh))
+        stack.enter_context(progress)
+        stop = stack.enter_context(_stop_signals())
+        start = checkpoints.latest or 0
+        if start >= experiment.optim.steps:
+            checkpoints.check(start)
+            progress.say(f"{experiment.id}: all {start} steps are done, in {directory}")
+            return directory
+        if start:
+            model, opt_state = checkpoints.load(start, *trainer.abstract)
+        else:
+            model, opt_state = trainer.begin(experiment.run.seed)
+        writer = NoWriter()
+        if distributed.first():
+            write_config(directory, experiment)
+            write_json(directory / "env.json", env)
+            write_json(directory / "validation.json", windows.described())
+            writer = Writer(directory, experiment, start)
+        stack.enter_context(contextlib.closing(writer))
+        progress.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}")
+        writer.write({"step": start, "event": "start"} | env)
+        loop = _Loop(trainer, prepared, windows, checkpoints, writer, progress, directory)
+        try:
+            loop.run(model, opt_state, start, stop)
+        except (ValueError, RuntimeError) as error:
+            distributed.end_if_left(error, checkpoints.latest)
+            raise
+    return directory
+
+
+def _prepare(experiment: Experiment) -> tuple[Trainer, dict, data.Prepared, data.ValidationWindows]:
     check_sinks(experiment.run)
     trainer = Trainer(experiment, sharding.make_mesh(experiment.run.fsdp))
     impls = trainer.implementations()
     prepared = prepared_data(experiment)
     data.check_length(prepared, experiment.data.seq_len, experiment.optim.batch_size)
     windows = data.validation_windows(prepared, experiment.data.seq_len, experiment.run.eval_windows)
-    with own(directory, experiment):
-        keep_compiled(experiment.run)
-        checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True, data=prepared.identity)
-        progress, closing = Progress(seconds=0), contextlib.closing(checkpoints)
-        with jax.set_mesh(trainer.mesh), progress, _stop_signals() as stop, closing:
-            start = checkpoints.latest or 0
-            if start >= experiment.optim.steps:
-                checkpoints.check(start)
-                progress.say(f"{experiment.id}: all {start} steps are done, in {directory}")
-                return directory
-            if start:
-                model, opt_state = checkpoints.load(start, *trainer.abstract)
-            else:
-                model, opt_state = trainer.begin(experiment.run.seed)
-            write_config(directory, experiment)
-            env = environment() | {"impl": impls, "data": prepared.identity._asdict()}
-            write_json(directory / "env.json", env)
-            write_json(directory / "validation.json", windows.described())
-            with contextlib.closing(Writer(directory, experiment, start)) as writer:
-                progress.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}")
-                writer.write({"step": start, "event": "start"} | env)
-                loop = _Loop(trainer, prepared, windows, checkpoints, writer, progress, directory)
-                loop.run(model, opt_state, start, stop)
-    return directory
+    return trainer, impls, prepared, windows
 
 
 class _Loop:
@@ -182,7 +205,7 @@ class _Loop:
 
     def __init__(
         self, trainer: Trainer, prepared: data.Prepared, windows: data.ValidationWindows, checkpoints: Checkpoints,
-        writer: Writer, progress: Progress, directory: Path,
+        writer: Writer | NoWriter, progress: Progress, directory: Path,
     ):  # fmt: skip
         self.trainer, self.prepared, self.windows, self.checkpoints = trainer, prepared, windows, checkpoints
         self.writer, self.progress, self.directory = writer, progress, directory
@@ -207,6 +230,7 @@ class _Loop:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        asked = distributed.any_process(self.trainer.mesh)
         with contextlib.closing(batches):
             self.since_step, pending, profiling = start, None, False
             for step in range(start, optim.steps):
@@ -219,7 +243,7 @@ class _Loop:
                 if pending is not None:
                     self._log(*pending)
                 pending = (step + 1, metrics, batch)
-                last, stopping = step + 1 == optim.steps, bool(stop)
+                last, stopping = step + 1 == optim.steps, asked(bool(stop))
                 if profiling and (step + 1 - run.profile_at >= run.profile_steps or last or stopping):
                     jax.block_until_ready(metrics)
                     jax.profiler.stop_trace()
@@ -235,7 +259,7 @@ class _Loop:
                     self.since, self.since_step = time.monotonic(), step + 1
                 if stopping and not last:
                     self.checkpoints.wait()
-                    raise Interrupted(step + 1, stop[0])
+                    raise Interrupted(step + 1, stop[0] if stop else signal.SIGTERM)
 
     def _log(self, step: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> None:
         run, optim = self.experiment.run, self.experiment.optim

@@ -144,7 +144,12 @@ def show(experiment: Experiment, options: ShowOptions) -> None:
 
 
 def train(experiment: Experiment, options: TrainOptions) -> None:
-    print(_train(experiment))
+    from gdn_jax import distributed
+
+    distributed.start()
+    run_dir = _train(experiment)
+    if distributed.first():
+        print(run_dir)
 
 
 def evaluate(experiment: Experiment, options: EvalOptions) -> None:
@@ -168,8 +173,12 @@ def evaluate(experiment: Experiment, options: EvalOptions) -> None:
 
 
 def run(experiment: Experiment, options: RunOptions) -> None:
+    from gdn_jax import distributed
     from gdn_jax.evaluate.perplexity import check_scoring
 
+    distributed.start()
+    if not distributed.alone():
+        raise UserError("`gdn run` also evaluates, in one process; train with `gdn train ID`, then evaluate in one.")
     # before hours of training
     check_scoring(experiment.data.seq_len, options.stride, options.windows)
     evaluation.checked(options)

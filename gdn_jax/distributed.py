@@ -1,0 +1,164 @@
+"""Several processes that train one model together: how they find each other, what they agree on, when they stop.
+
+jax.distributed is the engine. Process 0 owns the run: its lock, configuration, metrics and words. All write the
+checkpoints, so all must see one run directory.
+"""
+
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gdn_jax.errors import UserError
+
+NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of `srun` and `mpirun`, whose rest jax reads itself
+SILENCE = 60  # seconds without a sign of life after which a process counts as dead, and the others end
+STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+OF_ANOTHER = re.compile("gloo|nccl|connection|peer|heartbeat|coordination", re.IGNORECASE)
+MESSAGE = 4096  # bytes that a process can tell the others
+
+T = TypeVar("T")
+
+
+def start() -> None:
+    """Joins the processes that the environment names; returns at once where it names none.
+
+    Either the three variables of NAMED are set (by hand, by Kubernetes), or `srun` or `mpirun` started several tasks.
+    Must come before any other use of JAX. Raises UserError for variables that make no sense.
+    """
+    if any(name in os.environ for name in NAMED):
+        asked = _named()
+    elif any(os.environ.get(name, "1") not in ("", "1") for name in LAUNCHERS):
+        asked = {}
+    else:
+        return
+    try:
+        jax.distributed.initialize(**asked, heartbeat_timeout_seconds=SILENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"The processes did not find each other ({reason}); look at {', '.join(NAMED)}, which must name one "
+            f"reachable address and a number of its own for each process."
+        ) from error
+
+
+def _named() -> dict[str, Any]:
+    missing = [name for name in NAMED if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"{' and '.join(missing)} not set; several processes need all of {', '.join(NAMED)}, one process none."
+        )
+    address, *counts = (os.environ[name] for name in NAMED)
+    for name, value in zip(NAMED[1:], counts, strict=True):
+        if not value.isdecimal():
+            raise UserError(f"{name} is {value!r}; it must be a whole number.")
+    count, index = map(int, counts)
+    if index >= count:
+        raise UserError(f"JAX_PROCESS_ID is {index} and JAX_NUM_PROCESSES {count}; processes count from 0.")
+    if ":" not in address:
+        raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be host:port, of process 0.")
+    return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def first() -> bool:
+    """Whether this process owns the run."""
+    return jax.process_index() == 0
+
+
+def alone() -> bool:
+    return jax.process_count() == 1
+
+
+def described() -> str:
+    """What this process sees, in words."""
+    here, devices = jax.local_devices(), jax.device_count()
+    kind = here[0].device_kind
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}: "
+        f"{len(here)} of {devices} devices ({kind})"
+    )
+
+
+def on_every(make: Callable[[], T]) -> T:
+    """make() of this process; what one of them refuses, all refuse, with its sentence."""
+    if alone():
+        return make()
+    value, refused = None, ""
+    try:
+        value = make()
+    except UserError as error:
+        refused = str(error)
+    for index, sentence in enumerate(_gathered(refused)):
+        if sentence:
+            raise UserError(sentence if index == jax.process_index() else f"Process {index} was refused: {sentence}")
+    return value
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """All processes have the same facts, or a UserError that names the first that differs."""
+    if alone():
+        return
+    every = [json.loads(text) for text in _gathered(json.dumps(facts))]
+    for index, other in enumerate(every):
+        for name, value in every[0].items():
+            if other[name] != value:
+                raise UserError(
+                    f"Process {index} has {name} {other[name]!r} and process 0 has {value!r}; start all processes with "
+                    f"the same code, packages, options and data."
+                )
+
+
+def _gathered(text: str) -> list[str]:
+    """The text of every process, in their order."""
+    content = text.encode()[:MESSAGE]
+    padded = np.zeros(MESSAGE, np.uint8)
+    padded[: len(content)] = np.frombuffer(content, np.uint8)
+    return [bytes(row[row > 0]).decode("utf-8", "ignore") for row in multihost_utils.process_allgather(padded)]
+
+
+def any_process(mesh: Mesh) -> Callable[[bool], bool]:
+    """Whether any process said True: of one process at once, of several at the call after, in all of them alike.
+
+    So no step waits for the answer, and all stop after the same step.
+    """
+    if alone():
+        return bool
+    over_all = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    sent: list[jax.Array] = []
+
+    def said(value: bool) -> bool:
+        mine = jax.make_array_from_callback((mesh.size,), over_all, lambda _: np.array([value], np.int32))
+        sent.append(largest(mine))
+        return bool(sent.pop(0)) if len(sent) > 1 else False
+
+    return said
+
+
+def end_if_left(error: Exception, saved: int | None) -> None:
+    """Ends this process where `error` says that another one is gone, with one sentence; returns for other errors.
+
+    At once and not in order: that would wait for the process that is gone, and then abort with pages of its own.
+    """
+    text = str(error)
+    if alone() or not (STATUS.match(text) and OF_ANOTHER.search(text)):
+        return
+    then = "begin again" if saved is None else f"go on from step {saved}"
+    reason = text.partition("\n")[0][:120]
+    print(
+        f"Another process of this training has ended or cannot be reached ({reason}); start all of them again with the "
+        f"same command, and they {then}.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)

@@ -1,0 +1,201 @@
+"""Training by several processes of this machine: real processes, real signals, gloo between them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments.run import main
+from gdn_jax import distributed
+
+FLAGS = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1")
+ID, STEPS = "table3/gated-deltanet/tiny", 16
+RECIPE = {
+    "optim.steps": STEPS, "optim.batch_size": 4, "data.seq_len": 32, "run.log_every": 1, "run.eval_every": 8,
+    "run.save_every": 4, "run.eval_windows": 6, "run.micro_batches": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """(data root, losses by step) of one process."""
+    here = tmp_path_factory.mktemp("alone")
+    assert main(words(here, here / "run")) == 0
+    return here, losses(here / "run")
+
+
+def words(data_root, directory, **changed):
+    options = RECIPE | {"run.data_root": data_root / "data", "run.dir": directory} | changed
+    return ["train", ID, *(word for name, value in options.items() for word in (f"--{name}", str(value)))]
+
+
+def losses(directory):
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    kinds = ("loss", "validation_loss")
+    found = [(row["step"], kind, row[kind]) for row in rows for kind in kinds if kind in row]
+    assert [step for step, kind, _ in found if kind == "loss"] == list(range(1, len(found) - 1)), "each step once"
+    return found
+
+
+def by_hand(port, count, index):
+    return dict(zip(distributed.NAMED, (f"localhost:{port}", str(count), str(index)), strict=True))
+
+
+def by_slurm(port, count, index):
+    """What `srun` sets; jax makes the port of the job's number."""
+    names = {"NTASKS": count, "STEP_NUM_TASKS": count, "PROCID": index, "LOCALID": index, "STEP_NUM_NODES": 1}
+    names |= {"JOB_ID": port, "STEP_NODELIST": "localhost"}
+    return {f"SLURM_{name}": str(value) for name, value in names.items()}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def started(tmp_path, commands, launched=by_hand):
+    """A process of each command, in one group of them."""
+    port, found = free_port(), []
+    for index, command in enumerate(commands):
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS} | launched(port, len(commands), index)
+        with (tmp_path / f"{index}.out").open("wb") as out, (tmp_path / f"{index}.err").open("wb") as err:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.run", *command],
+                env=env, stdout=out, stderr=err, cwd=Path(__file__).parent.parent,
+            )  # fmt: skip
+        found.append(process)
+    return found
+
+
+def ended(tmp_path, processes):
+    """The exit code and the last line of stderr of each."""
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return codes, [(tmp_path / f"{i}.err").read_text().splitlines()[-1] for i in range(len(processes))]
+
+
+def reach(tmp_path, step, processes):
+    """Returns once process 0 has logged the step."""
+    while f"step {step}/" not in (tmp_path / "0.err").read_text():
+        assert all(process.poll() is None for process in processes), (tmp_path / "0.err").read_text()
+        time.sleep(0.05)
+
+
+def check_equal(found, wanted):
+    assert [row[:2] for row in found] == [row[:2] for row in wanted]
+    np.testing.assert_allclose([row[2] for row in found], [row[2] for row in wanted], rtol=2e-5)
+
+
+def test_a_signal_to_one_stops_both_and_one_process_goes_on(alone, tmp_path):
+    data_root, wanted = alone
+    run = tmp_path / "run"
+    processes = started(tmp_path, [words(data_root, run)] * 2, by_slurm)
+    reach(tmp_path, 3, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, said = ended(tmp_path, processes)
+    assert codes == [128 + signal.SIGTERM] * 2
+    (step,) = {line.split()[5].strip(";") for line in said}
+    assert said == [f"Stopped and saved at step {step}; the same command goes on from there."] * 2
+    assert max(int(path.name) for path in (run / "checkpoints").iterdir()) == int(step) < STEPS
+    assert f"process 1 of 2 on {socket.gethostname()}: 1 of 2 devices (cpu)" in (tmp_path / "1.err").read_text()
+    assert main(words(data_root, run)) == 0
+    check_equal(losses(run), wanted)
+
+
+def test_a_killed_process_ends_the_other_and_both_go_on(alone, tmp_path):
+    data_root, wanted = alone
+    run = tmp_path / "run"
+    processes = started(tmp_path, [words(data_root, run)] * 2)
+    reach(tmp_path, 6, processes)
+    processes[1].kill()
+    before = time.monotonic()
+    codes, said = ended(tmp_path, processes)
+    assert codes == [1, -signal.SIGKILL] and time.monotonic() - before < distributed.SILENCE + 30
+    assert said[0].startswith("Another process of this training has ended or cannot be reached (")
+    assert said[0].endswith("start all of them again with the same command, and they go on from step 4.")
+    codes, _ = ended(tmp_path, started(tmp_path, [words(data_root, run)] * 2))
+    assert codes == [0, 0] and (tmp_path / "0.out").read_text().endswith(f"{run}\n")
+    check_equal(losses(run), wanted)
+
+
+def test_what_one_is_refused_or_has_otherwise_stops_all(alone, tmp_path):
+    data_root, _ = alone
+    run = tmp_path / "run"
+    ours = words(data_root, run)
+    codes, said = ended(tmp_path, started(tmp_path, [ours, words(data_root, run, **{"optim.lr": "1e-4"})]))
+    assert codes == [2, 2] and said[0] == said[1]
+    assert said[0].startswith("Process 1 has hash '") and "the same code, packages, options and data" in said[0]
+    codes, said = ended(tmp_path, started(tmp_path, [ours, words(tmp_path, run, **{"data.source": "elsewhere"})]))
+    assert (
+        codes == [2, 2] and said[0] == f"Process 1 was refused: {said[1]}" and "'elsewhere' is not prepared" in said[1]
+    )
+    assert not run.exists()
+
+
+@pytest.mark.slow
+def test_the_launch_file_for_ssh_starts_and_stops_them(alone, tmp_path):
+    """With a program in place of ssh that runs the command here."""
+    data_root, wanted = alone
+    run, here = tmp_path / "run", tmp_path / "here"
+    here.mkdir()
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/sh\nexec sh -c "$2"\n')
+    ssh.chmod(0o755)
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "experiments.run", *words(data_root, run)]
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "SSH": str(ssh), "PORT": str(free_port())}
+    env |= {"PYTHONPATH": str(root)}
+    for stops in (True, False):
+        with (tmp_path / "0.err").open("wb") as err:
+            launch = subprocess.Popen(
+                [root / "docs/launch/ssh.sh", "localhost localhost", *command],
+                env=env, cwd=here, stdout=subprocess.DEVNULL, stderr=err,
+            )  # fmt: skip
+        if stops:
+            reach(tmp_path, 2, [launch])
+            launch.send_signal(signal.SIGINT)
+        try:
+            assert launch.wait(timeout=240) == (128 + signal.SIGTERM if stops else 0)
+        finally:
+            launch.kill()
+    assert not list(here.iterdir())
+    check_equal(losses(run), wanted)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (
+            {"JAX_PROCESS_ID": "0"},
+            "JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES not set; several processes need all of",
+        ),
+        ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a whole number."),
+        ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2 and JAX_NUM_PROCESSES 2; processes count from 0."),
+        ({"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS is 'here'; it must be host:port, of process 0."),
+    ],
+)
+def test_variables_that_make_no_sense(monkeypatch, capsys, given, says):
+    usual = {"JAX_COORDINATOR_ADDRESS": "localhost:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    for name, value in (given if len(given) < 1 or "not set" in says else usual | given).items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", ID]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_run_evaluates_and_so_refuses_several(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "alone", lambda: False)
+    assert main(["run", ID]) == 2
+    assert capsys.readouterr().err == (
+        "`gdn run` also evaluates, in one process; train with `gdn train ID`, then evaluate in one.\n"
+    )

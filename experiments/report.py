@@ -1,6 +1,6 @@
-"""What a run measured: its result row, its loss curve, and README's table of IDs.
+"""What a run measured: its result row, its loss curve, and experiments/README.md's table of IDs.
 
-    python -m experiments.report README.md      rewrites the table between its two markers
+    python -m experiments.report experiments/README.md      rewrites the table between its two markers
 
 Which results count, and how they are kept: published.py.
 """
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 # id -> {"numbers": {metric: value}, "source": where in the paper}
 PAPER = Path(__file__).parent / "paper.json"
-HEADLINE = ("wiki_ppl", "average_ppl", "average")  # what README's table shows of the paper's row
+HEADLINE = ("wiki_ppl", "average_ppl", "average")  # what the table shows of the paper's row
 BEGIN, END = "<!-- ids:begin -->", "<!-- ids:end -->"
-COMMAND = "python -m experiments.report README.md"
+TABLE = "experiments/README.md"
+COMMAND = f"python -m experiments.report {TABLE}"
 EVALUATION = "evaluation.json"
 
 Row = dict[str, Any]
@@ -185,11 +186,11 @@ def _columns(rows: list[tuple[str, ...]]) -> list[list[str]]:
     return [[row[i] for row in rows if i < len(row)] for i in range(longest)]
 
 
-# --- README's table of IDs ---
+# --- the table of IDs ---
 
 
 def ids_table() -> str:
-    """README's Markdown table: every ID with its size, the paper's number, ours, and what ours came from."""
+    """The table of experiments/README.md: every ID with its size, the paper's number, ours, and what ours came from."""
     paper = json.loads(PAPER.read_text()) if PAPER.exists() else {}
     lines = ["| ID | parameters | tokens | paper | ours | status |", "|---|--:|--:|---|---|---|"]
     for experiment in EXPERIMENTS.values():
@@ -238,11 +239,11 @@ def number(result: published.Result, metric: str, digits: int, group: str = "val
 
 
 def readme_with_table(text: str) -> str:
-    """README's text with the table as it has to be now; UserError without the two markers."""
+    """A page's text with the table as it has to be now; UserError without the two markers."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise UserError(f"The README lacks the line {BEGIN} or {END}; the table of IDs goes between them.")
+        raise UserError(f"The page lacks the line {BEGIN} or {END}; the table of IDs goes between them.")
     return f"{before}{BEGIN}\n{ids_table()}\n{END}{after}"
 
 
@@ -289,7 +290,7 @@ def _read(run_dir: Path, name: str, command: str) -> str:
 
 if __name__ == "__main__":
     try:
-        changed = update_readme(Path(sys.argv[1] if len(sys.argv) > 1 else "README.md"))
+        changed = update_readme(Path(sys.argv[1] if len(sys.argv) > 1 else TABLE))
     except (UserError, OSError) as error:
         sys.exit(str(error))
     print("Rewrote the table of IDs." if changed else "The table of IDs is current.")

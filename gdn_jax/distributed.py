@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -30,15 +30,15 @@ MESSAGE = 4096  # bytes that a process can tell the others
 T = TypeVar("T")
 
 
-def start() -> None:
-    """Joins the processes that the environment names; returns at once where it names none.
+def start(environment: Mapping[str, str]) -> None:
+    """Joins the processes that the environment's variables name; returns at once where they name none.
 
     Either the three variables of NAMED are set (by hand, by Kubernetes), or `srun` or `mpirun` started several tasks.
     Must come before any other use of JAX. Raises UserError for variables that make no sense.
     """
-    if any(name in os.environ for name in NAMED):
-        asked = _named()
-    elif any(os.environ.get(name, "1") not in ("", "1") for name in LAUNCHERS):
+    if any(name in environment for name in NAMED):
+        asked = _named(environment)
+    elif any(environment.get(name, "1") not in ("", "1") for name in LAUNCHERS):
         asked = {}
     else:
         return
@@ -52,13 +52,13 @@ def start() -> None:
         ) from error
 
 
-def _named() -> dict[str, Any]:
-    missing = [name for name in NAMED if name not in os.environ]
+def _named(environment: Mapping[str, str]) -> dict[str, Any]:
+    missing = [name for name in NAMED if name not in environment]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} not set; several processes need all of {', '.join(NAMED)}, one process none."
         )
-    address, *counts = (os.environ[name] for name in NAMED)
+    address, *counts = (environment[name] for name in NAMED)
     for name, value in zip(NAMED[1:], counts, strict=True):
         if not value.isdecimal():
             raise UserError(f"{name} is {value!r}; it must be a whole number.")

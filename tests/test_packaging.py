@@ -1,4 +1,4 @@
-"""What a stranger gets: the wheel works outside the checkout, and README's Python runs."""
+"""What a stranger gets: the wheel works outside the checkout, and the Python of README and docs runs."""
 
 import os
 import re
@@ -38,11 +38,14 @@ def test_the_wheel_runs_gdn_list_outside_the_checkout(tmp_path):
     readmes = sorted(str(path.relative_to(site)) for path in site.rglob("README.md"))
     others = ("linear_attention", "linear_cross_entropy", "selective_scan", "short_conv")
     ops = ("gated_delta_rule", "gated_norm", *others)
-    assert readmes == [f"pallas_kernels/{op}/README.md" for op in ops]
+    assert readmes == ["experiments/README.md", *(f"pallas_kernels/{op}/README.md" for op in ops)]
 
 
-def test_readme_python_runs():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_pages_python_runs():
+    pages = "".join(
+        (ROOT / page).read_text() for page in ("README.md", "docs/evaluate.md", "docs/generate-and-convert.md")
+    )
+    blocks = re.findall(r"```python\n(.*?)```", pages, flags=re.DOTALL)
     assert len(blocks) == 4
     for block in blocks[2:]:  # these open a run that smoke's and the tables' own tests make: here their names exist
         compile(block, "README.md", "exec")

@@ -1,4 +1,4 @@
-"""Result rows, loss curves and README's table, from a run directory of known content."""
+"""Result rows, loss curves and the table of IDs, from a run directory of known content."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.model import count_parameters
 
 ID = "smoke/gated-deltanet"
-README = Path(report.__file__).parents[1] / "README.md"
+README = Path(report.__file__).parent / "README.md"
 ENVIRONMENT = {
     "date": "2026-01-02T03:04:05",
     "commit": "0123456789abcdef",
@@ -159,7 +159,7 @@ def test_a_copied_tree_gets_the_commit_that_its_files_are(monkeypatch):
 def test_rewriting_a_readme(tmp_path):
     path = tmp_path / "README.md"
     path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    assert "is not current; run: python -m experiments.report README.md" in report.stale(path)
+    assert "is not current; run: python -m experiments.report experiments/README.md" in report.stale(path)
     assert report.update_readme(path) and not report.update_readme(path)
     assert report.stale(path) is None
     text = path.read_text()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -146,7 +147,7 @@ def show(experiment: Experiment, options: ShowOptions) -> None:
 def train(experiment: Experiment, options: TrainOptions) -> None:
     from gdn_jax import distributed
 
-    distributed.start()
+    distributed.start(os.environ)
     run_dir = _train(experiment)
     if distributed.first():
         print(run_dir)
@@ -176,7 +177,7 @@ def run(experiment: Experiment, options: RunOptions) -> None:
     from gdn_jax import distributed
     from gdn_jax.evaluate.perplexity import check_scoring
 
-    distributed.start()
+    distributed.start(os.environ)
     if not distributed.alone():
         raise UserError("`gdn run` also evaluates, in one process; train with `gdn train ID`, then evaluate in one.")
     # before hours of training

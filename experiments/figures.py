@@ -1,4 +1,4 @@
-"""`gdn figure NAME`: a figure of the paper, drawn from what was measured."""
+"""`gdn figure NAME`: a figure of the paper, drawn from what was measured; figure1 from a configuration."""
 
 import json
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import experiments
-from experiments import drawn_figure3, figure2, published
+from experiments import drawn_figure3, figure1, figure2, published
 from experiments.figure3 import SETTINGS
 from experiments.models import PAPER_MODELS
 from experiments.options import Switch
@@ -14,13 +14,14 @@ from experiments.report import aligned
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.files import write_json
 
-FIGURES = ("figure2", "figure3")
+FIGURES = ("figure1", "figure2", "figure3")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FigureOptions:
-    """Draw a figure of the paper (figure2, figure3) from what was measured."""
+    """Draw a figure of the paper: figure1 from an ID, figure2 and figure3 from what was measured."""
 
+    id: str = "table3/gated-deltanet/1.3b"  # whose model figure1 draws
     scale: Literal["tiny", "desk", "400m", "400m-matched", "1.3b"] = "1.3b"
     json: Switch = False  # print an array of objects
     out: str = "."  # directory that gets NAME-SCALE.png and .json
@@ -30,6 +31,8 @@ def figure(name: str, options: FigureOptions) -> None:
     """`gdn figure NAME`: one curve a model, on each corpus that was read or each device that was timed."""
     if name not in FIGURES:
         raise UserError(f"There is no figure {name!r}{nearest(name, FIGURES)}; there is {', '.join(FIGURES)}.")
+    if name == "figure1":
+        return _figure1(options)
     if name == "figure3":
         return _figure3(options)
     found = rows(options.scale)
@@ -46,6 +49,22 @@ def figure(name: str, options: FigureOptions) -> None:
     print(json.dumps(found, indent=1) if options.json else described(found))
     if not options.json:
         print(f"Wrote {picture} and {picture.with_suffix('.json')}.")
+
+
+def _figure1(options: FigureOptions) -> None:
+    experiment = experiments.get(options.id)
+    directory = Path(options.out)
+    directory.mkdir(parents=True, exist_ok=True)
+    picture = directory / f"figure1-{experiment.id.replace('/', '-')}.png"
+    figure1.draw(experiment).savefig(picture, dpi=150)
+    found = figure1.described(experiment)
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    print(f"{experiment.id}: {found['repeats']} times {', '.join(found['layers'])}")
+    for mixer, parts in found["mixers"].items():
+        print(f"{mixer}: {parts['op']}, {parts['sizes']}")
+    print(f"Wrote {picture}.")
 
 
 def _figure3(options: FigureOptions) -> None:

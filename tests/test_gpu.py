@@ -1,4 +1,9 @@
-"""On a CUDA device: the chunkwise op against float64, cuDNN attention against XLA's, a model and a training step."""
+"""On a CUDA device: every op against float64, cuDNN attention against XLA's, a model and a training step.
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false pytest -m gpu tests/test_gpu.py -n 12 --dist load
+
+Nearly all of its time is compilation, and by default one worker would take the whole file.
+"""
 
 import dataclasses
 from functools import partial

@@ -114,13 +114,16 @@ class Trainer:
 
     def implementations(self) -> dict[str, dict[str, str]]:
         """`implementations.traced` of the step, which is traced here and not again when it runs."""
+        return traced(self.experiment.run.impl, self.traced_step)
+
+    def traced_step(self) -> jax.stages.Traced:
+        """The step on abstract arrays."""
         optim, group = self.experiment.optim, self.experiment.data
         rows = jax.sharding.NamedSharding(self.mesh, sharding.BATCH)
         tokens = jax.ShapeDtypeStruct((optim.batch_size, group.seq_len + 1), jnp.int32, sharding=rows)
         names = ("tokens", "segment_ids") if group.reset_at_documents else ("tokens",)
         with jax.set_mesh(self.mesh):
-            step = partial(self.step.trace, *self.abstract, dict.fromkeys(names, tokens))
-            return traced(self.experiment.run.impl, step)
+            return self.step.trace(*self.abstract, dict.fromkeys(names, tokens))
 
     def validation_loss(self, model: LM, windows: data.ValidationWindows) -> float:
         """Mean nats per token over the held-out windows."""

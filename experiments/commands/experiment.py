@@ -36,6 +36,7 @@ class ShowOptions(Overrides):
     """Show what an ID resolves to: size, cost, run directory and every field."""
 
     tasks: str = ""  # a suite, whose tasks an evaluating ID puts to the run
+    devices: int = 0  # also what so many devices would send each other in a step, as XLA compiles it for a CPU's
     json: Switch = False  # print one flat object
 
 
@@ -114,6 +115,12 @@ def _timing_row(one: Timing) -> dict[str, Any]:
 
 
 def show(experiment: Experiment, options: ShowOptions) -> None:
+    if options.devices < 0:
+        raise UserError(f"devices is {options.devices}; it must be positive, or 0 for none.")
+    if options.devices:  # before JAX looks for devices
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={options.devices}"
     from gdn_jax.flops import forward_flops_per_token, train_flops_per_token
     from gdn_jax.implementations import implementations, in_words
     from gdn_jax.runs import run_directory
@@ -141,7 +148,22 @@ def show(experiment: Experiment, options: ShowOptions) -> None:
         facts |= {f"here.{op}": words for op, words in in_words(implementations(experiment)).items()}
     except UserError as error:  # of this machine, not of the experiment
         facts["here"] = str(error)
+    if options.devices:
+        facts |= {f"step.{kind}": words for kind, words in _collectives(experiment, options.devices).items()}
     print_facts(facts, options.json)
+
+
+def _collectives(experiment: Experiment, count: int) -> dict[str, str]:
+    import jax
+
+    from gdn_jax.collectives import collectives, in_words
+    from gdn_jax.sharding import make_mesh
+    from gdn_jax.train import Trainer
+
+    if len(jax.devices()) < count:
+        raise UserError(f"devices is {count} and JAX began with {len(jax.devices())}; ask in a process of its own.")
+    trainer = Trainer(experiment, make_mesh(experiment.run.fsdp, jax.devices()[:count]))
+    return in_words(collectives(trainer.traced_step().lower().compile().as_text()))
 
 
 def train(experiment: Experiment, options: TrainOptions) -> None:

@@ -17,6 +17,7 @@ _HOME = {
     "next_token_loss": "gdn_jax.loss",
     "open_prepared": "gdn_jax.data",
     "open_run": "gdn_jax.runs",
+    "load_fla": "gdn_jax.convert.exchange",
     "perplexity": "gdn_jax.evaluate.perplexity",
 }
 

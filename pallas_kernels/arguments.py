@@ -44,7 +44,8 @@ def check_range(name: str, ids: Any, stop: int, more: str = "") -> None:
     """Integers that count from 0, where they are known."""
     if not is_known(ids) or not ids.size:
         return
-    for strange in (int(ids.min()), int(ids.max())):
+    values = np.asarray(ids)
+    for strange in (int(values.min()), int(values.max())):
         if not 0 <= strange < stop:
             raise ValueError(f"{name} holds {strange}; they must lie in [0, {stop}){more}.")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gdn_jax.layers import Compute
+from gdn_jax.layers import Compute, at_least_fp32
 from gdn_jax.model import LM, check_ids
 from pallas_kernels import linear_cross_entropy
 
@@ -23,8 +23,8 @@ def next_token_loss(model: LM, batch: dict[str, jax.Array | np.ndarray], compute
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     if segment_ids is not None:
         segment_ids = jnp.asarray(segment_ids)[:, :-1]
-    rows = batch.get("weights")
-    rows = jnp.ones(tokens.shape[0], jnp.float32) if rows is None else jnp.asarray(rows, jnp.float32)
+    rows, dtype = batch.get("weights"), at_least_fp32(compute.dtype)
+    rows = jnp.ones(tokens.shape[0], dtype) if rows is None else jnp.asarray(rows, dtype)
     weights = jnp.broadcast_to(rows[:, None], targets.shape)
     total = jnp.sum(weights)
     hidden, _ = model(inputs, compute=compute, segment_ids=segment_ids)

@@ -23,6 +23,7 @@ from gdn_jax.layers import (
     Linear,
     RMSNorm,
     SwiGLU,
+    at_least_fp32,
     embedding_init,
     linear_init,
     product,
@@ -151,6 +152,9 @@ class LM(nnx.Module):
         is not looked for, and a row that has outgrown its cache is NaN.
         """
         check_ids(tokens, self.config.vocab)
+        if compute.dtype == jnp.float64 and any(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(self)):
+            exact = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), self)  # what gates make of fp32 would be fp32
+            return exact(tokens, compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths, room=room)
         if segment_ids is not None and (cache is not None or room is not None):
             raise UserError(
                 "the model got segment_ids and a cache; packed documents are for training, pass one of them."
@@ -203,8 +207,8 @@ class LM(nnx.Module):
         return self.embed[...].T if self.head is None else self.head.kernel[...]
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
-        """fp32 logits of hidden states."""
-        return product(hidden, self.head_kernel().astype(hidden.dtype), jnp.float32)
+        """Logits of hidden states, in at least fp32."""
+        return product(hidden, self.head_kernel().astype(hidden.dtype), at_least_fp32(hidden.dtype))
 
     def init_cache(self, batch: int, max_len: int, compute: Compute) -> PyTree:
         """The cache of an empty sequence: one entry for each mixer of the pattern, its leaves [repeats, B, ...].

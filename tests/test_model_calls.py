@@ -1,4 +1,4 @@
-"""Calling a model from Python: NumPy tokens, ids outside the vocabulary, full caches, picked rows."""
+"""Calling a model from Python: NumPy tokens, ids outside the vocabulary, full caches, picked rows, float64."""
 
 import functools
 
@@ -12,7 +12,7 @@ from experiments import get
 from gdn_jax.config import AttentionConfig, GatedDeltaNetConfig, Model
 from gdn_jax.errors import UserError
 from gdn_jax.evaluate.length import length_extrapolation
-from gdn_jax.layers import Compute
+from gdn_jax.layers import Compute, rope
 from gdn_jax.loss import next_token_loss
 from gdn_jax.model import init_model, reorder_cache
 from gdn_jax.prefill import read_prompts
@@ -129,3 +129,50 @@ def test_rows_that_a_cache_does_not_have(strange):
     cache = attention("attention").init_cache(3, 4, FP32)
     with pytest.raises(UserError, match=rf"rows is \[0, {strange}\]; the cache has rows 0 to 2"):
         reorder_cache(cache, [0, strange])
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_float64_is_exact(name):
+    """Chunks, the reference and single tokens agree to float64, with fp32 parameters and with the same in float64."""
+    with jax.enable_x64(True):
+        lm, tokens, exact = smoke(name), ids(2, 41, 256), Compute(dtype=jnp.float64, impl="chunked", chunk=16)
+        double = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), lm)
+        whole, _ = call(lm, tokens, exact)
+        assert whole.dtype == lm.logits(whole).dtype == jnp.float64
+        cache = lm.init_cache(2, 41, exact)
+        first, cache = call(lm, tokens[:, :40], exact, cache=cache)
+        last, _ = call(lm, tokens[:, 40:], exact, cache=cache)
+        others = [
+            jnp.concatenate([first, last], axis=1),
+            call(double, tokens, exact)[0],
+            call(double, tokens, Compute(dtype="float64", impl="reference"))[0],
+        ]
+        for other in others:
+            assert np.abs(other - whole).max() < 1e-12 * np.abs(whole).max()
+        np.testing.assert_allclose(
+            lm.logits(whole), np.asarray(whole) @ np.asarray(lm.head_kernel(), np.float64), atol=1e-12
+        )
+        loss = next_token_loss(lm, {"tokens": tokens}, exact)
+        log_p = jax.nn.log_softmax(lm.logits(whole[:, :-1]))
+        expected = -np.take_along_axis(np.asarray(log_p), tokens[:, 1:, None], -1).mean()
+        assert loss.dtype == jnp.float64 and abs(loss / expected - 1) < 1e-14
+
+
+def test_rope_of_float64_is_exact():
+    x = np.random.default_rng(0).standard_normal((1, 50, 1, 8))
+    angle = np.arange(50)[:, None] * 10000.0 ** (-np.arange(4) / 4)
+    turned = (x[0, :, 0, :4] + 1j * x[0, :, 0, 4:]) * np.exp(1j * angle)
+    with jax.enable_x64(True):
+        y = np.asarray(rope(jnp.asarray(x)))[0, :, 0]
+    np.testing.assert_allclose(y[:, :4] + 1j * y[:, 4:], turned, rtol=1e-13)
+
+
+def test_dtypes_that_cannot_be_computed_in():
+    with pytest.raises(UserError, match="dtype is float64, which JAX rounds to float32 by itself; set jax_enable_x64"):
+        Compute(dtype=jnp.float64)
+    for strange in (jnp.float16, "int32"):
+        with pytest.raises(UserError, match=r"dtype is (float16|int32); it must be bfloat16, float32 or float64"):
+            Compute(dtype=strange)
+    with pytest.raises(UserError, match="dtype is 'fp8'; it must be bfloat16"):
+        Compute(dtype="fp8")
+    assert Compute(dtype="float32") == Compute(dtype=jnp.float32) == Compute(dtype=np.dtype("float32"))

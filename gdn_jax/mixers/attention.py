@@ -1,5 +1,6 @@
 """Softmax attention with RoPE, over all earlier tokens (`attention`) or a sliding window (`swa`)."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -194,6 +195,8 @@ def _dot_product_attention(
     reason = _why_not_cudnn(q, mask)
     refused = (dispatch.Refusal(NAME, "cudnn", reason),) if reason else ()
     implementation = dispatch.taken(dispatch.Choice(NAME, "xla" if reason else "cudnn", refused))
+    if q.dtype == jnp.float64:
+        return _float64_attention(q, k, v, mask, is_causal, local_window_size)
     with jax.default_matmul_precision("highest"):  # jax.nn takes no precision; bf16 products are exact anyway
         return jax.nn.dot_product_attention(
             q,
@@ -204,3 +207,16 @@ def _dot_product_attention(
             local_window_size=local_window_size,
             implementation=implementation,
         )
+
+
+def _float64_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, is_causal: bool, local_window_size: tuple[int, int] | None
+) -> Array:
+    """The same in float64 throughout: jax.nn's softmax is fp32 whatever it is given."""
+    behind = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])
+    visible = behind >= 0 if is_causal else jnp.ones_like(behind, bool)
+    if local_window_size is not None:
+        visible &= behind <= local_window_size[0]
+    visible = visible if mask is None else visible & mask
+    scores = jnp.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.shape[-1])
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, where=visible), v)

@@ -13,10 +13,12 @@ _HOME = {
     "LM": "gdn_jax.model",
     "init_model": "gdn_jax.model",
     "count_parameters": "gdn_jax.model",
+    "reorder_cache": "gdn_jax.model",
     "Compute": "gdn_jax.layers",
     "next_token_loss": "gdn_jax.loss",
     "open_prepared": "gdn_jax.data",
     "open_run": "gdn_jax.runs",
+    "load_fla": "gdn_jax.convert.exchange",
     "perplexity": "gdn_jax.evaluate.perplexity",
 }
 

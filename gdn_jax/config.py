@@ -9,6 +9,7 @@ A group's rules are checked when it is made, so an invalid experiment cannot exi
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -39,6 +40,42 @@ def _require(condition: bool, sentence: str) -> None:
         raise UserError(sentence)
 
 
+def _typed(group: Any, path: str) -> None:
+    """Every field is of its type, or a UserError; a whole number for a float becomes one, and a list a tuple."""
+    for name, hint in _hints(type(group)).items():
+        value, where = getattr(group, name), f"{path}.{name}"
+        made = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
+        if made is None:
+            object.__setattr__(group, name, _coerce(hint, value, where))
+        else:
+            optional = made is not hint and value is None
+            _require(optional or isinstance(value, made), f"{where} is {value!r}; it must be a config.{made.__name__}.")
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        inner = next(arg for arg in args if arg is not type(None))
+        return None if value is None else _coerce(inner, value, where)
+    if origin is Literal:
+        found = any(value == arg and type(value) is type(arg) for arg in args)
+        _require(found, f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}.")
+        return value
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), f"{where} is {value!r}; it must be a list.")
+        return tuple(_coerce(args[0], item, where) for item in value)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    correct = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    _require(correct, f"{where} is {value!r}; it must be of type {hint.__name__}.")
+    return value
+
+
 def _positive(group: Any, path: str, *names: str) -> None:
     for name in names:
         value = getattr(group, name)
@@ -65,6 +102,7 @@ class GatedDeltaNetConfig:
 
     def __post_init__(self):
         where = "model.gated_deltanet"
+        _typed(self, where)
         _positive(self, where, "heads", "key_dim", "value_dim")
         _require(
             self.num_value_heads > 0 and self.num_value_heads % self.heads == 0,
@@ -91,6 +129,7 @@ class DeltaNetConfig:
 
     def __post_init__(self):
         where = "model.deltanet"
+        _typed(self, where)
         _positive(self, where, "heads", "key_dim", "value_dim")
         _require(
             self.conv_width >= 0,
@@ -108,6 +147,7 @@ class RetNetConfig:
     rope_base: float = 10000.0
 
     def __post_init__(self):
+        _typed(self, "model.retnet")
         _positive(self, "model.retnet", "heads", "key_dim", "value_dim", "rope_base")
         _require(
             self.key_dim % 2 == 0,
@@ -123,6 +163,7 @@ class HGRN2Config:
     head_dim: int
 
     def __post_init__(self):
+        _typed(self, "model.hgrn2")
         _positive(self, "model.hgrn2", "heads", "head_dim")
 
 
@@ -136,6 +177,7 @@ class MambaConfig:
     conv_width: int = 4
 
     def __post_init__(self):
+        _typed(self, "model.mamba")
         _positive(self, "model.mamba", "inner", "dt_rank", "state", "conv_width")
 
 
@@ -151,6 +193,7 @@ class Mamba2Config:
 
     def __post_init__(self):
         where = "model.mamba2"
+        _typed(self, where)
         _positive(self, where, "heads", "head_dim", "state", "groups", "conv_width")
         _require(
             self.heads % self.groups == 0,
@@ -168,6 +211,7 @@ class AttentionConfig:
     rope_base: float = 10000.0
 
     def __post_init__(self):
+        _typed(self, "model.attention")
         _positive(self, "model.attention", "heads", "head_dim", "window", "rope_base")
         _require(
             self.head_dim % 2 == 0,
@@ -197,6 +241,7 @@ class Model:
     attention: AttentionConfig | None = None
 
     def __post_init__(self):
+        _typed(self, "model")
         _require(len(self.pattern) > 0, "model.pattern is empty; name at least one mixer.")
         _positive(self, "model", "repeats", "d_model", "vocab", "norm_eps")
         _require(self.d_ff >= 0, f"model.d_ff is {self.d_ff}; use 0 for no MLP or a positive width.")
@@ -244,6 +289,7 @@ class Optim:
     precision: Literal["bf16", "fp32"] = "bf16"  # of activations; parameters, gates, norms and states are fp32
 
     def __post_init__(self):
+        _typed(self, "optim")
         _positive(self, "optim", "steps", "batch_size", "lr", "eps", "clip")
         for name in ("min_lr_ratio", "warmup"):
             value = getattr(self, name)
@@ -266,6 +312,7 @@ class Data:
     reset_at_documents: bool = False  # True: state, convolution and attention do not cross document borders
 
     def __post_init__(self):
+        _typed(self, "data")
         _positive(self, "data", "seq_len")
         _require(
             0 < self.validation < 1,
@@ -301,6 +348,7 @@ class Run:
     compile_cache: str = ".jax_cache"  # directory of compiled programs (runs.keep_compiled); empty: off
 
     def __post_init__(self):
+        _typed(self, "run")
         _positive(
             self, "run", "micro_batches", "fsdp", "log_every", "eval_every", "eval_windows", "save_every",
             "keep", "profile_steps",
@@ -319,6 +367,7 @@ class Experiment:
     run: Run = Run()
 
     def __post_init__(self):
+        _typed(self, "experiment")
         _require(
             self.optim.batch_size % self.run.micro_batches == 0,
             f"run.micro_batches is {self.run.micro_batches}; it must divide optim.batch_size {self.optim.batch_size}.",
@@ -363,7 +412,7 @@ def from_dict(cls: type, tree: Any, where: str = "") -> Any:
     """Strict inverse of to_dict: an unknown or missing key or a wrong type is a UserError that names it."""
     where = where or cls.__name__.lower()
     _require(isinstance(tree, dict), f"{where} is {tree!r}; it must be an object with named fields.")
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tree:
         _require(key in fields, f"{where} has no field {key!r}{nearest(key, fields)}.")
@@ -373,26 +422,6 @@ def from_dict(cls: type, tree: Any, where: str = "") -> Any:
             f"{where} lacks the field {name!r}; add it.",
         )
     return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in tree.items()})
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        inner = next(arg for arg in args if arg is not type(None))
-        return None if value is None else _coerce(inner, value, where)
-    if origin is Literal:
-        _require(value in args, f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}.")
-        return value
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{where} is {value!r}; it must be a list.")
-        return tuple(_coerce(args[0], item, where) for item in value)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    correct = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    _require(correct, f"{where} is {value!r}; it must be of type {hint.__name__}.")
-    return value
 
 
 def _drop_none(tree: Any) -> Any:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from gdn_jax.layers import Compute
+from gdn_jax.layers import Compute, at_least_fp32
 from gdn_jax.model import LM, by_repeat
 from gdn_jax.prefill import ReadPrompts
 from gdn_jax.sampling import Sampling, sample
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 def idle_rows(model: LM, *, batch_size: int, room: int, compute: Compute) -> Rows:
     """Rows that hold no sequence yet."""
     zero = jnp.zeros(batch_size, jnp.int32)
-    logits = jnp.zeros((batch_size, model.config.vocab), jnp.float32)
+    logits = jnp.zeros((batch_size, model.config.vocab), at_least_fp32(compute.dtype))
     cache = by_repeat(model.init_cache(batch_size, room, compute), model.config.repeats)
     return Rows(cache, logits, zero, zero)
 

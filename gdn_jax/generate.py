@@ -75,7 +75,8 @@ def stream(
     """Continues the prompts and yields all their completions, begun or not, after every chunk of tokens.
 
     model       a caller that keeps the result of `model.for_inference` has its parameters cast once, not in each call
-    prompts     text, of any lengths; an empty one begins where a document begins, after EOS
+    prompts     text, of any lengths; one of no token ("", and for SentencePiece's defaults " ") begins where a document
+                begins, after EOS
     max_tokens  the most tokens added to each; EOS ends a sequence earlier
     seeds       one for each prompt, in [0, 2^31); default 0. Token n of a prompt depends on its seed and n alone
     stops       strings that end a sequence where they would begin
@@ -94,7 +95,8 @@ def stream(
     compute = Compute() if compute is None else compute
     seeds = [0] * len(prompts) if seeds is None else list(seeds)
     _check(model, tokenizer, prompts, max_tokens, seeds, stops, batch_size, chunk)
-    encoded = [tokenizer.encode(prompt) if prompt else np.array([tokenizer.eos], np.int32) for prompt in prompts]
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded = [ids if len(ids) else np.array([tokenizer.eos], np.int32) for ids in encoded]
     batch_size = min(len(prompts), BATCH) if batch_size is None else batch_size
     progress, total, read = progress or Progress(), sum(map(len, encoded)), 0
 

@@ -32,7 +32,7 @@ Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 class Compute:
     """How to compute: activation dtype, kernel choice, what the backward recomputes. Hashable: jit-static."""
 
-    dtype: Any = jnp.bfloat16  # of the residual stream and of matmul operands
+    dtype: Any = jnp.bfloat16  # of the residual stream and of matmul operands; float64: of everything
     impl: str = "auto"  # of every op of pallas_kernels that has it; the others take "auto"
     chunk: int = 64
     residuals: str = "saved"
@@ -40,6 +40,14 @@ class Compute:
     scan_layers: bool = True  # False, for training alone: write the layers out
 
     def __post_init__(self):
+        try:
+            object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        except TypeError:
+            raise UserError(f"dtype is {self.dtype!r}; it must be bfloat16, float32 or float64.") from None
+        if self.dtype not in (jnp.bfloat16, jnp.float32, jnp.float64):
+            raise UserError(f"dtype is {self.dtype}; it must be bfloat16, float32 or float64.")
+        if self.dtype == jnp.float64 and not jax.config.jax_enable_x64:
+            raise UserError("dtype is float64, which JAX rounds to float32 by itself; set jax_enable_x64.")
         for name in ("impl", "chunk", "residuals", "remat"):
             known = typing.get_args(typing.get_type_hints(Run)[name])
             if getattr(self, name) not in known:
@@ -76,6 +84,11 @@ def product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], dtype: Any = N
 def dot_precision(dtype: Any) -> jax.lax.Precision:
     """HIGHEST for fp32 operands, which a GPU would else round to TF32; bf16 products are exact already."""
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def at_least_fp32(dtype: Any) -> Any:
+    """What states, gates and sums are computed in beside activations of `dtype`: at least fp32."""
+    return jnp.promote_types(jnp.float32, dtype)
 
 
 # --- initialisation: families, chosen by cfg.init ---
@@ -272,15 +285,15 @@ def rope(
 ) -> Float[Array, "B T H K"]:
     """Rotary position embedding: the pair (x_i, x_{i+K/2}) turns by (offset + t) * base^(-2i/K), i < K/2.
 
-    offset is the position of the first token, one for all rows or one for each. Angles and rotation are fp32; the
-    output has x's dtype. K must be even.
+    offset is the position of the first token, one for all rows or one for each. Angles and rotation are in at least
+    fp32; the output has x's dtype. K must be even.
     """
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    half, dtype = x.shape[-1] // 2, at_least_fp32(x.dtype)
+    frequency = base ** (-jnp.arange(half, dtype=dtype) / half)
     position = jnp.asarray(offset)[..., None] + jnp.arange(x.shape[1])
-    angle = position.astype(jnp.float32)[..., None, None] * frequency
+    angle = position.astype(dtype)[..., None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 

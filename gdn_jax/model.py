@@ -4,23 +4,35 @@ The repeats are a scan: one compilation of one repeat. Training can write them o
 (run.scan_layers), since a scan copies all that it keeps into arrays [repeats, ...] and out of them again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from beartype import beartype
 from flax import nnx
 from jax.extend.core import Primitive
-from jaxtyping import Array, Float, Int, PyTree, jaxtyped
+from jaxtyping import Array, Float, Int, Integer, PyTree, jaxtyped
 
 from gdn_jax.config import Model
 from gdn_jax.errors import UserError
-from gdn_jax.layers import Compute, Linear, RMSNorm, SwiGLU, embedding_init, linear_init, product
+from gdn_jax.layers import (
+    Compute,
+    Linear,
+    RMSNorm,
+    SwiGLU,
+    at_least_fp32,
+    embedding_init,
+    linear_init,
+    product,
+)
 from gdn_jax.mixers import HGRN2, MIXERS
+from gdn_jax.mixers.attention import Attention
 from gdn_jax.mixers.hgrn2 import lower_bounds
 from gdn_jax.tree import named_leaves, with_leaves
+from pallas_kernels.arguments import is_known
 
 
 class Block(nnx.Module):
@@ -118,7 +130,7 @@ class LM(nnx.Module):
     @jaxtyped(typechecker=beartype)
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Integer[Array | np.ndarray, "B T"],
         *,
         compute: Compute,
         segment_ids: Int[Array, "B T"] | None = None,
@@ -129,24 +141,38 @@ class LM(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], PyTree]:
         """Final hidden states in compute.dtype, and the new cache (None without a cache or a room).
 
-        tokens       in [0, vocab)
+        tokens       in [0, vocab), of JAX or NumPy
         segment_ids  any integers: documents packed in a row do not see each other; a change of id starts a new one
-        cache        from `init_cache` or an earlier call; any T continues it
+        cache        from `init_cache` or an earlier call; any T continues it, as far as its room
         lengths      in [0, T]: only the first lengths[b] tokens of row b count. What follows is padding, whose hidden
                      states mean nothing and of which the new cache keeps nothing
         room         the sequences begin here, and their new cache has room for so many tokens, as `init_cache` has for
                      max_len; the kernels of training read them
         layers       what `layers` gives, with a list of each repeat's caches (`by_repeat`): the same arithmetic without
                      a scan, which would copy each weight out of the stacked ones and each state in and out
-        Raises UserError for segment_ids with a cache or a room, and for a cache with a room.
+        Raises UserError for segment_ids with a cache or a room, for a cache with a room, for a token outside the
+        vocabulary and for more tokens than a cache has room for. Under jit the last two cannot be raised: such a token
+        is not looked for, and a row that has outgrown its cache is NaN.
         """
+        check_ids(tokens, self.config.vocab)
+        if compute.dtype == jnp.float64 and any(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(self)):
+            # what gates make of fp32 would be fp32
+            exact, layers = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (self, layers))
+            return exact(
+                tokens, compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths, room=room, layers=layers
+            )
         if segment_ids is not None and (cache is not None or room is not None):
             raise UserError(
                 "the model got segment_ids and a cache; packed documents are for training, pass one of them."
             )
         if cache is not None and room is not None:
             raise UserError("the model got a cache and a room for a new one; pass one of them.")
-        x = self.embed[tokens].astype(compute.dtype)
+        for i, block in enumerate(self.groups.blocks):
+            if isinstance(block.mixer, Attention) and cache is not None and layers is None:
+                block.mixer.check_room(cache[i].keys.shape[2], cache[i].index, tokens.shape[1], lengths)
+            elif isinstance(block.mixer, Attention) and room is not None:
+                block.mixer.check_room(room, 0, tokens.shape[1], lengths)
+        x = self.embed[jnp.asarray(tokens)].astype(compute.dtype)
 
         def group_of(x: Array, group: Group, past: PyTree, bounds: Array | None) -> tuple[Array, PyTree]:
             return group(
@@ -197,13 +223,41 @@ class LM(nnx.Module):
         return self.embed[...].T if self.head is None else self.head.kernel[...]
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B vocab"]:
-        """fp32 logits of hidden states."""
-        return product(hidden, self.head_kernel().astype(hidden.dtype), jnp.float32)
+        """Logits of hidden states, in at least fp32."""
+        return product(hidden, self.head_kernel().astype(hidden.dtype), at_least_fp32(hidden.dtype))
 
     def init_cache(self, batch: int, max_len: int, compute: Compute) -> PyTree:
-        """The cache of an empty sequence: one entry for each mixer of the pattern, stacked over repeats."""
+        """The cache of an empty sequence: one entry for each mixer of the pattern, its leaves [repeats, B, ...].
+
+        Attention has room for max_len tokens, or for ever where its window is no longer. `reorder_cache` picks rows.
+        """
         one = tuple(block.mixer.init_cache(batch, max_len, compute.dtype) for block in self.groups.blocks)
         return jax.tree.map(lambda x: jnp.repeat(x[None], self.config.repeats, axis=0), one)
+
+
+def check_ids(tokens: Array | np.ndarray, vocab: int) -> None:
+    """Every token is in the vocabulary, or a UserError; those of a traced or a distributed array cannot be asked."""
+    if is_known(tokens) and tokens.size:
+        values = np.asarray(tokens)
+        least, most = int(values.min()), int(values.max())
+        if least < 0 or most >= vocab:
+            strange = least if least < 0 else most
+            raise UserError(
+                f"Token {strange} is not in the model's vocabulary: ids lie in [0, {vocab}); use the tokenizer "
+                "that it was trained with."
+            )
+
+
+def reorder_cache(cache: PyTree, rows: Int[Array, "N"] | Sequence[int]) -> PyTree:
+    """The cache whose row n is row rows[n] of `cache`: follows beams, goes on from one prompt many times, drops rows.
+
+    Every leaf of every mixer's cache is [repeats, B, ...]. Raises UserError for rows that the cache does not have;
+    under jit these are NaN.
+    """
+    held, rows = jax.tree.leaves(cache)[0].shape[1], rows if isinstance(rows, jax.Array) else np.asarray(rows)
+    if is_known(rows) and not all(0 <= row < held for row in np.asarray(rows).tolist()):
+        raise UserError(f"rows is {np.asarray(rows).tolist()}; the cache has rows 0 to {held - 1}.")
+    return jax.tree.map(lambda leaf: leaf.at[:, jnp.asarray(rows)].get(mode="fill"), cache)
 
 
 def _one_at_a_time(layer: Callable[[Array, PyTree], Array]) -> Callable[[Array, PyTree], Array]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from gdn_jax import sharding
 from gdn_jax.config import Model
 from gdn_jax.layers import Compute
-from gdn_jax.model import LM
+from gdn_jax.model import LM, check_ids
 
 NARROWEST, WIDEST = 16, 1024  # buckets: seven programs at most, and one that goes on
 TOKENS = 16 * 1024  # at most, padding included, that one program reads
@@ -89,6 +89,7 @@ def read_prompts(
         for row, ids in enumerate(prompts):
             part = ids[start : start + width]
             tokens[row, : len(part)], lengths[row] = part, len(part)
+        check_ids(tokens, model.config.vocab)
         piece = {"tokens": tokens, "lengths": lengths}
         piece = piece if mesh is None else sharding.place_batch(mesh, piece)
         if read is None:

@@ -2,7 +2,8 @@
 
 Every input shard (a .jsonl or .parquet file, about 16 MiB of text files, 100 000 rows of a Hugging Face data
 set) becomes one train and one validation shard. A document is its tokens and EOS; whether it is held out
-depends on its text alone, so equal texts never lie on both sides. In the output directory:
+depends on its text alone, so equal texts never lie on both sides. Where that leaves a split empty, the text nearest to
+it is moved there, and a source of one text is cut by position: its tail is held out. In the output directory:
 
     {train,validation}-00000.bin        token ids, little endian uint16 (uint32 when vocab > 65536)
     {train,validation}-00000.ends.npy   int64, where each document ends in its shard
@@ -27,12 +28,9 @@ import re
 import signal
 import threading
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +38,23 @@ import numpy as np
 
 from gdn_jax import config, tokenizer
 from gdn_jax.errors import UserError
-from gdn_jax.files import explained
-from gdn_jax.fingerprint import SPLITS, ends_path, fingerprint
+from gdn_jax.files import NO_SPACE, explained
+from gdn_jax.fingerprint import SPLITS, fingerprint
 from gdn_jax.progress import Progress
-from gdn_jax.sources import InputShard, documents, find_shards
+from gdn_jax.shards import NAMED, Job, place, save_array, write_json, write_shard
+from gdn_jax.sources import InputShard, documents, find_shards, is_prepared
 
 FORMAT = 2
 IN_PROCESS_BYTES = 64 << 20  # smaller sources are not worth starting processes for
-BATCH_CHARACTERS = 1 << 20  # of text tokenised, written and reported at once
-
-Report = Callable[[int, int, int], None]  # documents, tokens and bytes of text done since the last call
 
 
 def default_directory(data: config.Data, root: str) -> Path:
-    """Where the prepared form of `data` lives: <root>/<name of the source>-<hash8 of the tokenizer>."""
+    """Where the prepared form of `data` lives: <root>/<name of the source>-<hash8 of the tokenizer>.
+
+    A source that is a prepared directory is where it is.
+    """
+    if is_prepared(Path(data.source)):
+        return Path(data.source)
     name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(data.source).name or "source")
     return Path(root) / f"{name}-{tokenizer.load(data.tokenizer).hash8}"
 
@@ -70,21 +71,23 @@ def prepare(
 ) -> Path:
     """Tokenise `source` into the directory `out`; an interrupted preparation goes on where it stopped.
 
-    source       "english-novels" | "python-stdlib" | a text file or folder | .jsonl[.gz|.zst] or .parquet, file or
-                 folder | "hf:owner/name[:config]"
-    validation   fraction of documents held out, in (0, 1)
+    source       "english-novels" | "python-stdlib" | "hf:owner/name[:config]" | a file, or a folder that is read whole:
+                 .jsonl or .ndjson [.gz|.zst] and .parquet hold a document a row, every other file is one in UTF-8
+    validation   fraction of documents held out, in (0, 1): one at least, or the tail of the only one
     workers      processes; None: one per core, or this one alone below 64 MiB. The output is always the same
     progress     where the work shows itself; None: on stderr
 
-    Returns `out`. Raises UserError when the source, the tokenizer or the directory cannot be used, or a split
-    is empty. Processes are spawned: a script calls this under `if __name__ == "__main__":`.
+    Says what is left out and why. Returns `out`. Raises UserError, and leaves nothing behind, when the source, the
+    tokenizer or the directory cannot be used; Ctrl-C and a full disk leave what is finished. Processes are spawned: a
+    script calls this under `if __name__ == "__main__":`.
     """
     if not 0 < validation < 1:
         raise UserError(f"validation is {validation}; it must be in (0, 1).")
     if workers is not None and workers < 1:
         raise UserError(f"workers is {workers}; it must be positive.")
     encoder = tokenizer.load(tokenizer_name)
-    shards = find_shards(source)
+    with _explained(Path(source)):
+        shards = find_shards(source)
     plan = {
         "format": FORMAT,
         "source": source,
@@ -99,6 +102,7 @@ def prepare(
         "text_column": text_column,
         "dtype": "uint16" if encoder.vocab <= 1 << 16 else "uint32",
         "validation": validation,
+        "threshold": math.ceil(validation * 2**64),  # texts whose hash lies below are held out; None: every text's tail
     }
     with progress or Progress() as display, _locked(out, display):
         if (out / "manifest.json").exists():
@@ -108,175 +112,86 @@ def prepare(
         if any(out.iterdir()) and not any(out.glob("plan.json*")):  # a temporary one of a killed preparation counts
             raise UserError(f"{out} holds files but no prepared data; choose another --out, or an empty one.")
         if any(out.glob("shard-*.json")):
-            _check_agreement(out / "plan.json", plan)
-        _remove_temporary(out)  # of a killed preparation
-        _write_json(out / "plan.json", plan)
-        jobs = [_Job(index, shard, out, plan) for index, shard in enumerate(shards)]
-        open_jobs = [job for job in jobs if not job.mark.exists()]
-        workers = _worker_count(workers, open_jobs)
+            plan["threshold"] = _check_agreement(out / "plan.json", plan).get("threshold", plan["threshold"])
+        _remove(out, "*.tmp")  # of a killed preparation
         try:
-            count = _Count(display)
-            if workers == 1:
-                for job in open_jobs:
-                    _write_shard(job, count.add)
-            else:
-                _run_pool(open_jobs, workers, count)
-        except KeyboardInterrupt:
-            finished = sum(job.mark.exists() for job in jobs)
-            display.say(f"Stopped with {finished} of {len(jobs)} shards finished; the same command goes on from here.")
-            raise
+            marks = _tokenised(out, plan, shards, workers, display)
+            if _lacks_a_split(marks):
+                plan = _moved(plan, shards, marks)
+                _remove(out, "shard-*")
+                marks = _tokenised(out, plan, shards, workers, display)
+            manifest = _finish(out, plan, marks)
         except BrokenProcessPool:
             raise UserError(
                 f"A process that prepared {out} ended early: it ran out of memory (use fewer workers), or a "
                 f"script called prepare outside of `if __name__ == '__main__':`; what is finished is kept."
             ) from None
+        except (UserError, OSError) as error:
+            if not isinstance(error, OSError) or error.errno not in NO_SPACE:
+                _remove(out, "plan.json", "shard-*", "train-[0-9]*", "validation-[0-9]*", "unigram.npy")
+            raise
         finally:
-            _remove_temporary(out)
-        manifest = _finish(out, plan, jobs)
-        display.say(_summary(out, manifest))
+            _remove(out, "*.tmp")
+        for line in _summary(out, manifest):
+            display.say(line)
     return out
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One input shard to be tokenised; everything a worker needs, picklable."""
-
-    index: int
-    shard: InputShard
-    out: Path
-    plan: dict
-
-    @property
-    def mark(self) -> Path:
-        return self.out / f"shard-{self.index:05}.json"
-
-    @property
-    def counts(self) -> Path:
-        return self.out / f"shard-{self.index:05}.counts.npy"
-
-
-class _SplitWriter:
-    """The two files of one split of one shard, under temporary names until `publish`."""
-
-    def __init__(self, job: _Job, split: str):
-        self._bin = job.out / f"{split}-{job.index:05}.bin"
-        self._ends_path = ends_path(self._bin)
-        self._dtype = np.dtype(job.plan["dtype"]).newbyteorder("<")
-        self._eos = np.array([job.plan["tokenizer"]["eos"]], np.int32)
-        self._file = _temporary(self._bin).open("wb")
-        self._pending: list[np.ndarray] = []
-        self._sha256 = hashlib.sha256()
-        self._ends = array("q")
-        self.counts = np.zeros(job.plan["tokenizer"]["vocab"], np.int64)
-        self.tokens = self.bytes = self.words = 0
-
-    def add(self, ids: np.ndarray, text: str, text_bytes: int) -> None:
-        self._pending += [ids, self._eos]
-        self.tokens += len(ids) + 1
-        self.bytes += text_bytes
-        self.words += len(text.split())
-        self._ends.append(self.tokens)
-
-    def flush(self) -> None:
-        if self._pending:
-            ids = np.concatenate(self._pending)
-            self._pending.clear()
-            self.counts += np.bincount(ids, minlength=len(self.counts))
-            content = ids.astype(self._dtype).tobytes()
-            self._sha256.update(content)
-            self._file.write(content)
-
-    def publish(self) -> dict[str, Any]:
-        self._file.close()
-        _save_array(self._ends_path, np.array(self._ends, np.int64))
-        os.replace(_temporary(self._bin), self._bin)
-        return {
-            "file": self._bin.name,
-            "tokens": self.tokens,
-            "documents": len(self._ends),
-            "bytes": self.bytes,
-            "words": self.words,
-            "sha256": self._sha256.hexdigest(),
-        }
-
-    def close(self) -> None:
-        self._file.close()
+def _tokenised(out: Path, plan: dict, shards: list[InputShard], workers: int | None, display: Progress) -> list[dict]:
+    """What the marks of all shards say, after those without one have been written as the plan says."""
+    write_json(out / "plan.json", plan)
+    jobs = [Job(index, shard, out, plan) for index, shard in enumerate(shards)]
+    open_jobs = [job for job in jobs if not job.mark.exists()]
+    workers, count = _worker_count(workers, open_jobs), _Count(display)
+    try:
+        if workers == 1:
+            for job in open_jobs:
+                write_shard(job, count.add)
+        else:
+            _run_pool(open_jobs, workers, count)
+    except KeyboardInterrupt:
+        finished = sum(job.mark.exists() for job in jobs)
+        display.say(f"Stopped with {finished} of {len(jobs)} shards finished; the same command goes on from here.")
+        raise
+    return [json.loads(job.mark.read_text()) for job in jobs]
 
 
-def _write_shard(job: _Job, report: Report) -> None:
-    """Tokenise one input shard into its train and validation files, then mark it finished."""
-    encoder = _encoder(job.plan["tokenizer"]["name"])
-    threshold = math.ceil(job.plan["validation"] * 2**64)
-    skipped = 0
-    with _explained(job.out), contextlib.ExitStack() as stack:
-        writers = {split: _SplitWriter(job, split) for split in SPLITS}
-        for writer in writers.values():
-            stack.callback(writer.close)
-        for batch in _batches(documents(job.shard, job.plan["text_column"])):
-            texts = [text for text in batch if text]
-            skipped += len(batch) - len(texts)
-            before = sum(writer.tokens for writer in writers.values())
-            size = 0
-            for text, ids in zip(texts, encoder.encode_batch(texts), strict=True):
-                content = text.encode()
-                size += len(content)
-                held_out = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") < threshold
-                writers["validation" if held_out else "train"].add(ids, text, len(content))
-            for writer in writers.values():
-                writer.flush()
-            report(len(texts), sum(writer.tokens for writer in writers.values()) - before, size)
-        _save_array(job.counts, writers["train"].counts)
-        mark = {split: writer.publish() for split, writer in writers.items()} | {"skipped": skipped}
-        _write_json(job.mark, mark)
+def _moved(plan: dict, shards: list[InputShard], marks: list[dict]) -> dict:
+    """The plan with the nearest threshold that holds out one text and keeps another; with none for a single text."""
+    places = {
+        place(text) for shard in shards for text in documents(shard, plan["text_column"]) if isinstance(text, str)
+    }
+    if not places:
+        reasons = [" (" + " ".join(mark["left_out"][0]) + ")" for mark in marks if mark["left_out"]]
+        raise UserError(f"Source {plan['source']!r} holds no text{''.join(reasons[:1])}; give one that does.")
+    alone = len(places) == 1
+    return plan | {"threshold": None if alone else min(max(plan["threshold"], min(places) + 1), max(places))}
 
 
-@lru_cache(maxsize=1)
-def _encoder(name: str) -> tokenizer.Tokenizer:
-    return tokenizer.load(name)
+def _lacks_a_split(marks: list[dict]) -> bool:
+    return not all(any(mark[split]["documents"] for mark in marks) for split in SPLITS)
 
 
-def _batches(texts: Iterable[str | None]) -> Iterator[list[str | None]]:
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text or "")
-        if size >= BATCH_CHARACTERS or len(batch) >= 1024:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def _finish(out: Path, plan: dict, jobs: list[_Job]) -> dict:
+def _finish(out: Path, plan: dict, marks: list[dict]) -> dict:
     """Write unigram.npy and the manifest from the finished shards, then remove what only a restart needs."""
-    marks = [json.loads(job.mark.read_text()) for job in jobs]
+    if _lacks_a_split(marks):
+        raise UserError(f"Source {plan['source']!r} holds one character, too little to hold some out; give more text.")
     splits = {}
     for split in SPLITS:
         parts = [mark[split] for mark in marks]
         totals = {key: sum(part[key] for part in parts) for key in ("tokens", "documents", "bytes", "words")}
         splits[split] = totals | {"shards": parts}
-    leftovers = [path for job in jobs for path in (job.mark, job.counts)] + [out / "plan.json"]
-    skipped = sum(mark["skipped"] for mark in marks)
-    for split in SPLITS:
-        if splits[split]["documents"] == 0:
-            shards = [out / mark[name]["file"] for mark in marks for name in SPLITS]
-            for path in leftovers + shards + [ends_path(shard) for shard in shards]:
-                path.unlink(missing_ok=True)
-            total = sum(splits[name]["documents"] for name in SPLITS)
-            raise UserError(
-                f"The {split} split of {plan['source']} is empty with {total} documents ({skipped} empty or "
-                f"unreadable ones left out) and a validation fraction of {plan['validation']}; change the "
-                f"fraction or divide the text into more documents."
-            )
-    _save_array(out / "unigram.npy", sum(np.load(job.counts) for job in jobs))
-    manifest = plan | {"skipped": skipped, "splits": splits}
+    save_array(out / "unigram.npy", sum(np.load(path) for path in out.glob("shard-*.counts.npy")))
+    left_out = [named for mark in marks for named in mark["left_out"]][:NAMED]
+    manifest = plan | {"skipped": sum(mark["skipped"] for mark in marks), "left_out": left_out, "splits": splits}
     manifest["fingerprint"] = fingerprint(out, manifest)
-    _write_json(out / "manifest.json", manifest)
-    for path in leftovers:
-        path.unlink()
+    write_json(out / "manifest.json", manifest)
+    _remove(out, "shard-*", "plan.json")
     return manifest
 
 
-def _check_agreement(path: Path, plan: dict) -> None:
+def _check_agreement(path: Path, plan: dict) -> dict:
+    """What `path` says was prepared, which is what the plan asks for, or a UserError."""
     try:
         old = json.loads(path.read_text())
         old["tokenizer"]["hash8"]
@@ -292,9 +207,10 @@ def _check_agreement(path: Path, plan: dict) -> None:
             if field == "inputs":
                 change = f"other files in {plan['source']}"
             raise UserError(f"{path.parent} was prepared with {change}; choose another --out, or delete this one.")
+    return old
 
 
-def _worker_count(asked: int | None, jobs: list[_Job]) -> int:
+def _worker_count(asked: int | None, jobs: list[Job]) -> int:
     if asked is None:
         asked = 1 if sum(job.shard.bytes for job in jobs) < IN_PROCESS_BYTES else os.cpu_count() or 1
     return max(1, min(asked, len(jobs)))
@@ -307,7 +223,7 @@ class _Stopped(Exception):
 _worker: dict[str, Any] = {}  # what the initializer received, in a worker process only
 
 
-def _run_pool(jobs: list[_Job], workers: int, count: "_Count") -> None:
+def _run_pool(jobs: list[Job], workers: int, count: "_Count") -> None:
     context = multiprocessing.get_context("spawn")
     totals, stop = context.Array("q", 3), context.Event()
     with ProcessPoolExecutor(workers, context, _start_worker, (totals, stop)) as pool:
@@ -339,8 +255,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(job: _Job) -> None:
-    _write_shard(job, _report_to_parent)
+def _work(job: Job) -> None:
+    write_shard(job, _report_to_parent)
 
 
 def _report_to_parent(*done: int) -> None:
@@ -355,24 +271,40 @@ def _report_to_parent(*done: int) -> None:
 @contextlib.contextmanager
 def _locked(out: Path, display: Progress) -> Iterator[None]:
     """One preparation at a time in a directory; a second one waits and then finds the work done."""
+    made = [directory for directory in (out, *out.parents) if not directory.exists()]
     with _explained(out):
+        handle = _hold(out, display)
+    try:
+        with _explained(out):
+            yield
+    except BaseException:
+        for directory in made:
+            with contextlib.suppress(OSError):  # which one that holds something gives
+                directory.rmdir()
+        raise
+    finally:
+        os.close(handle)
+
+
+def _hold(out: Path, display: Progress) -> int:
+    """A lock on the directory `out`, made where it is missing."""
+    while True:
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
-    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             # A worker that runs an unguarded script again would wait for its own parent.
             if multiprocessing.current_process().name != "MainProcess":
+                os.close(handle)
                 raise UserError(
                     f"Another process prepares {out}; put the call under `if __name__ == '__main__':`."
                 ) from None
             display.say(f"Waiting for another process that prepares {out}.")
             fcntl.flock(handle, fcntl.LOCK_EX)
-        with _explained(out):
-            yield
-    finally:
-        os.close(handle)
+        if out.exists() and os.path.samestat(out.stat(), os.fstat(handle)):
+            return handle
+        os.close(handle)  # the process waited for has failed and taken its directory away
 
 
 @contextlib.contextmanager
@@ -384,33 +316,23 @@ def _explained(out: Path) -> Iterator[None]:
         raise UserError(explained(error, out)) from error
 
 
-def _temporary(path: Path) -> Path:
-    # The process id keeps a killed preparation's dying workers away from the files of the one that follows.
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _remove(out: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
-def _remove_temporary(out: Path) -> None:
-    for left in out.glob("*.tmp"):
-        left.unlink(missing_ok=True)
-
-
-def _save_array(path: Path, values: np.ndarray) -> None:
-    with _temporary(path).open("wb") as file:
-        np.save(file, values)
-    os.replace(_temporary(path), path)
-
-
-def _write_json(path: Path, tree: dict) -> None:
-    _temporary(path).write_text(json.dumps(tree, indent=1) + "\n")
-    os.replace(_temporary(path), path)
-
-
-def _summary(out: Path, manifest: dict) -> str:
+def _summary(out: Path, manifest: dict) -> Iterator[str]:
+    yield from (f"Left out: {what} {why}." for what, why in manifest["left_out"])
+    if (more := manifest["skipped"] - len(manifest["left_out"])) > 0:
+        yield f"Left out: {more:,} more."
+    if manifest["threshold"] is None:
+        yield "There is one text: its tail is held out."
     train, held_out = (manifest["splits"][split] for split in SPLITS)
-    return (
+    yield (
         f"Prepared {out}, fingerprint {manifest['fingerprint'][:8]}: train {train['tokens']:,} tokens in "
         f"{train['documents']:,} documents, validation {held_out['tokens']:,} in {held_out['documents']:,}; "
-        f"{manifest['skipped']:,} empty or unreadable ones left out."
+        f"{manifest['skipped']:,} left out."
     )
 
 

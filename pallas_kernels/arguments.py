@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 CHUNKS = (16, 32, 64, 128)
 DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
@@ -31,6 +33,21 @@ def check_heads(heads: int, value_heads: int) -> None:
     """Value heads in groups of one size, one group a key head."""
     if heads == 0 or value_heads % heads:
         raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
+
+
+def is_known(x: jax.Array | np.ndarray) -> bool:
+    """Whether the values of x can be asked here: it is neither traced nor on other processes' devices."""
+    return isinstance(x, np.ndarray) or (not isinstance(x, jax.core.Tracer) and x.is_fully_addressable)
+
+
+def check_range(name: str, ids: Any, stop: int, more: str = "") -> None:
+    """Integers that count from 0, where they are known."""
+    if not is_known(ids) or not ids.size:
+        return
+    values = np.asarray(ids)
+    for strange in (int(values.min()), int(values.max())):
+        if not 0 <= strange < stop:
+            raise ValueError(f"{name} holds {strange}; they must lie in [0, {stop}){more}.")
 
 
 def check_dtypes(**arrays: Any) -> None:

@@ -15,15 +15,16 @@ from safetensors.numpy import load_file, save_file
 from test_tokenizer import json_file  # noqa: F401  fixture
 
 from experiments import get
-from gdn_jax import checkpoint
+from gdn_jax import checkpoint, tokenizer
 from gdn_jax.config import Data, Experiment, Model, Optim
 from gdn_jax.convert import fla, lit
-from gdn_jax.convert.exchange import export_checkpoint, import_checkpoint
+from gdn_jax.convert.exchange import export_checkpoint, import_checkpoint, load_fla
 from gdn_jax.convert.files import INDEX
 from gdn_jax.convert.tables import places, unused_keys
 from gdn_jax.errors import UserError
 from gdn_jax.fingerprint import Identity
 from gdn_jax.model import abstract_model
+from gdn_jax.progress import SILENT
 from gdn_jax.tokenizer import ByteTokenizer
 from gdn_jax.tree import named_leaves, with_leaves
 
@@ -153,6 +154,9 @@ def test_ours_to_fla_to_ours_is_bitwise_equal(name, tmp_path, monkeypatch):
     assert read["tensors"] == wrote["tensors"] and read["elements"] == wrote["elements"] and read["dropped"] == []
     assert checkpoint.read_config(tmp_path / "again").model == model
     assert_same(parameters(tmp_path / "again"), leaves)
+    loaded = load_fla(str(tmp_path / "fla"), progress=SILENT)
+    assert_same({name: np.asarray(leaf) for name, leaf in named_leaves(loaded.model).items()}, leaves)
+    assert loaded.model.config == model and loaded.compute.dtype == jnp.float32 and loaded.tokenizer is None
     assert export_checkpoint(tmp_path / "again", tmp_path / "fla2")["files"] == 1
     assert_same(load_file(tmp_path / "fla2" / "model.safetensors"), stored)
 
@@ -197,6 +201,7 @@ def test_half_precision_files_come_back_bit_by_bit(tmp_path):
     np.testing.assert_array_equal(stored[name], leaves["groups/blocks/0/mixer/q_proj/kernel"][1].T.astype(jnp.bfloat16))
     read = import_checkpoint(tmp_path / "half", tmp_path / "again", data=BYTES)
     assert read["dtypes"] == ["BF16", "F32"]
+    assert load_fla(tmp_path / "half", progress=SILENT).compute.dtype == jnp.bfloat16
     assert checkpoint.read_config(tmp_path / "again").optim.precision == "bf16"
     export_checkpoint(tmp_path / "again", tmp_path / "half2", dtype="bf16")
     assert_same(load_file(tmp_path / "half2" / "model.safetensors"), stored)
@@ -210,6 +215,8 @@ def test_the_directorys_own_tokenizer_goes_into_the_run_and_back(tmp_path, json_
     import_checkpoint(tmp_path / "fla", tmp_path / "again", data=replace(BYTES, tokenizer=""))
     name = checkpoint.read_config(tmp_path / "again").data.tokenizer
     assert name == str(tmp_path / "again" / "tokenizer.json") and Path(name).read_bytes() == json_file.read_bytes()
+    own, named = (load_fla(tmp_path / "fla", tokenizer=name, progress=SILENT).tokenizer for name in ("", "byte"))
+    assert (own.hash8, own.eos, named.name) == (tokenizer.load(str(json_file)).hash8, 1, "byte")
     export_checkpoint(tmp_path / "again", tmp_path / "fla2")
     assert (tmp_path / "fla2" / "tokenizer.json").read_bytes() == json_file.read_bytes()
     assert json.loads((tmp_path / "fla2" / "config.json").read_text())["eos_token_id"] == 1
@@ -329,6 +336,10 @@ def test_a_refused_import_says_why_and_leaves_nothing(here, name, arrange, says)
     for part in says:
         assert part in sentence
     assert contents() == before
+    if not (name.startswith("out") or name == "killed before"):
+        with pytest.raises(UserError) as error:
+            load_fla("fla", progress=SILENT)
+        assert str(error.value) == sentence
 
 
 def test_refused_tokenizers_and_sources(here, monkeypatch):

@@ -1,7 +1,7 @@
 """Experiment IDs: what they resolve to, that they survive JSON, and what their hashes depend on."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 
@@ -104,6 +104,50 @@ def test_hashes_depend_on_what_decides_a_number():
     assert wider.model_hash8 != experiment.model_hash8
     hashes = [e.hash8 for e in EXPERIMENTS.values()]
     assert len(set(hashes)) == len(hashes)
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "says"),
+    [
+        ("optim", "precision", "fp16", "optim.precision is 'fp16'; it must be one of 'bf16', 'fp32'."),
+        ("optim", "steps", 3.5, "optim.steps is 3.5; it must be of type int."),
+        ("optim", "steps", True, "optim.steps is True; it must be of type int."),
+        ("optim", "lr", "1e-3", "optim.lr is '1e-3'; it must be of type float."),
+        ("optim", "decay_all", 1, "optim.decay_all is 1; it must be of type bool."),
+        ("run", "impl", "fast", "run.impl is 'fast'; it must be one of 'auto', 'chunked', "),
+        ("run", "chunk", 64.0, "run.chunk is 64.0; it must be one of 16, 32, 64, 128."),
+        ("run", "dir", None, "run.dir is None; it must be of type str."),
+        ("data", "seq_len", 8.0, "data.seq_len is 8.0; it must be of type int."),
+        ("model", "init", "lot", "model.init is 'lot'; it must be one of 'lit', "),
+        ("model", "pattern", "attention", "model.pattern is 'attention'; it must be a list."),
+        ("model", "attention", {"heads": 2}, "model.attention is {'heads': 2}; it must be a config.AttentionConfig."),
+    ],
+)
+def test_a_wrong_type_is_refused_at_construction(group, field, value, says):
+    with pytest.raises(UserError) as error:
+        replace(getattr(get("smoke/samba"), group), **{field: value})
+    assert str(error.value).startswith(says)
+
+
+def test_every_group_checks_its_types():
+    for experiment in EXPERIMENTS.values():
+        groups = [experiment, *(getattr(experiment, name) for name in ("model", "optim", "data", "run"))]
+        groups += [mixer for mixer in vars(experiment.model).values() if is_dataclass(mixer)]
+        for group in groups:
+            for field in fields(group):
+                with pytest.raises(UserError, match=rf"\.{field.name} is "):
+                    replace(group, **{field.name: b"?"})
+
+
+def test_a_number_and_a_list_become_what_json_makes_of_them():
+    """An experiment and what its config.json gives back have one hash."""
+    experiment = get("smoke/samba")
+    same = replace(
+        experiment,
+        model=replace(experiment.model, pattern=list(experiment.model.pattern)),
+        optim=replace(experiment.optim, clip=1),
+    )
+    assert same == experiment and same.hash8 == experiment.hash8
 
 
 def test_a_scale_means_the_same_size_for_every_model():

@@ -1,6 +1,7 @@
 """Generation: against the whole-sequence forward, alone and in a batch, how tokens are drawn, when it ends."""
 
 import functools
+import io
 from dataclasses import replace
 
 import jax
@@ -119,6 +120,20 @@ def test_tokens_are_drawn_as_asked(sampling, expected):
     frequency = np.bincount(drawn, minlength=4)[order] / keys.size
     np.testing.assert_allclose(frequency, expected, atol=0.018)
     assert not frequency[np.array(expected) == 0].any()
+
+
+def test_a_prompt_of_no_token_begins_a_document(tmp_path):
+    """SentencePiece's defaults take white space at the ends away: " " encodes to nothing."""
+    spm, content = pytest.importorskip("sentencepiece"), io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a wave of the sea"] * 20), model_writer=content, model_type="bpe",
+        vocab_size=285, byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "t.model").write_bytes(content.getvalue())
+    words = tokenizer.load(str(tmp_path / "t.model"))
+    assert len(words.encode(" ")) == 0
+    blank, empty, other = generate(model("gated_deltanet"), words, [" ", "", "wave"], max_tokens=8, compute=FP32)
+    assert blank.token_ids == empty.token_ids != other.token_ids
 
 
 def test_ids_without_text_are_never_drawn():

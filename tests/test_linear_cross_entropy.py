@@ -1,6 +1,7 @@
 """The chunked linear cross entropy against the float64 oracle, and what it must not allocate."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.extend.core
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.linear_cross_entropy import conformance, linear_cross_entropy, token_nll
+from pallas_kernels.linear_cross_entropy import IMPLS, conformance, linear_cross_entropy, token_nll
 from pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference, token_nll_reference
 
 B, T, D, VOCAB = 2, 37, 16, 53
@@ -106,6 +107,33 @@ def test_no_array_holds_all_logits():
     # the walk does find them where they exist
     reference = jax.make_jaxpr(lambda *a: gradient(*a, impl="reference"))(*args)
     assert full & set(shapes_in(reference.jaxpr))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_target_of_minus_100_is_left_out(impl):
+    """Loss, mean and every gradient are those of the other tokens alone."""
+    x, kernel, targets, weights = case()
+    kept = np.asarray(targets) % 3 > 0
+    ignored = jnp.where(kept, targets, -100)
+    rest, whole = weights * kept, jax.value_and_grad(partial(linear_cross_entropy, chunk=8, impl=impl), (0, 1, 3))
+    loss, dx, dkernel, nll = oracle(x, kernel, targets, rest)
+    value, gradients = whole(x, kernel, ignored, weights)
+    assert relative(value, loss) < 1e-6 and relative(linear_cross_entropy(x, kernel, ignored, weights), loss) < 1e-6
+    assert relative(gradients[0], dx) < 1e-5 and relative(gradients[1], dkernel) < 1e-5
+    assert relative(gradients[2], nll * kept) < 1e-6 and not np.asarray(gradients[2])[~kept].any()
+    assert not np.asarray(gradients[0])[~kept].any()
+    assert relative(token_nll(x, kernel, ignored, chunk=8), nll * kept) < 1e-6
+    value, _ = whole(x, kernel, jnp.full_like(targets, -100), weights)
+    assert value == 0
+
+
+@pytest.mark.parametrize("strange", [-1, -101, VOCAB])
+def test_other_targets_outside_the_vocabulary_are_refused(strange):
+    x, kernel, targets, weights = case()
+    targets = targets.at[1, 2].set(strange)
+    for call in (lambda: linear_cross_entropy(x, kernel, targets, weights), lambda: token_nll(x, kernel, targets)):
+        with pytest.raises(ValueError, match=rf"targets holds {strange}; they must lie in \[0, 53\), or be -100"):
+            call()
 
 
 def test_a_bad_chunk_is_refused():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -183,6 +184,12 @@ def test_unigram_numbers_and_one_compilation(model, prepared):
 def test_wrong_arguments(model, prepared, options, sentence):
     with pytest.raises(UserError, match=sentence):
         measure(model, prepared, **options)
+
+
+def test_text_of_another_vocabulary_is_refused(prepared):
+    small = jax.eval_shape(lambda: init_model(replace(CONFIG, vocab=256), jax.random.key(0)))
+    with pytest.raises(UserError, match="holds ids of 257 tokens but the model's vocabulary is 256; prepare the text"):
+        measure(small, prepared)
 
 
 def test_a_diverged_model_is_named(model, prepared):

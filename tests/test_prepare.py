@@ -14,7 +14,8 @@ from test_tokenizer import save_json_tokenizer
 
 from gdn_jax import config, prepare, sources
 from gdn_jax.errors import UserError
-from gdn_jax.progress import SILENT
+from gdn_jax.progress import SILENT, Progress
+from gdn_jax.shards import place
 from gdn_jax.tokenizer import ByteTokenizer
 
 FRACTION = 0.2
@@ -219,14 +220,144 @@ def test_disagreement_names_the_field(tmp_path):
         run(source, out)
 
 
-def test_empty_split_is_refused_and_leaves_nothing(tmp_path):
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_few_documents_leave_no_split_empty(tmp_path, fraction, workers):
+    """The text whose hash is the nearest to the other split goes there, with all that equal it."""
+    texts = make_texts(60)
+    texts += [min(texts, key=place), max(texts, key=place)]
+    for file in range(4):
+        write_jsonl(tmp_path / f"{file}.jsonl", texts[file::4])
+    source, out = tmp_path, tmp_path / "out"
+    run(source, out, validation=fraction, workers=workers)
+    few, many = ("validation", "train") if fraction < 0.5 else ("train", "validation")
+    assert texts_of(out, few) == [texts[-2 if few == "validation" else -1]] * 2
+    assert sorted(texts_of(out, few) + texts_of(out, many)) == sorted(texts)
+    assert not list(out.glob("shard-*")) + list(out.glob("*.tmp"))
+
+
+def test_a_single_text_is_cut_by_position(tmp_path):
+    text = "".join(make_texts(50))
+    (tmp_path / "input.txt").write_bytes(text.encode())
+    out = run(tmp_path / "input.txt", tmp_path / "out")
+    train, held_out = texts_of(out, "train"), texts_of(out, "validation")
+    assert train + held_out == [text[: round(0.8 * len(text))], text[round(0.8 * len(text)) :]]
+    (tmp_path / "two").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "two" / name).write_text("xy")
+    out = run(tmp_path / "two", tmp_path / "out2", validation=0.01)
+    assert [texts_of(out, split) for split in prepare.SPLITS] == [["x", "x"], ["y", "y"]]
+    (tmp_path / "one.txt").write_text("x")
+    with pytest.raises(UserError, match="holds one character"):
+        run(tmp_path / "one.txt", tmp_path / "out3")
+
+
+@pytest.mark.parametrize("replaced", [0, 1])
+def test_a_moved_threshold_outlives_a_restart(tmp_path, monkeypatch, replaced):
+    """Ended while the shards are written again: the rest follows the same rule."""
+    texts = make_texts(20)
+    held = min(texts, key=place)
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "only.txt").write_text("one document")
-    with pytest.raises(UserError, match=r"The validation split of .* is empty with 1 documents"):
+    for file in range(3):  # each holds a copy of the one text that is held out
+        write_jsonl(tmp_path / "in" / f"{file}.jsonl", [*texts[file::3], held])
+    write, written = prepare.write_shard, []
+
+    def ending(job, report):
+        written.append(job)
+        if len(written) == 4 + replaced:
+            raise KeyboardInterrupt
+        write(job, report)
+
+    monkeypatch.setattr(prepare, "write_shard", ending)
+    with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "in", tmp_path / "out", validation=1e-9)
-    assert contents(tmp_path / "out") == {}
-    with pytest.raises(UserError, match=r"The train split of .* is empty"):
-        run(tmp_path / "in", tmp_path / "out", validation=1 - 1e-9)
+    run(tmp_path / "in", tmp_path / "out", validation=1e-9)
+    assert texts_of(tmp_path / "out", "validation") == [held] * 4 and held not in texts_of(tmp_path / "out", "train")
+
+
+def test_a_mixed_folder_is_read_whole_and_what_is_left_out_is_named(tmp_path):
+    folder, texts, said = tmp_path / "in", make_texts(30), []
+    folder.mkdir()
+    for index, text in enumerate(texts[:5]):
+        (folder / f"{index}.txt").write_bytes(text.encode())
+    (folder / "read.me").write_bytes(texts[5].encode())
+    for name, part in (("a.JSONL", texts[6:12]), ("b.ndjson", texts[12:20]), ("c.jsonl", [None, *texts[20:25]])):
+        write_jsonl(folder / name, part)
+    write_jsonl(tmp_path / "d", texts[25:])
+    (folder / "d.ndjson.GZ").write_bytes(gzip.compress((tmp_path / "d").read_bytes()))
+    (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+    (folder / "packed.txt.gz").write_bytes(gzip.compress(b"text"))
+    (folder / "list.json").write_text('[{"text": "braces"}]')
+    (folder / "nothing.txt").write_text("")
+    for index in range(8):
+        (folder / f"x{index}.bin").write_bytes(b"\0")
+    (folder / "old").mkdir()
+    (folder / "old" / "train-00000.bin").write_text("prepared data")
+    out = run(folder, tmp_path / "out", progress=Progress(say=said.append))
+    assert sorted(texts_of(out, "train") + texts_of(out, "validation")) == sorted(texts)
+    named = [line.removeprefix(f"Left out: {folder}/") for line in said if line.startswith("Left out")]
+    assert named == [
+        "latin.txt is not UTF-8 text: convert it.",
+        "list.json is JSON and no prose: write an object a line to a .jsonl file.",
+        "nothing.txt is empty.",
+        "packed.txt.gz is packed: unpack it.",
+        *(f"x{index}.bin is not UTF-8 text: convert it." for index in range(6)),
+        "Left out: 3 more.",
+    ]
+    manifest = manifest_of(out)
+    assert manifest["skipped"] == 13 and len(manifest["left_out"]) == 10 and said[-1].endswith("; 13 left out.")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_without_text_are_left_out_alike(tmp_path, kind):
+    texts, said = [None, "a", "", "b"], []
+    if kind == "jsonl":
+        write_jsonl(tmp_path / "in.jsonl", texts)
+    else:
+        arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.table({"text": texts}), tmp_path / "in.parquet")
+    out = run(tmp_path / f"in.{kind}", tmp_path / "out", progress=Progress(say=said.append))
+    assert sorted(texts_of(out, "train") + texts_of(out, "validation")) == ["a", "b"]
+    places = ("line 1", "line 3") if kind == "jsonl" else ("row 0", "row 2")
+    assert said[0].endswith(f"in.{kind}, {places[0]} is null.") and said[1].endswith(f"{places[1]} is empty.")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_refused_preparation_leaves_nothing_behind(tmp_path, workers):
+    source = make_jsonl_folder(tmp_path / "in", 6, 50)
+    (tmp_path / "in" / "004.jsonl").write_text('{"text": "a"}\n{\n')
+    with pytest.raises(UserError, match="line 2: not valid JSON"):
+        run(source, tmp_path / "data" / "deep" / "out", workers=workers)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="line 2: not valid JSON"):
+        run(source, tmp_path / "mine", workers=workers)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "mine"] and not list(
+        (tmp_path / "mine").iterdir()
+    )
+
+
+def test_a_full_disk_leaves_what_is_finished(tmp_path, monkeypatch):
+    source, write, out = make_jsonl_folder(tmp_path / "in", 3, 50), prepare.write_shard, tmp_path / "out"
+
+    def full(job, report):
+        if job.index == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(job, report)
+
+    monkeypatch.setattr(prepare, "write_shard", full)
+    with pytest.raises(UserError, match="No space left"):
+        run(source, out)
+    assert len(list(out.glob("shard-*.json"))) == 2
+    monkeypatch.undo()
+    assert contents(run(source, out)) == contents(run(source, tmp_path / "whole"))
+
+
+def test_a_prepared_directory_is_a_source_of_training_and_not_of_text(tmp_path):
+    out = run(make_jsonl_folder(tmp_path / "in", 1, 50), tmp_path / "out")
+    assert prepare.default_directory(config.Data(source=str(out)), "root") == out
+    with pytest.raises(UserError, match="out is prepared data already: give it as --data.source"):
+        run(out, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_user_errors(tmp_path):
@@ -240,6 +371,12 @@ def test_user_errors(tmp_path):
         return tmp_path / name
 
     (tmp_path / "empty").mkdir()
+    assert "'hf:' names no data set; write 'hf:owner/name'" in sentence("hf:")
+    (tmp_path / "dangling").mkdir()
+    (tmp_path / "dangling" / "a.txt").symlink_to("nowhere")
+    assert "a.txt: No such file or directory; check the path" in sentence(tmp_path / "dangling")
+    latin = file("latin.txt", "é".encode("latin-1"))
+    assert f"holds no text ({latin} is not UTF-8 text: convert it); give one that does" in sentence(latin)
     good = file("good.jsonl", b'{"text": "a"}\n')
     assert "is no file or folder" in sentence(tmp_path / "absent")
     assert "holds no text files" in sentence(tmp_path / "empty")
@@ -255,7 +392,7 @@ def test_user_errors(tmp_path):
     assert "good.jsonl: File exists" in sentence(good, "good.jsonl")
     assert "validation is 1.5" in sentence(good, validation=1.5)
     assert "workers is 0" in sentence(good, workers=0)
-    assert not list(tmp_path.glob("o?/*.tmp"))
+    assert not list(tmp_path.glob("o*/"))
 
 
 def test_parquet_columns(tmp_path):

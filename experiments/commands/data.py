@@ -10,11 +10,14 @@ from gdn_jax.config import Data, Run
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """Tokenise text: a file or folder of text, .jsonl or .parquet, a built-in source, or 'hf:owner/name'."""
+    """Tokenise text: a file or folder of text, .jsonl or .parquet, a built-in source, or 'hf:owner/name'.
+
+    Prints the directory it made, which --data.source takes.
+    """
 
     out: str = ""  # directory to write; empty: data/<source>-<tokenizer hash>
     tokenizer: str = "byte"  # or the path of a SentencePiece .model or tokenizers .json file
-    validation: float = 0.01  # fraction of documents held out
+    validation: float = Data.validation  # fraction of documents held out, or of the only one
     workers: int | None = None  # processes; None: one per core, one alone for small sources
     text_column: str = "text"  # of .jsonl and .parquet rows
 

@@ -7,6 +7,7 @@ and one file's tensors.
 import contextlib
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from gdn_jax.convert.tables import Layout, Place, places, unused_keys
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.fingerprint import Identity
+from gdn_jax.layers import Compute
 from gdn_jax.metrics import environment
 from gdn_jax.model import LM, abstract_model
 from gdn_jax.progress import Progress
@@ -33,6 +35,36 @@ NAMED = 8  # tensors named in a refusal
 STEP = 0  # of an imported run's checkpoint: it was trained for no step here
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")  # what a directory's own tokenizer is called
 DTYPES = {"fp32": (np.float32, "float32"), "bf16": (jnp.bfloat16, "bfloat16")}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Another program's model in memory, with what belongs to it."""
+
+    directory: Path
+    model: LM  # fp32 parameters, on the default device
+    tokenizer: tokenizer.Tokenizer | None  # the directory's own; None where it holds none and none was named
+    compute: Compute  # bf16 for files of half precision, fp32 for others
+
+
+def load_fla(directory: str | Path, *, tokenizer: str = "", progress: Progress | None = None) -> Loaded:
+    """The model of a flash-linear-attention directory (config.json and .safetensors files), without making a run.
+
+    tokenizer   "byte" or the path of a tokenizer's file; empty: tokenizer.model or tokenizer.json of the directory
+    progress    where the work shows itself; None: on stderr
+    Raises UserError as `import_checkpoint` does.
+    """
+    source = Path(directory)
+    with contextlib.ExitStack() as stack, progress or Progress() as display:
+        layout, cfg = _described(source, None)
+        tensors = Tensors(source, stack)
+        wanted = places(layout, cfg)
+        _check(source, layout, cfg, tensors, wanted)
+        own = _own_tokenizer(source)
+        words = _fitting_tokenizer(tokenizer or str(own), cfg) if tokenizer or own else None
+        model = _read_model(source, tensors, cfg, wanted, display)
+        dtype = jnp.bfloat16 if _half_precision(tensors, wanted) else jnp.float32
+    return Loaded(source, model, words, Compute(dtype=dtype))
 
 
 def import_checkpoint(
@@ -59,7 +91,7 @@ def import_checkpoint(
         wanted = places(layout, cfg)
         dropped = _check(source, layout, cfg, tensors, wanted)
         name, words = _tokenizer(source, out, directory, data.tokenizer, cfg)
-        half = {tensors.dtypes[key] for key in wanted} & {"BF16", "F16"}
+        half = _half_precision(tensors, wanted)
         experiment = Experiment(
             id=f"{IMPORTED}{source.resolve().name.removesuffix('.safetensors')}",
             model=cfg,
@@ -201,19 +233,32 @@ def _listed(keys: list[str]) -> str:
 
 def _tokenizer(source: Path, out: Path, directory: Path, name: str, cfg: Model) -> tuple[str, tokenizer.Tokenizer]:
     """What the run's data.tokenizer becomes, loaded; a directory's own tokenizer is copied into the run."""
-    own = next((source / file for file in TOKENIZERS if (source / file).is_file()), None)
+    own = _own_tokenizer(source)
     if not name and own is None:
         raise UserError(f"{source} holds no {' or '.join(TOKENIZERS)}; name its tokenizer with --tokenizer.")
-    words = tokenizer.load(name or str(own))
+    words = _fitting_tokenizer(name or str(own), cfg)
+    if name:
+        return name, words
+    shutil.copyfile(own, directory / own.name)
+    return str(out / own.name), words
+
+
+def _own_tokenizer(source: Path) -> Path | None:
+    return next((source / file for file in TOKENIZERS if (source / file).is_file()), None)
+
+
+def _fitting_tokenizer(name: str, cfg: Model) -> tokenizer.Tokenizer:
+    words = tokenizer.load(name)
     if words.vocab > cfg.vocab:
         raise UserError(
             f"Tokenizer {words.name!r} has {words.vocab} tokens but the checkpoint's vocabulary is {cfg.vocab}; name "
             "the tokenizer that it was trained with."
         )
-    if name:
-        return name, words
-    shutil.copyfile(own, directory / own.name)
-    return str(out / own.name), words
+    return words
+
+
+def _half_precision(tensors: Tensors, wanted: dict[str, Place]) -> bool:
+    return bool({tensors.dtypes[key] for key in wanted} & {"BF16", "F16"})
 
 
 def _read_model(source: Path, tensors: Tensors, cfg: Model, wanted: dict[str, Place], progress: Progress) -> LM:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
-from gdn_jax.model import LM
+from gdn_jax.model import LM, check_ids
 from gdn_jax.progress import Progress
 from pallas_kernels.linear_cross_entropy import token_nll
 
@@ -76,6 +76,8 @@ def length_extrapolation(
         for batch in _batches(read, batch_size):
             cache = _empty_cache(model, batch_size, size + -size % piece, compute)
             for part in _pieces(batch, batch_size, size, piece, eos):
+                check_ids(part.inputs, model.config.vocab)
+                check_ids(part.targets, model.config.vocab)
                 nll, cache = _read(model, jnp.asarray(part.inputs), jnp.asarray(part.targets), cache, compute=compute)
                 losses = np.asarray(nll, np.float64)[: len(batch), : part.count]
                 if not np.isfinite(losses).all():

@@ -50,6 +50,11 @@ def perplexity(
     Raises UserError for a stride or a number of windows out of range, too little text, or a loss not finite.
     """
     check_scoring(seq_len, stride, windows)
+    if prepared.vocab > model.config.vocab:
+        raise UserError(
+            f"{prepared.directory} holds ids of {prepared.vocab} tokens but the model's vocabulary is "
+            f"{model.config.vocab}; prepare the text with the tokenizer that it was trained with."
+        )
     stride = seq_len if stride is None else stride
     held_out = prepared.tokens("validation")
     whole = (len(held_out) - 1 - seq_len) // stride + 1

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from gdn_jax import sharding
 from gdn_jax.errors import UserError
 from gdn_jax.evaluate.contexts import Pair, bucket, by_size, divided, padded, power, room_of, state_bytes
-from gdn_jax.layers import Compute, dot_precision
+from gdn_jax.layers import Compute, at_least_fp32, dot_precision
 from gdn_jax.model import LM
 from gdn_jax.prefill import read_prompts
 from gdn_jax.progress import Progress
@@ -241,7 +241,7 @@ def _of_targets(
 
     def of_slice(part: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = part
-        logits = jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=at_least_fp32(hidden.dtype))
         top = logits.max(axis=-1)
         log_total = top + jnp.log(jnp.exp(logits - top[..., None]).sum(axis=-1))
         own = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

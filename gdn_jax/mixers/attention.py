@@ -1,9 +1,11 @@
 """Softmax attention with RoPE, over all earlier tokens (`attention`) or a sliding window (`swa`)."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -11,6 +13,7 @@ from gdn_jax.config import Model
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute, Linear, linear_init, rope, segment_index
 from pallas_kernels import dispatch
+from pallas_kernels.arguments import is_known
 
 NAME = "softmax_attention"  # implementations: cudnn and xla, by device and shape; run.impl names neither
 SCORES = 2**26  # fp32 attention scores that exist at once where a mask rules out cuDNN's kernel: 256 MiB
@@ -88,15 +91,17 @@ class Attention(nnx.Module):
         visible = (positions[:, None] >= 0) & (positions[:, None] <= now[..., None])
         if self.windowed:
             visible &= positions[:, None] > now[..., None] - self.config.window
-        return _by_rows(q, keys, values, visible), new
+        y = _by_rows(q, keys, values, visible)
+        if self.forgets_at(cache.keys.shape[1]):
+            outgrown = new.index > cache.keys.shape[1]  # under jit, where `check_room` cannot refuse it
+            y = jnp.where(outgrown[:, None, None, None], jnp.nan, y)
+        return y, new
 
     def _written(self, cache: KVCache, k: Array, v: Array, lengths: Array | None) -> KVCache:
         """The cache with the tokens of k and v that count, of more than it holds the last."""
         (B, T), L = k.shape[:2], cache.keys.shape[1]
-        if lengths is None:
-            if T > L and not self.windowed:
-                raise UserError(f"{T} tokens do not fit a cache of max_len {L}; make it with a larger max_len.")
-            lengths = jnp.full(B, T, jnp.int32)
+        self.check_room(L, cache.index, T, lengths)
+        lengths = jnp.full(B, T, jnp.int32) if lengths is None else lengths
         now, rows = _positions(cache, k), jnp.arange(B)[:, None]
         slots = ring_slots(now, lengths, L)
 
@@ -105,10 +110,27 @@ class Attention(nnx.Module):
 
         return KVCache(put(cache.keys, k), put(cache.values, v), put(cache.positions, now), index=cache.index + lengths)
 
+    def forgets_at(self, room: int) -> bool:
+        """Whether a ring of so many tokens would lose one that is still visible."""
+        return not self.windowed or room < self.config.window
+
+    def check_room(
+        self, room: int, held: Int[Array, "*R B"] | int, tokens: int, lengths: Int[Array, "B"] | None
+    ) -> None:
+        """A ring for `room` tokens that holds so many has room for more, or a UserError; under jit none."""
+        read = tokens if lengths is None else lengths
+        if all(isinstance(x, int) or is_known(x) for x in (held, read)):
+            total = int(np.max(np.asarray(held) + np.asarray(read), initial=0))
+        else:
+            total = tokens if lengths is None else 0
+        if total > room and self.forgets_at(room):
+            raise UserError(f"{total} tokens do not fit a cache of max_len {room}; make it with a larger max_len.")
+
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> KVCache:
         """The cache of an empty sequence of at most max_len tokens; `swa` never keeps more than its window.
 
-        Full attention forgets the oldest tokens when a sequence outgrows max_len.
+        One with room for the window goes on for ever. Another refuses a sequence that outgrows max_len; under jit,
+        where it cannot, the outputs are NaN from there on.
         """
         length = min(self.config.window, max_len) if self.windowed else max_len
         zeros = jnp.zeros((batch, length, self.config.heads, self.config.head_dim), dtype)
@@ -173,6 +195,8 @@ def _dot_product_attention(
     reason = _why_not_cudnn(q, mask)
     refused = (dispatch.Refusal(NAME, "cudnn", reason),) if reason else ()
     implementation = dispatch.taken(dispatch.Choice(NAME, "xla" if reason else "cudnn", refused))
+    if q.dtype == jnp.float64:
+        return _float64_attention(q, k, v, mask, is_causal, local_window_size)
     with jax.default_matmul_precision("highest"):  # jax.nn takes no precision; bf16 products are exact anyway
         return jax.nn.dot_product_attention(
             q,
@@ -183,3 +207,16 @@ def _dot_product_attention(
             local_window_size=local_window_size,
             implementation=implementation,
         )
+
+
+def _float64_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, is_causal: bool, local_window_size: tuple[int, int] | None
+) -> Array:
+    """The same in float64 throughout: jax.nn's softmax is fp32 whatever it is given."""
+    behind = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])
+    visible = behind >= 0 if is_causal else jnp.ones_like(behind, bool)
+    if local_window_size is not None:
+        visible &= behind <= local_window_size[0]
+    visible = visible if mask is None else visible & mask
+    scores = jnp.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.shape[-1])
+    return jnp.einsum("bhts,bshk->bthk", jax.nn.softmax(scores, where=visible), v)

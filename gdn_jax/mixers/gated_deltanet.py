@@ -13,6 +13,7 @@ from gdn_jax.layers import (
     Linear,
     RMSNorm,
     ShortConv,
+    at_least_fp32,
     conv_init,
     dt_bias_init,
     linear_init,
@@ -151,7 +152,7 @@ class GatedDeltaNet(nnx.Module):
         """The cache of an empty sequence; max_len does not matter, its size is constant."""
         mixer, past = self.config, max(self.config.conv_width - 1, 0)
         Hv, K, V = mixer.num_value_heads, mixer.key_dim, mixer.value_dim
-        state = jnp.zeros((batch, Hv, K, V), jnp.float32)
+        state = jnp.zeros((batch, Hv, K, V), at_least_fp32(dtype))
         key_past = jnp.zeros((batch, past, mixer.heads * K), dtype)
         return GatedDeltaNetCache(state, key_past, key_past, jnp.zeros((batch, past, Hv * V), dtype))
 
@@ -160,8 +161,8 @@ FEATURE_MAPS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda x: 1.0 
 
 
 def _normalise(x: Float[Array, "B T HK"], head: int, norm: str) -> Float[Array, "B T HK"]:
-    """Each head's vector to unit L2 or L1 norm, in fp32."""
-    heads = x.astype(jnp.float32).reshape(*x.shape[:2], -1, head)
+    """Each head's vector to unit L2 or L1 norm, in at least fp32."""
+    heads = x.astype(at_least_fp32(x.dtype)).reshape(*x.shape[:2], -1, head)
     if norm == "l2":
         heads = heads * jax.lax.rsqrt(jnp.sum(jnp.square(heads), axis=-1, keepdims=True) + 1e-6)
     else:

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
-from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init, zero_padding
+from gdn_jax.layers import Compute, Linear, RMSNorm, at_least_fp32, linear_init, zero_padding
 from gdn_jax.mixers.recurrence import LINEAR_ATTENTION, advance
 
 
@@ -57,9 +57,9 @@ class HGRN2(nnx.Module):
         return y, None if cache is None and room is None else HGRN2Cache(state)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> HGRN2Cache:
-        """The cache of an empty sequence; max_len and dtype do not matter, its size is constant."""
+        """The cache of an empty sequence; max_len does not matter, its size is constant."""
         heads, dim = self.config.heads, self.config.head_dim
-        return HGRN2Cache(jnp.zeros((batch, heads, dim, dim), jnp.float32))
+        return HGRN2Cache(jnp.zeros((batch, heads, dim, dim), at_least_fp32(dtype)))
 
 
 def lower_bounds(logits: Float[Array, "L D"]) -> Float[Array, "L D"]:

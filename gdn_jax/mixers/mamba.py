@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
-from gdn_jax.layers import Compute, Linear, ShortConv, dt_bias_init, linear_init, uniform, zero_padding
+from gdn_jax.layers import Compute, Linear, ShortConv, at_least_fp32, dt_bias_init, linear_init, uniform, zero_padding
 from gdn_jax.mixers.recurrence import SELECTIVE_SCAN, advance
 
 
@@ -65,5 +65,5 @@ class Mamba(nnx.Module):
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> MambaCache:
         """The cache of an empty sequence; max_len does not matter, its size is constant."""
         mixer = self.config
-        state = jnp.zeros((batch, mixer.inner, mixer.state), jnp.float32)
+        state = jnp.zeros((batch, mixer.inner, mixer.state), at_least_fp32(dtype))
         return MambaCache(state, jnp.zeros((batch, mixer.conv_width - 1, mixer.inner), dtype))

@@ -13,6 +13,7 @@ from gdn_jax.layers import (
     Linear,
     RMSNorm,
     ShortConv,
+    at_least_fp32,
     conv_bias_init,
     conv_init,
     dt_bias_init,
@@ -92,6 +93,6 @@ class Mamba2(nnx.Module):
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> Mamba2Cache:
         """The cache of an empty sequence; max_len does not matter, its size is constant."""
         mixer = self.config
-        state = jnp.zeros((batch, mixer.heads, mixer.state, mixer.head_dim), jnp.float32)
+        state = jnp.zeros((batch, mixer.heads, mixer.state, mixer.head_dim), at_least_fp32(dtype))
         channels = mixer.heads * mixer.head_dim + 2 * mixer.groups * mixer.state
         return Mamba2Cache(state, jnp.zeros((batch, mixer.conv_width - 1, channels), dtype))

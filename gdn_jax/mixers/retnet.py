@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
-from gdn_jax.layers import Compute, Linear, RMSNorm, linear_init, rope, zero_padding
+from gdn_jax.layers import Compute, Linear, RMSNorm, at_least_fp32, linear_init, rope, zero_padding
 from gdn_jax.mixers.recurrence import LINEAR_ATTENTION, advance
 
 
@@ -51,7 +51,8 @@ class RetNet(nnx.Module):
         q = rope(by_head(self.q_proj(x, compute), mixer.key_dim), offset, mixer.rope_base)
         k = rope(by_head(self.k_proj(x, compute), mixer.key_dim), offset, mixer.rope_base)
         v = zero_padding(by_head(self.v_proj(x, compute), mixer.value_dim), lengths)
-        g = zero_padding(jnp.broadcast_to(log_decays(mixer.heads), (B, T, mixer.heads)), lengths)
+        g = log_decays(mixer.heads, at_least_fp32(compute.dtype))
+        g = zero_padding(jnp.broadcast_to(g, (B, T, mixer.heads)), lengths)
         o, state = advance(LINEAR_ATTENTION, (q, k, v, g), cache, compute=compute, segment_ids=segment_ids)
         o = self.o_norm(o, compute, by_head(self.g_proj(x, compute), mixer.value_dim))
         y = self.o_proj(o.reshape(B, T, -1), compute)
@@ -61,12 +62,12 @@ class RetNet(nnx.Module):
         return y, RetNetCache(state, offset + read)
 
     def init_cache(self, batch: int, max_len: int, dtype: Any) -> RetNetCache:
-        """The cache of an empty sequence; max_len and dtype do not matter, its size is constant."""
+        """The cache of an empty sequence; max_len does not matter, its size is constant."""
         mixer = self.config
-        state = jnp.zeros((batch, mixer.heads, mixer.key_dim, mixer.value_dim), jnp.float32)
+        state = jnp.zeros((batch, mixer.heads, mixer.key_dim, mixer.value_dim), at_least_fp32(dtype))
         return RetNetCache(state, jnp.zeros(batch, jnp.int32))
 
 
-def log_decays(heads: int) -> Float[Array, "H"]:
+def log_decays(heads: int, dtype: Any = jnp.float32) -> Float[Array, "H"]:
     """log(1 - 2^(-5 - h)) of every head."""
-    return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=jnp.float32))))
+    return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=dtype))))

@@ -1,15 +1,17 @@
 """Linear head and cross entropy in one op: signature, checks, choice of implementation."""
 
+import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
-from pallas_kernels.arguments import check_dtypes, check_tokens
+from pallas_kernels.arguments import check_dtypes, check_range, check_tokens
 from pallas_kernels.linear_cross_entropy.chunked import linear_cross_entropy_chunked, token_nll_chunked
 from pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
 
 NAME = "linear_cross_entropy"
 IMPLS = dispatch.PLAIN
+IGNORED = -100  # the target of a token that is left out, as in PyTorch and Hugging Face
 
 
 def resolve(impl: str = "auto") -> dispatch.Choice:
@@ -29,13 +31,18 @@ def linear_cross_entropy(
 ) -> Float[Array, ""]:
     """Weighted cross entropy of a linear head: sum_bt weights_bt * -log softmax(x_bt kernel)[targets_bt].
 
-    targets lie in [0, vocab) (not checked). The logits exist for `chunk` tokens of every row at a time, never
-    as [B, T, vocab]; T need not be a multiple of chunk. Operands of the GEMMs have x's dtype (kernel is cast
-    to it), statistics, loss and the sum of the kernel's gradient are fp32. Differentiable once in x, kernel
-    and weights. "auto" is "chunked"; "reference" makes all logits and is the oracle. Raises ValueError for
-    chunk < 1, T = 0 or another dtype of x, and NotImplementedError for an impl that cannot run here.
+    targets lie in [0, vocab), or are -100: such a token is left out, as if its weight were 0, and so are its
+    gradients, that of its weight included. For a mean over the others divide by the sum of their weights.
+    The logits exist for `chunk` tokens of every row at a time, never as [B, T, vocab]; T need not be a
+    multiple of chunk. Operands of the GEMMs have x's dtype (kernel is cast to it), statistics, loss and the
+    sum of the kernel's gradient are fp32. Differentiable once in x, kernel and weights. "auto" is "chunked";
+    "reference" makes all logits and is the oracle. Raises ValueError for chunk < 1, T = 0, another dtype of x
+    or, outside of jit, which cannot look for them, other targets, and NotImplementedError for an impl that
+    cannot run here.
     """
-    _check(x, chunk)
+    _check(x, kernel, targets, chunk)
+    kept = targets != IGNORED
+    targets, weights = jnp.where(kept, targets, 0), jnp.where(kept, weights, 0)
     if dispatch.taken(resolve(impl)) == "reference":
         return linear_cross_entropy_reference(x, kernel, targets, weights)
     return linear_cross_entropy_chunked(x, kernel, targets, weights, chunk)
@@ -45,13 +52,15 @@ def linear_cross_entropy(
 def token_nll(
     x: Float[Array, "B T D"], kernel: Float[Array, "D vocab"], targets: Int[Array, "B T"], *, chunk: int = 512
 ) -> Float[Array, "B T"]:
-    """Each token's -log softmax(x_bt kernel)[targets_bt], fp32; arguments as of linear_cross_entropy."""
-    _check(x, chunk)
-    return token_nll_chunked(x, kernel, targets, chunk)
+    """Each token's -log softmax(x_bt kernel)[targets_bt], fp32, 0 where the target is -100; else as there."""
+    _check(x, kernel, targets, chunk)
+    kept = targets != IGNORED
+    return jnp.where(kept, token_nll_chunked(x, kernel, jnp.where(kept, targets, 0), chunk), 0)
 
 
-def _check(x, chunk: int) -> None:
+def _check(x, kernel, targets, chunk: int) -> None:
     check_tokens(x.shape[1], "the cross entropy")
+    check_range("targets", jnp.where(targets == IGNORED, 0, targets), kernel.shape[1], f", or be {IGNORED}")
     check_dtypes(x=x)
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it counts tokens per slice and must be at least 1.")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import experiments
 from experiments import figures, tables
-from experiments.commands import Stopped, convert, generate, machine, of_run
+from experiments.commands import Stopped, convert, generate, machine, named
 from experiments.commands import data as on_data
 from experiments.commands import experiment as on_ids
 from experiments.options import Overrides, parse
@@ -49,7 +49,7 @@ COMMANDS = {
 GROUPS = {name.partition(" ")[0] for name in COMMANDS if " " in name} - COMMANDS.keys()  # of two words always
 HINTS = {
     "ID": "; `gdn list` shows all IDs",
-    "RUN": ", an ID or the directory of a run",
+    "RUN": ", an ID, FILE:NAME or the directory of a run",
 }
 HELP = ("-h", "--help")
 GPU_MEMORY = "0.92"  # the share of a GPU's memory that jax takes; its own 0.75 is too little for a 1.3b step on 80 GB
@@ -115,7 +115,7 @@ def _dispatch(words: list[str]) -> int | None:
     evaluates = experiments.EVALUATIONS.get(operand) if takes_tasks else None
     given = {"tasks": evaluates.suite.name} if evaluates else {}
     operand = evaluates.experiment.id if evaluates else operand
-    experiment = of_run(operand) if command.operand == "RUN" else experiments.get(operand)
+    experiment = named(operand)
     groups = {name: getattr(experiment, name) for name in ("model", "optim", "data", "run")}
     options = parse(command.options(**groups, **given), words, prog)
     experiment = dataclasses.replace(experiment, **{name: getattr(options, name) for name in groups})

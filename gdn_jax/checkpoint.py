@@ -223,15 +223,22 @@ def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
     if canonical(found) == canonical(wanted):
         return
     ours, theirs = (flat(to_dict(e)) for e in (wanted, found))
-    decides = [key for key in {**ours, **theirs} if not key.startswith("run.") or key == "run.seed"]
+    groups, others = ("model.", "optim.", "data."), ("run.seed", "start.sha256")
     differing = [
         f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} asked)"
-        for key in decides
-        if key != "id" and theirs.get(key) != ours.get(key)
+        for key in {**ours, **theirs}
+        if (key.startswith(groups) or key in others) and theirs.get(key) != ours.get(key)
     ]
+    changed = f" ({wanted.file.path} has changed since)" if changed_file(found, wanted) else ""
     raise UserError(
-        f"{where} belongs to another configuration of {found.id}: {', '.join(differing[:4])}; choose another run.dir."
+        f"{where} belongs to another configuration of {found.id}: {', '.join(differing[:4])}{changed}; choose another "
+        f"run.dir."
     )
+
+
+def changed_file(found: Experiment, wanted: Experiment) -> bool:
+    """Whether both came from a file of the user's own that is not the same any more."""
+    return bool(found.file and wanted.file and found.file.sha256 != wanted.file.sha256)
 
 
 def write_config(run_dir: Path, experiment: Experiment) -> None:

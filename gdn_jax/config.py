@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gdn_jax.errors import UserError, nearest
+from gdn_jax.origin import File, Start
 
 # mixer name in a pattern -> the field of Model that configures it
 MIXER_FIELDS = {
@@ -317,8 +318,14 @@ class Experiment:
     optim: Optim
     data: Data
     run: Run = Run()
+    start: Start | None = None  # whose parameters a fine-tuning begins with; None: random ones
+    file: File | None = None  # the user's own file that it was read from; decides no number
 
     def __post_init__(self):
+        _require(
+            not {"", ".", ".."} & set(self.id.split("/")),
+            f"The experiment's id is {self.id!r}; it must be words between single slashes, as in 'mine/small'.",
+        )
         _require(
             self.optim.batch_size % self.run.micro_batches == 0,
             f"run.micro_batches is {self.run.micro_batches}; it must divide optim.batch_size {self.optim.batch_size}.",
@@ -348,7 +355,9 @@ def to_dict(config: Any) -> dict:
 def canonical(experiment: Experiment, *, seed: bool = True) -> str:
     """Canonical JSON of what decides a number. A mixer that is not configured leaves no trace."""
     groups = {name: to_dict(getattr(experiment, name)) for name in ("model", "optim", "data")}
-    return _dumps(_drop_none(groups | ({"seed": experiment.run.seed} if seed else {})))
+    groups |= {"seed": experiment.run.seed if seed else None}
+    groups |= {"start": experiment.start and experiment.start.sha256}
+    return _dumps(_drop_none(groups))
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:

@@ -151,12 +151,17 @@ def train(experiment: Experiment) -> Path:
     prepared = prepared_data(experiment)
     data.check_length(prepared, experiment.data.seq_len, experiment.optim.batch_size)
     windows = data.validation_windows(prepared, experiment.data.seq_len, experiment.run.eval_windows)
-    with own(directory, experiment):
+    with own(directory, experiment) as began:
         keep_compiled(experiment.run)
         checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True, data=prepared.identity)
         progress, closing = Progress(seconds=0), contextlib.closing(checkpoints)
         with jax.set_mesh(trainer.mesh), progress, _stop_signals() as stop, closing:
             start = checkpoints.latest or 0
+            if checkpoints.latest == 0:
+                raise UserError(
+                    f"{directory} holds parameters that were not trained here, and no optimizer state to go on with; "
+                    f"fine-tune them as a run of its own: gdn train ID --from {directory}."
+                )
             if start >= experiment.optim.steps:
                 checkpoints.check(start)
                 progress.say(f"{experiment.id}: all {start} steps are done, in {directory}")
@@ -165,7 +170,8 @@ def train(experiment: Experiment) -> Path:
                 model, opt_state = checkpoints.load(start, *trainer.abstract)
             else:
                 model, opt_state = trainer.begin(experiment.run.seed)
-            write_config(directory, experiment)
+            origins = {"start": began.start or experiment.start, "file": began.file or experiment.file}
+            write_config(directory, dataclasses.replace(experiment, **origins))
             env = environment() | {"impl": impls, "data": prepared.identity._asdict()}
             write_json(directory / "env.json", env)
             write_json(directory / "validation.json", windows.described())

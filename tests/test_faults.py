@@ -135,6 +135,14 @@ class Fault(NamedTuple):
     arrange: Callable | None = None
 
 
+OWN = b"""import dataclasses
+import experiments
+SMALL = dataclasses.replace(experiments.get("test/small"), id="mine/small")
+N = 3
+"""
+FAILING = OWN + b"def f():\n    return 1\nf() / 0\n"
+EMPTY = b"from gdn_jax import Model\nModel(pattern=(), repeats=1, d_model=8, d_ff=8)\n"
+OUTSIDE = OWN + b"A = dataclasses.replace(SMALL, id='a/../b')\n"
 TRAIN, SHOW, EVAL = f"train {ID}", f"show {ID}", f"eval {ID}"
 FAULTS = [
     Fault("unknown ID", "train test/smal", ("'test/smal'", "did you mean 'test/small'?")),
@@ -284,6 +292,24 @@ FAULTS = [
     Fault("stride of 0", f"{EVAL} --stride 0", ("stride is 0", "between 1 and data.seq_len 32")),
     Fault("stride too large", f"{EVAL} --stride 33", ("stride is 33", "between 1 and data.seq_len 32")),
     Fault("no windows", f"{EVAL} --windows 0", ("windows is 0", "must be positive")),
+    Fault("file of a run that is not there", "train no.py:SMALL", ("no file no.py", "a Python file that exists")),
+    Fault("file that is no Python", "run my.txt:SMALL", ("'my.txt'", "ends in .py"), file("my.txt", b"")),
+    Fault("file without a name", "show my.py", ("as in my.py:NAME (it has SMALL)",), file("my.py", OWN)),
+    Fault(
+        "name not in the file", "train my.py:SMAL", ("'SMAL' (did you mean 'SMALL'?)", "has SMALL"), file("my.py", OWN)
+    ),
+    Fault("file without one", "eval my.py:SMALL", ("no Experiment 'SMALL'", "NAME = Exp"), file("my.py", b"a = 1")),
+    Fault("name of a number", "doctor my.py:N", ("N in my.py is of type int", "it has SMALL"), file("my.py", OWN)),
+    Fault("no syntax", "show my.py:SMALL", ("my.py, line 2: SyntaxError", "mend"), file("my.py", b"\na = = 1\n")),
+    Fault("no UTF-8", "show my.py:SMALL", ("my.py, line 1: SyntaxError", "mend"), file("my.py", b"a = '\xff'\n")),
+    Fault("failing file", "show my.py:SMALL", ("my.py, line 7: ZeroDivisionError", "mend"), file("my.py", FAILING)),
+    Fault("file that ends", "show my.py:SMALL", ("my.py, line 2: SystemExit: 3", "mend"), file("my.py", b"\nexit(3)")),
+    Fault(
+        "file breaks a rule", "show my.py:A", ("line 2: model.pattern is empty", "name at least"), file("my.py", EMPTY)
+    ),
+    Fault(
+        "id outside runs", "show my.py:A", ("id is 'a/../b'", "words between single slashes"), file("my.py", OUTSIDE)
+    ),
     Fault("stride of a run", f"run {ID} {ELSEWHERE} --stride 0", ("stride is 0", "between 1 and data.seq_len 32")),
 ]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import experiments
+from experiments import own
 from experiments.report import aligned
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
@@ -22,18 +23,31 @@ class Stopped(Exception):
         self.code = code
 
 
-def of_run(name: str) -> Experiment:
-    """The experiment of an ID, or the one that a run's directory holds, whose run.dir it then is."""
-    directory = Path(name)
-    if name in experiments.EXPERIMENTS or not directory.is_dir():
-        return experiments.get(name)
+def named(word: str) -> Experiment:
+    """The experiment that a word names: an ID, the directory of a run, whose run.dir it then is, or FILE:NAME.
+
+    NAME is an Experiment in the user's file, or the directory of a run that needs the file.
+    """
+    if word in experiments.EXPERIMENTS:
+        return experiments.get(word)
+    if Path(word).is_dir():
+        return _of_directory(word)
+    if not own.names_file(word):
+        return experiments.get(word)
+    module, file, name = own.read(word)
+    if name not in vars(module) and Path(name, "config.json").is_file():
+        return dataclasses.replace(_of_directory(name), file=file)
+    return dataclasses.replace(own.experiment_of(module, file, name), file=file)
+
+
+def _of_directory(name: str) -> Experiment:
     from gdn_jax.checkpoint import read_config
 
-    if holds_foreign_config(directory):
+    if holds_foreign_config(Path(name)):
         raise UserError(
             f"{name} is a Hugging Face directory, not a run; import it first: gdn convert import {name} --out DIR."
         )
-    experiment = read_config(directory)
+    experiment = read_config(Path(name))
     return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, dir=name))
 
 

@@ -14,6 +14,7 @@ from gdn_jax.config import Data, Model, Optim, Run
 from gdn_jax.errors import UserError, nearest
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
+FromRun = typing.Annotated[str, tyro.conf.arg(name="from")]  # of a field from_: the word alone is Python's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,9 @@ def _hints(options: Any, prefix: str = "") -> dict[str, Any]:
     out = {}
     for name, hint in typing.get_type_hints(type(options)).items():
         value = getattr(options, name)
-        out |= _hints(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: hint}
+        out |= (
+            _hints(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name.rstrip("_"): hint}
+        )
     return out
 
 

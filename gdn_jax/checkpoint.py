@@ -31,6 +31,7 @@ LAYOUT = 2  # of run directories and checkpoints; another one is refused
 MODEL = "model"
 OPTIMIZER = "optimizer"
 WRITE_BYTES = 1 << 27  # in flight to the disk, at least
+NAMED = 4  # fields or runs in a refusal
 QUIET_SECONDS = 0.3  # without a word from threads whose reads failed: they have ended
 
 
@@ -136,6 +137,10 @@ class Checkpoints:
         """What data the checkpoint of `step` was trained on; a UserError where it is not one of this experiment."""
         return self._saved(step).data
 
+    def checksums(self, step: int) -> dict[str, str]:
+        """Name of every parameter of `step` -> its checksum."""
+        return self._saved(step).checksums[MODEL]
+
     def _saved(self, step: int) -> "_Saved":
         where = self._directory / str(step)
         try:
@@ -231,8 +236,8 @@ def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
     ]
     changed = f" ({wanted.file.path} has changed since)" if changed_file(found, wanted) else ""
     raise UserError(
-        f"{where} belongs to another configuration of {found.id}: {', '.join(differing[:4])}{changed}; choose another "
-        f"run.dir."
+        f"{where} belongs to another configuration of {found.id}: {', '.join(differing[:NAMED])}{changed}; choose "
+        f"another run.dir."
     )
 
 
@@ -250,7 +255,11 @@ def read_config(run_dir: Path) -> Experiment:
     """The experiment that a run directory was made for."""
     path = run_dir / "config.json"
     if not path.exists():
-        raise UserError(f"{run_dir} holds no run (there is no config.json); train it first with `gdn train ID`.")
+        beside = [] if run_dir.parent == Path() else sorted(str(p.parent) for p in run_dir.parent.glob("*/config.json"))
+        others = f", or name another run: {', '.join(beside[:NAMED])}" if beside else ""
+        raise UserError(
+            f"{run_dir} holds no run (there is no config.json); train it first with `gdn train ID`{others}."
+        )
     try:
         tree = json.loads(path.read_text())
         if isinstance(tree, dict) and "model" in tree and (layout := tree.pop("layout", None)) != LAYOUT:
@@ -266,20 +275,25 @@ def read_config(run_dir: Path) -> Experiment:
 def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int, Identity]:
     """(experiment, model, step, data trained on) of a run's newest checkpoint, or of `step`, on the default device."""
     experiment = read_config(run_dir)
-    directory = run_dir / "checkpoints"
-    none = UserError(f"{run_dir} holds no finished checkpoint; train it first with `gdn train {experiment.id}`.")
-    if not directory.is_dir():
-        raise none
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract_model(experiment.model)
     )
-    with contextlib.closing(Checkpoints(directory, experiment, writes=False)) as checkpoints:
+    with contextlib.closing(reader(run_dir, experiment)) as checkpoints:
         step = checkpoints.latest if step is None else step
-        if step is None:
-            raise none
         model, data = checkpoints.load_model(step, abstract)
     return experiment, model, step, data
+
+
+def reader(run_dir: Path, experiment: Experiment) -> Checkpoints:
+    """The checkpoints of a run, at least one, to be read; close it."""
+    directory = run_dir / "checkpoints"
+    checkpoints = Checkpoints(directory, experiment, writes=False) if directory.is_dir() else None
+    if checkpoints is None or checkpoints.latest is None:
+        if checkpoints:
+            checkpoints.close()
+        raise UserError(f"{run_dir} holds no finished checkpoint; train it first with `gdn train {experiment.id}`.")
+    return checkpoints
 
 
 def write(run_dir: Path, experiment: Experiment, model: LM, step: int, data: Identity) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdn_jax import data, sharding
+from gdn_jax import data, fine_tuning, sharding
 from gdn_jax.checkpoint import Checkpoints, write_config
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
@@ -170,13 +170,17 @@ def train(experiment: Experiment) -> Path:
                 model, opt_state = checkpoints.load(start, *trainer.abstract)
             else:
                 model, opt_state = trainer.begin(experiment.run.seed)
+                if experiment.start:
+                    model = fine_tuning.parameters(experiment.start, trainer.abstract[0])
             origins = {"start": began.start or experiment.start, "file": began.file or experiment.file}
             write_config(directory, dataclasses.replace(experiment, **origins))
             env = environment() | {"impl": impls, "data": prepared.identity._asdict()}
             write_json(directory / "env.json", env)
             write_json(directory / "validation.json", windows.described())
             with contextlib.closing(Writer(directory, experiment, start)) as writer:
-                progress.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}")
+                source = experiment.start
+                begins = "" if start or not source else f", with the parameters of {source.path} at step {source.step}"
+                progress.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}{begins}")
                 writer.write({"step": start, "event": "start"} | env)
                 loop = _Loop(trainer, prepared, windows, checkpoints, writer, progress, directory)
                 loop.run(model, opt_state, start, stop)

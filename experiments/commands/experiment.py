@@ -11,10 +11,10 @@ from typing import Any
 
 import experiments
 from experiments import published, report
-from experiments.commands import Stopped, evaluation, print_facts
+from experiments.commands import Stopped, evaluation, named, print_facts
 from experiments.commands.evaluation import TaskOptions
 from experiments.figure3 import Timing
-from experiments.options import Overrides, Switch
+from experiments.options import FromRun, Overrides, Switch
 from gdn_jax.config import Experiment, flat, to_dict
 from gdn_jax.errors import UserError
 
@@ -42,6 +42,8 @@ class ShowOptions(Overrides):
 class TrainOptions(Overrides):
     """Train an experiment, or go on from its last checkpoint."""
 
+    from_: FromRun = ""  # begin with the newest parameters of this run, an ID or a directory, instead of random ones
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(Overrides, TaskOptions):
@@ -59,6 +61,7 @@ class EvalOptions(Overrides, TaskOptions):
 class RunOptions(Overrides, TaskOptions):
     """Train, evaluate, write result.json and loss.png."""
 
+    from_: FromRun = ""  # as of `gdn train`
     stride: int | None = None  # as of `gdn eval`
     windows: int | None = None
     json: Switch = False  # print the result row
@@ -144,7 +147,7 @@ def show(experiment: Experiment, options: ShowOptions) -> None:
 
 
 def train(experiment: Experiment, options: TrainOptions) -> None:
-    print(_train(experiment))
+    print(_train(_begun(experiment, options.from_)))
 
 
 def evaluate(experiment: Experiment, options: EvalOptions) -> None:
@@ -170,6 +173,7 @@ def evaluate(experiment: Experiment, options: EvalOptions) -> None:
 def run(experiment: Experiment, options: RunOptions) -> None:
     from gdn_jax.evaluate.perplexity import check_scoring
 
+    experiment = _begun(experiment, options.from_)
     # before hours of training
     check_scoring(experiment.data.seq_len, options.stride, options.windows)
     evaluation.checked(options)
@@ -187,6 +191,16 @@ def run(experiment: Experiment, options: RunOptions) -> None:
         if tasks:
             print(evaluation.described(tasks))
         print(f"Wrote {run_dir / 'result.json'} and {plot}.")
+
+
+def _begun(experiment: Experiment, source: str) -> Experiment:
+    """The experiment, to begin with the parameters of the run that `source` names, if any."""
+    if not source:
+        return experiment
+    from gdn_jax.fine_tuning import from_run
+    from gdn_jax.runs import run_directory
+
+    return from_run(experiment, run_directory(named(source)))
 
 
 def _train(experiment: Experiment) -> Path:

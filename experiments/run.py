@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import experiments
 from experiments import figures, tables
-from experiments.commands import Stopped, convert, generate, machine, named
+from experiments.commands import Stopped, convert, generate, machine, named, say_if_changed
 from experiments.commands import data as on_data
 from experiments.commands import experiment as on_ids
-from experiments.options import Overrides, parse
+from experiments.options import Overrides, parse, with_mixers
 from experiments.report import aligned
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.files import explained
@@ -117,8 +117,9 @@ def _dispatch(words: list[str]) -> int | None:
     operand = evaluates.experiment.id if evaluates else operand
     experiment = named(operand)
     groups = {name: getattr(experiment, name) for name in ("model", "optim", "data", "run")}
-    options = parse(command.options(**groups, **given), words, prog)
+    options = parse(command.options(**groups | {"model": with_mixers(experiment.model, words)}, **given), words, prog)
     experiment = dataclasses.replace(experiment, **{name: getattr(options, name) for name in groups})
+    say_if_changed(experiment)
     return command.call(experiment, options)
 
 

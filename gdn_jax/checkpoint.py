@@ -20,7 +20,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from gdn_jax.checksums import checksums
-from gdn_jax.config import Experiment, canonical, flat, from_dict, to_dict
+from gdn_jax.config import MIXER_FIELDS, Experiment, canonical, flat, from_dict, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.fingerprint import Identity
@@ -118,6 +118,11 @@ class Checkpoints:
         names = {name: named_leaves(tree) for name, tree in wanted.items()}
         with _silent():
             saved = self._saved(step)
+            if other := _other_shape(saved.shapes, {name: leaf.shape for name, leaf in names[MODEL].items()}):
+                raise UserError(
+                    f"The checkpoint {where} is damaged, or its model's code has changed: {other}; restore that code, "
+                    f"or {self._way_out(step)}."
+                )
             try:
                 found = self._checkpointer.load_checkpointables(step, names)
                 trees = {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
@@ -145,19 +150,21 @@ class Checkpoints:
         where = self._directory / str(step)
         try:
             with _silent():
-                metadata = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
+                found = self._checkpointer.checkpointables_metadata(step)
+            metadata = dict(found.custom_metadata or {})
             if "experiment" in metadata and metadata.get("layout") != LAYOUT:
                 raise older(where, metadata.get("layout"))
             if metadata.pop("sha256") != _sha256(metadata):
                 raise ValueError("altered metadata")
-            found = from_dict(Experiment, metadata["experiment"])
-            saved = _Saved(found, Identity(**metadata["data"]), metadata["checksums"])
+            shapes = {name: tuple(leaf.shape) for name, leaf in found.metadata[MODEL].items()}
+            experiment = from_dict(Experiment, metadata["experiment"])
+            saved = _Saved(experiment, Identity(**metadata["data"]), metadata["checksums"], shapes)
         except ocp.training.errors.StepNotFoundError:
             steps = ", ".join(map(str, self._steps())) or "none"
             raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.") from None
         except OlderLayout:
             raise
-        except (ValueError, KeyError, TypeError, OSError, UserError):
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, UserError):
             raise UserError(f"{where} is another program's checkpoint or damaged; {self._way_out(step)}.") from None
         check_same(saved.experiment, self._experiment, where)
         return saved
@@ -185,6 +192,7 @@ class _Saved(NamedTuple):
     experiment: Experiment
     data: Identity
     checksums: dict[str, dict[str, str]]
+    shapes: dict[str, tuple[int, ...]]  # of its parameters
 
 
 class OlderLayout(UserError):
@@ -197,6 +205,14 @@ def older(where: Path, layout: object) -> OlderLayout:
         f"{where} is of layout {layout or 1}, and this version reads layout {LAYOUT} alone; train again in another "
         f"run.dir, or use the version that wrote it."
     )
+
+
+def _other_shape(there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, ...]]) -> str | None:
+    """The first parameter that is not the same in both."""
+    for name in [name for name in {**there, **here} if there.get(name) != here.get(name)]:
+        then, now = ("no parameter" if shape is None else list(shape) for shape in (there.get(name), here.get(name)))
+        return f"{name} is {then} there and {now} here"
+    return None
 
 
 def _sha256(metadata: dict) -> str:
@@ -260,6 +276,7 @@ def read_config(run_dir: Path) -> Experiment:
         raise UserError(
             f"{run_dir} holds no run (there is no config.json); train it first with `gdn train ID`{others}."
         )
+    tree = None
     try:
         tree = json.loads(path.read_text())
         if isinstance(tree, dict) and "model" in tree and (layout := tree.pop("layout", None)) != LAYOUT:
@@ -268,6 +285,8 @@ def read_config(run_dir: Path) -> Experiment:
     except OlderLayout:
         raise
     except (ValueError, UserError) as error:
+        if needed := _missing_mixer(tree, run_dir):
+            raise UserError(needed) from None
         reason = str(error).rstrip(".")
         raise UserError(f"{path} is damaged ({reason}); restore it, or choose another run.dir.") from None
 
@@ -283,6 +302,19 @@ def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int, I
         step = checkpoints.latest if step is None else step
         model, data = checkpoints.load_model(step, abstract)
     return experiment, model, step, data
+
+
+def _missing_mixer(tree: Any, run_dir: Path) -> str | None:
+    """What is needed for a configuration whose mixer comes from outside and has not been added here."""
+    with contextlib.suppress(KeyError, TypeError):
+        unknown = [mixer for mixer in tree["model"]["pattern"] if mixer not in MIXER_FIELDS]
+        if unknown and tree["model"]["own"]:
+            file = (tree["file"] or {"path": "FILE.py"})["path"]
+            return (
+                f"{run_dir} is a run of a model with the mixer {unknown[0]!r}, which a file of yours adds; name that "
+                f"file with the run, gdn COMMAND {file}:{run_dir}, or import it first in Python."
+            )
+    return None
 
 
 def reader(run_dir: Path, experiment: Experiment) -> Checkpoints:

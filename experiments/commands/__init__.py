@@ -5,6 +5,7 @@ JAX, Flax and the training stack load inside the commands that need them: help a
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ def _of_directory(name: str) -> Experiment:
         )
     experiment = read_config(Path(name))
     return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, dir=name))
+
+
+def say_if_changed(experiment: Experiment) -> None:
+    """One sentence on stderr where a run's own mixers may not be those that it was trained with."""
+    if not (experiment.file and experiment.model.own):
+        return
+    from gdn_jax.checkpoint import changed_file, read_config
+    from gdn_jax.runs import run_directory
+
+    directory = run_directory(experiment)
+    found = read_config(directory) if (directory / "config.json").exists() else experiment
+    if changed_file(found, experiment):
+        print(
+            f"{experiment.file.path} has changed since {directory} began (sha256 {found.file.sha256[:8]} then, "
+            f"{experiment.file.sha256[:8]} now): its mixers may compute something else.",
+            file=sys.stderr,
+        )
 
 
 def holds_foreign_config(directory: Path) -> bool:

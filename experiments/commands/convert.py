@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import experiments
-from experiments.commands import named, print_facts
+from experiments.commands import named, print_facts, say_if_changed
 from experiments.options import Switch
 from gdn_jax.config import Data
 from gdn_jax.errors import UserError
@@ -53,6 +53,7 @@ def import_run(source: str, options: ImportOptions) -> None:
 def export_run(name: str, options: ExportOptions) -> None:
     out = _out(options.out)
     experiment = named(name)
+    say_if_changed(experiment)
     from gdn_jax.convert.exchange import export_checkpoint
     from gdn_jax.runs import run_directory
 

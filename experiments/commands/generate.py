@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments.commands import Stopped, named
+from experiments.commands import Stopped, named, say_if_changed
 from experiments.options import Switch
 from gdn_jax.errors import UserError
 from gdn_jax.progress import Progress
@@ -72,6 +72,7 @@ def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds:
     from gdn_jax.runs import keep_compiled, open_run, run_directory
 
     experiment = named(name)
+    say_if_changed(experiment)
     run = dataclasses.replace(experiment.run, impl=options.impl)
     optim = experiment.optim
     if options.precision != "run":

@@ -202,7 +202,7 @@ class _Loop:
         self.flops_per_token = train_flops_per_token(experiment.model, experiment.data.seq_len)
         self.peak = peak_flops()
         self.begun = self.since = time.monotonic()
-        self.since_step = 0
+        self.since_step, self.compiled = 0, False  # the first step's time is that of compiling it
         self.validation = math.nan
 
     def run(self, model, opt_state, start: int, stop: list[int]) -> None:
@@ -258,29 +258,33 @@ class _Loop:
                 f"At step {step} the loss is {loss} and the gradient norm {norm}; lower optim.lr {optim.lr}, or look "
                 f"at the batch in {path} and the last checkpoint ({'none' if saved is None else f'step {saved}'})."
             )
-        if step % run.log_every and step not in (1, optim.steps):
+        now, rate = time.monotonic(), None
+        if self.compiled:
+            rate = (step - self.since_step) * self.tokens_per_step / max(now - self.since, 1e-9)
+        logged = step % run.log_every == 0 or step in (1, optim.steps)
+        if logged or not self.compiled:
+            self.since, self.since_step, self.compiled = now, step, True
+        if not logged:
             return
-        now = time.monotonic()
-        rate = (step - self.since_step) * self.tokens_per_step / max(now - self.since, 1e-9)
-        self.since, self.since_step = now, step
-        mfu = None if self.peak is None else rate * self.flops_per_token / self.peak
+        mfu = None if self.peak is None or rate is None else rate * self.flops_per_token / self.peak
         row = {
             "step": step,
             "loss": loss,
             "lr": float(self.schedule(step - 1)),
             "grad_norm": norm,
-            "tokens_per_second": round(rate, 1),
+            "tokens_per_second": rate and round(rate, 1),
             "mfu": mfu,
             "tokens": step * self.tokens_per_step,
             "time": round(now - self.begun, 3),
             "batch": f"{zlib.crc32(batch['tokens'].tobytes()):08x}",
         }
         self.writer.write(row)
-        left = (optim.steps - step) * self.tokens_per_step / max(rate, 1e-9)
+        speed = "-" if rate is None else f"{rate:,.0f}"
+        left = "-" if rate is None else f"{(optim.steps - step) * self.tokens_per_step / rate:,.0f}"
         validation = "-" if math.isnan(self.validation) else f"{self.validation:.4f}"
         self.progress.show(
             f"step {step}/{optim.steps}  loss {loss:.4f}  val {validation}  lr {row['lr']:.2e}  "
-            f"|g| {norm:.2f}  {rate:,.0f} tokens/s  MFU {'-' if mfu is None else f'{mfu:.1%}'}  {left:,.0f} s left"
+            f"|g| {norm:.2f}  {speed} tokens/s  MFU {'-' if mfu is None else f'{mfu:.1%}'}  {left} s left"
         )
 
     def _validate(self, step: int, model: LM) -> None:

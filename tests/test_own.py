@@ -13,6 +13,7 @@ from small import losses, prepare_text
 
 from experiments.run import main
 from gdn_jax.checkpoint import read_config
+from gdn_jax.metrics import read_rows
 
 OWN = """
 import dataclasses
@@ -73,6 +74,16 @@ def test_the_run_is_as_of_an_id_and_records_its_file():
     assert tree["file"] == {"path": "own/my.py", "sha256": hashlib.sha256(Path("own/my.py").read_bytes()).hexdigest()}
     assert (tree["id"], tree["optim"]["lr"], tree["optim"]["steps"]) == ("mine/small", 3e-3, 4)
     assert row["id"] == "mine/small" and row["steps"] == 4 and Path("here/loss.png").exists()
+
+
+def test_the_time_of_compiling_is_in_no_rate(capfd):
+    """Neither in a row nor in the seconds left, where a run begins and where it goes on."""
+    rows = [row["tokens_per_second"] for row in read_rows(Path("here")) if "loss" in row]
+    assert rows[0] is None and all(rate > 0 for rate in rows[1:])
+    shutil.rmtree("here/checkpoints/4")
+    assert main(["train", "here"]) == 0
+    first, second = [line for line in capfd.readouterr().err.splitlines() if "tokens/s" in line]
+    assert "  - tokens/s  MFU -  - s left" in first and second.endswith("MFU -  0 s left")
 
 
 def test_every_command_takes_the_file_and_the_directory(capfd):

@@ -21,6 +21,7 @@ import experiments
 from experiments.run import main
 from gdn_jax import checkpoint
 from gdn_jax.errors import UserError
+from gdn_jax.metrics import read_rows
 
 ID = "test/small"
 RUN, DATA, STEPS = Path("run"), Path("data/text-b3838ac4"), 4
@@ -366,6 +367,22 @@ def test_the_way_out_of_a_damaged_checkpoint(here, capfd):
     again = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     losses = [[(row["step"], row["loss"]) for row in table if "loss" in row] for table in (rows, again)]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xfe\x00", b"{", b"5", b"{}", b'{"step": "x"}', b""])
+def test_junk_among_the_metrics(here, capfd, junk):
+    """It is named and nothing is lost; at the end it is what a crash leaves behind."""
+    path = RUN / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, junk, *rest, b""]))
+    before = path.read_bytes()
+    shutil.rmtree(RUN / "checkpoints" / "4")
+    capfd.readouterr()
+    assert main(["train", ID]) == 2
+    assert "run/metrics.jsonl, line 2, is no row of a run; remove that line alone." in capfd.readouterr().err
+    assert path.read_bytes() == before
+    path.write_bytes(b"\n".join([first, *rest, junk]))
+    assert [row["step"] for row in read_rows(RUN) if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_a_step_that_was_not_saved(here):

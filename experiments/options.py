@@ -28,10 +28,14 @@ class Overrides:
     run: tyro.conf.FlagConversionOff[Run]
 
 
-def parse(default: Any, words: list[str], prog: str) -> Any:
-    """`default` with the options in `words`; a mistake is a UserError that names the option."""
+def parse(default: Any, words: list[str], prog: str, shown: str = "") -> Any:
+    """`default` with the options in `words`; a mistake is a UserError that names the option.
+
+    shown   the ID that nobody named and whose values help shows
+    """
+    note = f"The values below are those of {shown}; name an ID to see its own." if shown else ""
     try:
-        return _tyro(default, words, prog)
+        return _tyro(default, words, prog, note)
     except SystemExit as stop:
         if not stop.code:
             raise
@@ -95,13 +99,14 @@ def _name(option: list[str]) -> str:
     return option[0].removeprefix("--").partition("=")[0].replace("-", "_")
 
 
-def _tyro(default: Any, words: list[str], prog: str) -> Any:
+def _tyro(default: Any, words: list[str], prog: str, note: str = "") -> Any:
     with contextlib.redirect_stderr(io.StringIO()):  # the sentences are ours
         return tyro.cli(
             type(default),
             default=default,
             args=words,
             prog=prog,
+            description=f"{type(default).__doc__} {note}".strip(),
             use_underscores=True,
             config=(tyro.conf.AvoidSubcommands,),
         )

@@ -74,7 +74,9 @@ def list_ids(glob: str, options: ListOptions) -> None:
     if not rows:
         known = [*experiments.EXPERIMENTS, *experiments.EVALUATIONS, *experiments.TIMINGS]
         groups = dict.fromkeys(id.partition("/")[0] for id in known)
-        raise UserError(f"No experiment matches {glob!r}; the IDs begin with {', '.join(groups)}.")
+        inside = f"{glob.rstrip('/')}/*"
+        hint = f" (did you mean {inside!r}?)" if any(fnmatchcase(id, inside) for id in known) else ""
+        raise UserError(f"No experiment matches {glob!r}{hint}; the IDs begin with {', '.join(groups)}.")
     if options.json:
         print(json.dumps(rows, indent=1))
         return

@@ -156,7 +156,8 @@ class Checkpoints:
                 raise older(where, metadata.get("layout"))
             if metadata.pop("sha256") != _sha256(metadata):
                 raise ValueError("altered metadata")
-            shapes = {name: tuple(leaf.shape) for name, leaf in found.metadata[MODEL].items()}
+            leaves = found.metadata[MODEL] or {}  # nothing of a damaged one
+            shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
             experiment = from_dict(Experiment, metadata["experiment"])
             saved = _Saved(experiment, Identity(**metadata["data"]), metadata["checksums"], shapes)
         except ocp.training.errors.StepNotFoundError:
@@ -164,7 +165,7 @@ class Checkpoints:
             raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.") from None
         except OlderLayout:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, UserError):
+        except (ValueError, KeyError, TypeError, OSError, UserError):
             raise UserError(f"{where} is another program's checkpoint or damaged; {self._way_out(step)}.") from None
         check_same(saved.experiment, self._experiment, where)
         return saved
@@ -208,7 +209,9 @@ def older(where: Path, layout: object) -> OlderLayout:
 
 
 def _other_shape(there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, ...]]) -> str | None:
-    """The first parameter that is not the same in both."""
+    """The first parameter that is not the same in both; None where nothing is known of `there`."""
+    if not there:
+        return None
     for name in [name for name in {**there, **here} if there.get(name) != here.get(name)]:
         then, now = ("no parameter" if shape is None else list(shape) for shape in (there.get(name), here.get(name)))
         return f"{name} is {then} there and {now} here"

@@ -1,6 +1,7 @@
 """From words to typed options: tyro behind one-sentence mistakes."""
 
 import contextlib
+import copy
 import dataclasses
 import io
 import types
@@ -10,10 +11,11 @@ from typing import Any, Literal
 
 import tyro
 
-from gdn_jax.config import Data, Model, Optim, Run
+from gdn_jax.config import MIXER_FIELDS, OWN_CONFIGS, OWN_FIELD, Data, Model, Optim, Run, mixer_config
 from gdn_jax.errors import UserError, nearest
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
+FromRun = typing.Annotated[str, tyro.conf.arg(name="from")]  # of a field from_: the word alone is Python's own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +28,22 @@ class Overrides:
     run: tyro.conf.FlagConversionOff[Run]
 
 
-def parse(default: Any, words: list[str], prog: str) -> Any:
-    """`default` with the options in `words`; a mistake is a UserError that names the option."""
+def parse(default: Any, words: list[str], prog: str, shown: str = "") -> Any:
+    """`default` with the options in `words`; a mistake is a UserError that names the option.
+
+    shown   the ID that nobody named and whose values help shows
+    """
+    note = f"The values below are those of {shown}; name an ID to see its own." if shown else ""
     try:
-        return _tyro(default, words, prog)
+        return _tyro(default, words, prog, note)
     except SystemExit as stop:
         if not stop.code:
             raise
     # tyro explains itself in boxes of many lines only: find the option that is wrong on its own.
     hints = _hints(default)
     for option in _split(words):
-        name, _, value = option[0].removeprefix("--").partition("=")
-        name, values = name.replace("-", "_"), ([value] if value else option[1:])
+        value = option[0].partition("=")[2]
+        name, values = _name(option), ([value] if value else option[1:])
         if not option[0].startswith("--"):
             raise UserError(f"{' '.join(option)!r} is not expected here; options are written --name value.")
         if name not in hints:
@@ -45,6 +51,8 @@ def parse(default: Any, words: list[str], prog: str) -> Any:
             raise UserError(f"There is no option --{name}{nearest(f'--{name}', [f'--{h}' for h in hints])}; {known}.")
         try:
             _tyro(default, option, prog)
+        except UserError:
+            continue  # a rule that other options may fulfil: these words are options
         except SystemExit:
             if hints[name] is bool and values in (["True"], ["False"]):  # a Switch; other bools take these words
                 raise UserError(f"--{name} takes no value; write --{name} alone, or leave it out.") from None
@@ -53,13 +61,52 @@ def parse(default: Any, words: list[str], prog: str) -> Any:
     raise UserError(f"The options {' '.join(words)!r} do not go together; `{prog} --help` explains each.")
 
 
-def _tyro(default: Any, words: list[str], prog: str) -> Any:
+def with_mixers(model: Model, words: list[str]) -> Model:
+    """`model` with room for the mixer configurations that it lacks and `words` give: a draft, checked by no rule.
+
+    What `parse` makes of it is checked as every model is.
+    """
+    draft, given = copy.copy(model), [_name(option) for option in _split(words)]
+    if "model.pattern" in given and not any(mixer in words for mixer in OWN_CONFIGS):
+        object.__setattr__(draft, OWN_FIELD, None)  # of a mixer that the new pattern does not have
+    fields = {field: mixer for mixer, field in MIXER_FIELDS.items() if field != OWN_FIELD or mixer in words}
+    for field, mixer in fields.items():
+        prefix = f"model.{field}."
+        mine = [name.removeprefix(prefix) for name in given if name.startswith(prefix)]
+        if not mine or getattr(model, field) is not None:
+            continue
+        kind = mixer_config(mixer)
+        needed = [one.name for one in dataclasses.fields(kind) if one.default is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in mine]:
+            raise UserError(
+                f"--{prefix}{mine[0]} begins the configuration of a mixer that this model lacks; give "
+                f"{' and '.join(f'--{prefix}{name}' for name in missing)} too."
+            )
+        hints, blank = typing.get_type_hints(kind), object.__new__(kind)
+        for one in dataclasses.fields(kind):
+            object.__setattr__(blank, one.name, _some_value(hints[one.name]) if one.name in needed else one.default)
+        object.__setattr__(draft, field, blank)
+    return draft
+
+
+def _some_value(hint: Any) -> Any:
+    """A value of a type, to stand until the one that is given."""
+    return typing.get_args(hint)[0] if typing.get_origin(hint) is Literal else (typing.get_origin(hint) or hint)()
+
+
+def _name(option: list[str]) -> str:
+    """`--optim.batch-size=4` -> `optim.batch_size`."""
+    return option[0].removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def _tyro(default: Any, words: list[str], prog: str, note: str = "") -> Any:
     with contextlib.redirect_stderr(io.StringIO()):  # the sentences are ours
         return tyro.cli(
             type(default),
             default=default,
             args=words,
             prog=prog,
+            description=f"{type(default).__doc__} {note}".strip(),
             use_underscores=True,
             config=(tyro.conf.AvoidSubcommands,),
         )
@@ -81,7 +128,9 @@ def _hints(options: Any, prefix: str = "") -> dict[str, Any]:
     out = {}
     for name, hint in typing.get_type_hints(type(options)).items():
         value = getattr(options, name)
-        out |= _hints(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name: hint}
+        out |= (
+            _hints(value, f"{prefix}{name}.") if dataclasses.is_dataclass(value) else {prefix + name.rstrip("_"): hint}
+        )
     return out
 
 

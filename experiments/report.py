@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments import EXPERIMENTS, published, suites
-from gdn_jax.config import Experiment, Model
+from gdn_jax.config import Experiment, Model, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.sources import BUILT_IN
@@ -71,6 +71,8 @@ def result_row(run_dir: Path) -> Row:
         "tasks": suites.of_step(run_dir, evaluation["step"]),
         "environment": environment,
     }
+    if experiment.start:
+        row["start"] = to_dict(experiment.start)
     write_json(run_dir / "result.json", row)
     return row
 

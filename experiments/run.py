@@ -4,17 +4,17 @@ import dataclasses
 import os
 import signal
 import sys
-import typing
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import experiments
 from experiments import figures, tables
-from experiments.commands import Stopped, convert, generate, machine, of_run
+from experiments.commands import Stopped, convert, generate, machine, named, say_if_changed
 from experiments.commands import data as on_data
 from experiments.commands import experiment as on_ids
-from experiments.options import Overrides, parse
+from experiments.options import Overrides, parse, with_mixers
 from experiments.report import aligned
+from gdn_jax.console import CODE, STOPPED
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.files import explained
 
@@ -49,20 +49,11 @@ COMMANDS = {
 GROUPS = {name.partition(" ")[0] for name in COMMANDS if " " in name} - COMMANDS.keys()  # of two words always
 HINTS = {
     "ID": "; `gdn list` shows all IDs",
-    "RUN": ", an ID or the directory of a run",
+    "RUN": ", an ID, FILE:NAME or the directory of a run",
 }
 HELP = ("-h", "--help")
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as jax says it
 GPU_MEMORY = "0.92"  # the share of a GPU's memory that jax takes; its own 0.75 is too little for a 1.3b step on 80 GB
-
-
-def console() -> typing.NoReturn:
-    """`gdn`: `main`, and the end of its process."""
-    code = main()
-    if code == 128 + signal.SIGINT:  # a thread may still compile, and crash when Python ends under it
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,14 +70,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(stop, file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
-        print("Stopped; what was finished before is kept.", file=sys.stderr)
-        return 128 + signal.SIGINT
+        print(STOPPED, file=sys.stderr)
+        return CODE
     except BrokenPipeError:  # `gdn list | head`; the interpreter flushes once more on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
         print(explained(error), file=sys.stderr)
         return 2
+    except (RuntimeError, AssertionError) as error:  # the latter of a platform that jax knows and that is not here
+        if OUT_OF_MEMORY in str(error):
+            print(f"The device's memory is full ({_sized(error)}); take fewer or shorter sequences.", file=sys.stderr)
+            return 2
+        if not _without_device():
+            raise
+        platforms = os.environ["JAX_PLATFORMS"]
+        print(f"JAX_PLATFORMS is {platforms!r}, and jax has none here; unset it, or set it to cpu.", file=sys.stderr)
+        return 2
+
+
+def _sized(error: BaseException) -> str:
+    """What an allocation failed at, in a few words."""
+    return str(error).partition(OUT_OF_MEMORY)[2].partition("\n")[0].strip(": .")[:100] or "no size given"
+
+
+def _without_device() -> bool:
+    """Whether jax finds no device because of what JAX_PLATFORMS names."""
+    if not (os.environ.get("JAX_PLATFORMS") and "jax" in sys.modules):
+        return False
+    try:
+        sys.modules["jax"].devices()
+    except (RuntimeError, AssertionError):
+        return True
+    return False
 
 
 def _dispatch(words: list[str]) -> int | None:
@@ -108,17 +124,20 @@ def _dispatch(words: list[str]) -> int | None:
     prog = f"gdn {name} {command.operand}".rstrip()
     if not issubclass(command.options, Overrides):
         return command.call(operand, parse(command.options(), words, prog))
-    # Help without an ID shows the defaults of the first one.
-    operand = operand or next(iter(experiments.EXPERIMENTS))
+    defaults = "" if operand else next(iter(experiments.EXPERIMENTS))  # whose options help without an ID shows
+    operand = operand or defaults
     # An ID that evaluates is the run of another ID and the tasks asked of it; nothing else takes one.
     takes_tasks = any(field.name == "tasks" for field in dataclasses.fields(command.options))
     evaluates = experiments.EVALUATIONS.get(operand) if takes_tasks else None
     given = {"tasks": evaluates.suite.name} if evaluates else {}
     operand = evaluates.experiment.id if evaluates else operand
-    experiment = of_run(operand) if command.operand == "RUN" else experiments.get(operand)
+    experiment = named(operand)
     groups = {name: getattr(experiment, name) for name in ("model", "optim", "data", "run")}
-    options = parse(command.options(**groups, **given), words, prog)
+    options = parse(
+        command.options(**groups | {"model": with_mixers(experiment.model, words)}, **given), words, prog, defaults
+    )
     experiment = dataclasses.replace(experiment, **{name: getattr(options, name) for name in groups})
+    say_if_changed(experiment)
     return command.call(experiment, options)
 
 
@@ -128,6 +147,7 @@ def _overview() -> str:
     ]
     return (
         f"usage: gdn COMMAND ...\n\n{aligned(lines)}\n\n"
+        f"ID and RUN are an ID of `gdn list`, the directory of a run, or FILE.py:NAME, an Experiment of your own\n"
         f"Change any field of an experiment: gdn train ID --optim.lr 3e-4 --run.dir here\n"
         f"All options of a command: gdn COMMAND --help (with an ID: its own values as defaults)"
     )

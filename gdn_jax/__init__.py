@@ -10,6 +10,7 @@ _HOME = {
     "Data": "gdn_jax.config",
     "Run": "gdn_jax.config",
     "UserError": "gdn_jax.errors",
+    "add_mixer": "gdn_jax.own_mixer",
     "LM": "gdn_jax.model",
     "init_model": "gdn_jax.model",
     "count_parameters": "gdn_jax.model",

@@ -20,7 +20,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from gdn_jax.checksums import checksums
-from gdn_jax.config import Experiment, canonical, flat, from_dict, to_dict
+from gdn_jax.config import MIXER_FIELDS, Experiment, canonical, flat, from_dict, to_dict
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.fingerprint import Identity
@@ -31,6 +31,7 @@ LAYOUT = 2  # of run directories and checkpoints; another one is refused
 MODEL = "model"
 OPTIMIZER = "optimizer"
 WRITE_BYTES = 1 << 27  # in flight to the disk, at least
+NAMED = 4  # fields or runs in a refusal
 QUIET_SECONDS = 0.3  # without a word from threads whose reads failed: they have ended
 
 
@@ -117,6 +118,11 @@ class Checkpoints:
         names = {name: named_leaves(tree) for name, tree in wanted.items()}
         with _silent():
             saved = self._saved(step)
+            if other := _other_shape(saved.shapes, {name: leaf.shape for name, leaf in names[MODEL].items()}):
+                raise UserError(
+                    f"The checkpoint {where} is damaged, or its model's code has changed: {other}; restore that code, "
+                    f"or {self._way_out(step)}."
+                )
             try:
                 found = self._checkpointer.load_checkpointables(step, names)
                 trees = {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
@@ -136,17 +142,24 @@ class Checkpoints:
         """What data the checkpoint of `step` was trained on; a UserError where it is not one of this experiment."""
         return self._saved(step).data
 
+    def checksums(self, step: int) -> dict[str, str]:
+        """Name of every parameter of `step` -> its checksum."""
+        return self._saved(step).checksums[MODEL]
+
     def _saved(self, step: int) -> "_Saved":
         where = self._directory / str(step)
         try:
             with _silent():
-                metadata = dict(self._checkpointer.checkpointables_metadata(step).custom_metadata or {})
+                found = self._checkpointer.checkpointables_metadata(step)
+            metadata = dict(found.custom_metadata or {})
             if "experiment" in metadata and metadata.get("layout") != LAYOUT:
                 raise older(where, metadata.get("layout"))
             if metadata.pop("sha256") != _sha256(metadata):
                 raise ValueError("altered metadata")
-            found = from_dict(Experiment, metadata["experiment"])
-            saved = _Saved(found, Identity(**metadata["data"]), metadata["checksums"])
+            leaves = found.metadata[MODEL] or {}  # nothing of a damaged one
+            shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
+            experiment = from_dict(Experiment, metadata["experiment"])
+            saved = _Saved(experiment, Identity(**metadata["data"]), metadata["checksums"], shapes)
         except ocp.training.errors.StepNotFoundError:
             steps = ", ".join(map(str, self._steps())) or "none"
             raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.") from None
@@ -180,6 +193,7 @@ class _Saved(NamedTuple):
     experiment: Experiment
     data: Identity
     checksums: dict[str, dict[str, str]]
+    shapes: dict[str, tuple[int, ...]]  # of its parameters
 
 
 class OlderLayout(UserError):
@@ -192,6 +206,16 @@ def older(where: Path, layout: object) -> OlderLayout:
         f"{where} is of layout {layout or 1}, and this version reads layout {LAYOUT} alone; train again in another "
         f"run.dir, or use the version that wrote it."
     )
+
+
+def _other_shape(there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, ...]]) -> str | None:
+    """The first parameter that is not the same in both; None where nothing is known of `there`."""
+    if not there:
+        return None
+    for name in [name for name in {**there, **here} if there.get(name) != here.get(name)]:
+        then, now = ("no parameter" if shape is None else list(shape) for shape in (there.get(name), here.get(name)))
+        return f"{name} is {then} there and {now} here"
+    return None
 
 
 def _sha256(metadata: dict) -> str:
@@ -223,15 +247,22 @@ def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
     if canonical(found) == canonical(wanted):
         return
     ours, theirs = (flat(to_dict(e)) for e in (wanted, found))
-    decides = [key for key in {**ours, **theirs} if not key.startswith("run.") or key == "run.seed"]
+    groups, others = ("model.", "optim.", "data."), ("run.seed", "start.sha256")
     differing = [
         f"{key} ({theirs.get(key)!r} there, {ours.get(key)!r} asked)"
-        for key in decides
-        if key != "id" and theirs.get(key) != ours.get(key)
+        for key in {**ours, **theirs}
+        if (key.startswith(groups) or key in others) and theirs.get(key) != ours.get(key)
     ]
+    changed = f" ({wanted.file.path} has changed since)" if changed_file(found, wanted) else ""
     raise UserError(
-        f"{where} belongs to another configuration of {found.id}: {', '.join(differing[:4])}; choose another run.dir."
+        f"{where} belongs to another configuration of {found.id}: {', '.join(differing[:NAMED])}{changed}; choose "
+        f"another run.dir."
     )
+
+
+def changed_file(found: Experiment, wanted: Experiment) -> bool:
+    """Whether both came from a file of the user's own that is not the same any more."""
+    return bool(found.file and wanted.file and found.file.sha256 != wanted.file.sha256)
 
 
 def write_config(run_dir: Path, experiment: Experiment) -> None:
@@ -243,7 +274,12 @@ def read_config(run_dir: Path) -> Experiment:
     """The experiment that a run directory was made for."""
     path = run_dir / "config.json"
     if not path.exists():
-        raise UserError(f"{run_dir} holds no run (there is no config.json); train it first with `gdn train ID`.")
+        beside = [] if run_dir.parent == Path() else sorted(str(p.parent) for p in run_dir.parent.glob("*/config.json"))
+        others = f", or name another run: {', '.join(beside[:NAMED])}" if beside else ""
+        raise UserError(
+            f"{run_dir} holds no run (there is no config.json); train it first with `gdn train ID`{others}."
+        )
+    tree = None
     try:
         tree = json.loads(path.read_text())
         if isinstance(tree, dict) and "model" in tree and (layout := tree.pop("layout", None)) != LAYOUT:
@@ -252,6 +288,8 @@ def read_config(run_dir: Path) -> Experiment:
     except OlderLayout:
         raise
     except (ValueError, UserError) as error:
+        if needed := _missing_mixer(tree, run_dir):
+            raise UserError(needed) from None
         reason = str(error).rstrip(".")
         raise UserError(f"{path} is damaged ({reason}); restore it, or choose another run.dir.") from None
 
@@ -259,20 +297,38 @@ def read_config(run_dir: Path) -> Experiment:
 def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int, Identity]:
     """(experiment, model, step, data trained on) of a run's newest checkpoint, or of `step`, on the default device."""
     experiment = read_config(run_dir)
-    directory = run_dir / "checkpoints"
-    none = UserError(f"{run_dir} holds no finished checkpoint; train it first with `gdn train {experiment.id}`.")
-    if not directory.is_dir():
-        raise none
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract_model(experiment.model)
     )
-    with contextlib.closing(Checkpoints(directory, experiment, writes=False)) as checkpoints:
+    with contextlib.closing(reader(run_dir, experiment)) as checkpoints:
         step = checkpoints.latest if step is None else step
-        if step is None:
-            raise none
         model, data = checkpoints.load_model(step, abstract)
     return experiment, model, step, data
+
+
+def _missing_mixer(tree: Any, run_dir: Path) -> str | None:
+    """What is needed for a configuration whose mixer comes from outside and has not been added here."""
+    with contextlib.suppress(KeyError, TypeError):
+        unknown = [mixer for mixer in tree["model"]["pattern"] if mixer not in MIXER_FIELDS]
+        if unknown and tree["model"]["own"]:
+            file = (tree["file"] or {"path": "FILE.py"})["path"]
+            return (
+                f"{run_dir} is a run of a model with the mixer {unknown[0]!r}, which a file of yours adds; name that "
+                f"file with the run, gdn COMMAND {file}:{run_dir}, or import it first in Python."
+            )
+    return None
+
+
+def reader(run_dir: Path, experiment: Experiment) -> Checkpoints:
+    """The checkpoints of a run, at least one, to be read; close it."""
+    directory = run_dir / "checkpoints"
+    checkpoints = Checkpoints(directory, experiment, writes=False) if directory.is_dir() else None
+    if checkpoints is None or checkpoints.latest is None:
+        if checkpoints:
+            checkpoints.close()
+        raise UserError(f"{run_dir} holds no finished checkpoint; train it first with `gdn train {experiment.id}`.")
+    return checkpoints
 
 
 def write(run_dir: Path, experiment: Experiment, model: LM, step: int, data: Identity) -> None:

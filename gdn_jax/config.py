@@ -9,16 +9,24 @@ A group's rules are checked when it is made, so an invalid experiment cannot exi
 """
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
-import types
-import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gdn_jax.errors import UserError, nearest
+from gdn_jax.errors import nearest
+from gdn_jax.fields import coerce, hints, positive, require, some, typed
+from gdn_jax.mixer_configs import (
+    AttentionConfig,
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    HGRN2Config,
+    Mamba2Config,
+    MambaConfig,
+    RetNetConfig,
+)
+from gdn_jax.origin import File, Start
 
 # mixer name in a pattern -> the field of Model that configures it
 MIXER_FIELDS = {
@@ -31,192 +39,10 @@ MIXER_FIELDS = {
     "attention": "attention",
     "swa": "attention",
 }
+OWN_FIELD = "own"  # of Model, for all mixers from outside
+OWN_CONFIGS: dict[str, type] = {}  # name of such a mixer -> what its configuration is; own_mixer.add_mixer alone writes
 
 IMPORTED = "imported/"  # begins the ID of a run whose parameters came from another program's files
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
-
-
-def _typed(group: Any, path: str) -> None:
-    """Every field is of its type, or a UserError; a whole number for a float becomes one, and a list a tuple."""
-    for name, hint in _hints(type(group)).items():
-        value, where = getattr(group, name), f"{path}.{name}"
-        made = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
-        if made is None:
-            object.__setattr__(group, name, _coerce(hint, value, where))
-        else:
-            optional = made is not hint and value is None
-            _require(optional or isinstance(value, made), f"{where} is {value!r}; it must be a config.{made.__name__}.")
-
-
-_hints = functools.cache(typing.get_type_hints)
-
-
-def _coerce(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        inner = next(arg for arg in args if arg is not type(None))
-        return None if value is None else _coerce(inner, value, where)
-    if origin is Literal:
-        found = any(value == arg and type(value) is type(arg) for arg in args)
-        _require(found, f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}.")
-        return value
-    if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{where} is {value!r}; it must be a list.")
-        return tuple(_coerce(args[0], item, where) for item in value)
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    correct = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
-    _require(correct, f"{where} is {value!r}; it must be of type {hint.__name__}.")
-    return value
-
-
-def _positive(group: Any, path: str, *names: str) -> None:
-    for name in names:
-        value = getattr(group, name)
-        _require(value > 0, f"{path}.{name} is {value}; it must be positive.")
-        _require(value < math.inf, f"{path}.{name} is {value}; it must be finite.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedDeltaNetConfig:
-    """The Gated DeltaNet mixer (paper section 3.4); every ablation of its Table S.1 is a switch here."""
-
-    heads: int
-    key_dim: int  # per head
-    value_dim: int  # per head
-    value_heads: int | None = None  # group-value attention: a multiple of heads; None: as many as heads
-    conv_width: int = 4  # 0: no short convolution
-    decay: bool = True  # False: the plain delta rule, alpha = 1
-    output_gate: bool = True
-    output_norm: bool = True
-    feature_map: Literal["silu", "relu", "elu1"] = "silu"  # of q and k; elu1 is 1 + elu
-    qk_norm: Literal["l2", "l1"] = "l2"
-    beta_bias: bool = True
-    negative_eigenvalues: bool = False  # beta in (0, 2) instead of (0, 1)
-
-    def __post_init__(self):
-        where = "model.gated_deltanet"
-        _typed(self, where)
-        _positive(self, where, "heads", "key_dim", "value_dim")
-        _require(
-            self.num_value_heads > 0 and self.num_value_heads % self.heads == 0,
-            f"{where}.value_heads is {self.value_heads}; it must be a positive multiple of heads {self.heads}.",
-        )
-        _require(
-            self.conv_width >= 0,
-            f"{where}.conv_width is {self.conv_width}; use 0 for none or a positive width.",
-        )
-
-    @property
-    def num_value_heads(self) -> int:
-        return self.heads if self.value_heads is None else self.value_heads
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeltaNetConfig:
-    """The DeltaNet mixer (Yang et al. 2024b): the delta rule without decay and without an output gate."""
-
-    heads: int
-    key_dim: int  # per head
-    value_dim: int  # per head
-    conv_width: int = 4  # 0: no short convolution
-
-    def __post_init__(self):
-        where = "model.deltanet"
-        _typed(self, where)
-        _positive(self, where, "heads", "key_dim", "value_dim")
-        _require(
-            self.conv_width >= 0,
-            f"{where}.conv_width is {self.conv_width}; use 0 for none or a positive width.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RetNetConfig:
-    """The retention mixer (Sun et al. 2023a): head h decays by 1 - 2^(-5 - h) a token; queries and keys are rotated."""
-
-    heads: int
-    key_dim: int  # per head
-    value_dim: int  # per head
-    rope_base: float = 10000.0
-
-    def __post_init__(self):
-        _typed(self, "model.retnet")
-        _positive(self, "model.retnet", "heads", "key_dim", "value_dim", "rope_base")
-        _require(
-            self.key_dim % 2 == 0,
-            f"model.retnet.key_dim is {self.key_dim}; it must be even, because RoPE rotates pairs.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HGRN2Config:
-    """The HGRN2 mixer (Qin et al. 2024b): heads x head_dim = d_model key channels, each with its own decay."""
-
-    heads: int
-    head_dim: int
-
-    def __post_init__(self):
-        _typed(self, "model.hgrn2")
-        _positive(self, "model.hgrn2", "heads", "head_dim")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MambaConfig:
-    """The Mamba mixer (Gu & Dao 2023): a selective scan over `inner` channels with `state` numbers each."""
-
-    inner: int
-    dt_rank: int
-    state: int = 16
-    conv_width: int = 4
-
-    def __post_init__(self):
-        _typed(self, "model.mamba")
-        _positive(self, "model.mamba", "inner", "dt_rank", "state", "conv_width")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mamba2Config:
-    """The Mamba2 mixer (Dao & Gu 2024b): heads x head_dim inner channels; heads / groups of them share B and C."""
-
-    heads: int
-    head_dim: int = 64
-    state: int = 128
-    groups: int = 1
-    conv_width: int = 4
-
-    def __post_init__(self):
-        where = "model.mamba2"
-        _typed(self, where)
-        _positive(self, where, "heads", "head_dim", "state", "groups", "conv_width")
-        _require(
-            self.heads % self.groups == 0,
-            f"{where}.groups is {self.groups}; it must divide {where}.heads {self.heads}.",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Softmax attention with RoPE; `window` counts visible tokens, the current one included, and binds `swa` only."""
-
-    heads: int
-    head_dim: int
-    window: int = 2048
-    rope_base: float = 10000.0
-
-    def __post_init__(self):
-        _typed(self, "model.attention")
-        _positive(self, "model.attention", "heads", "head_dim", "window", "rope_base")
-        _require(
-            self.head_dim % 2 == 0,
-            f"model.attention.head_dim is {self.head_dim}; it must be even, because RoPE rotates pairs.",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,26 +65,33 @@ class Model:
     mamba: MambaConfig | None = None
     mamba2: Mamba2Config | None = None
     attention: AttentionConfig | None = None
+    own: Any = None  # configuration of mixers from outside; its type is what own_mixer.add_mixer was given
 
     def __post_init__(self):
-        _typed(self, "model")
-        _require(len(self.pattern) > 0, "model.pattern is empty; name at least one mixer.")
-        _positive(self, "model", "repeats", "d_model", "vocab", "norm_eps")
-        _require(self.d_ff >= 0, f"model.d_ff is {self.d_ff}; use 0 for no MLP or a positive width.")
+        typed(self, "model")
+        require(len(self.pattern) > 0, "model.pattern is empty; name at least one mixer.")
+        positive(self, "model", "repeats", "d_model", "vocab", "norm_eps")
+        require(self.d_ff >= 0, f"model.d_ff is {self.d_ff}; use 0 for no MLP or a positive width.")
         for mixer in self.pattern:
-            _require(
+            require(
                 mixer in MIXER_FIELDS,
                 f"model.pattern names {mixer!r}, which is no mixer{nearest(mixer, MIXER_FIELDS)}; "
                 f"there are {', '.join(MIXER_FIELDS)}.",
             )
             field = MIXER_FIELDS[mixer]
-            _require(
+            require(
                 getattr(self, field) is not None,
-                f"model.pattern uses {mixer!r} but model.{field} is not set; set it.",
+                f"model.pattern uses {mixer!r} but model.{field} is not set; set it: {_needed(mixer, field)}.",
             )
+            kind = OWN_CONFIGS.get(mixer, object)
+            require(
+                isinstance(getattr(self, field), kind),
+                f"model.own is {self.own!r}; the mixer {mixer!r} takes {kind.__name__}.",
+            )
+        _check_own(self)
         for name in ("attention", "hgrn2"):
             mixer = getattr(self, name)
-            _require(
+            require(
                 mixer is None or self.d_model == mixer.heads * mixer.head_dim,
                 mixer
                 and f"model.d_model is {self.d_model}; it must be model.{name}.heads {mixer.heads} x head_dim "
@@ -289,16 +122,16 @@ class Optim:
     precision: Literal["bf16", "fp32"] = "bf16"  # of activations; parameters, gates, norms and states are fp32
 
     def __post_init__(self):
-        _typed(self, "optim")
-        _positive(self, "optim", "steps", "batch_size", "lr", "eps", "clip")
+        typed(self, "optim")
+        positive(self, "optim", "steps", "batch_size", "lr", "eps", "clip")
         for name in ("min_lr_ratio", "warmup"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optim.{name} is {value}; it must be in [0, 1].")
+            require(0 <= value <= 1, f"optim.{name} is {value}; it must be in [0, 1].")
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name} is {value}; it must be in [0, 1).")
+            require(0 <= value < 1, f"optim.{name} is {value}; it must be in [0, 1).")
         value = self.weight_decay
-        _require(0 <= value < math.inf, f"optim.weight_decay is {value}; it must be 0 or positive and finite.")
+        require(0 <= value < math.inf, f"optim.weight_decay is {value}; it must be 0 or positive and finite.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,9 +145,9 @@ class Data:
     reset_at_documents: bool = False  # True: state, convolution and attention do not cross document borders
 
     def __post_init__(self):
-        _typed(self, "data")
-        _positive(self, "data", "seq_len")
-        _require(
+        typed(self, "data")
+        positive(self, "data", "seq_len")
+        require(
             0 < self.validation < 1,
             f"data.validation is {self.validation}; it must be in (0, 1).",
         )
@@ -348,12 +181,12 @@ class Run:
     compile_cache: str = ".jax_cache"  # directory of compiled programs (runs.keep_compiled); empty: off
 
     def __post_init__(self):
-        _typed(self, "run")
-        _positive(
+        typed(self, "run")
+        positive(
             self, "run", "micro_batches", "fsdp", "log_every", "eval_every", "eval_windows", "save_every",
             "keep", "profile_steps",
         )  # fmt: skip
-        _require(0 <= self.seed < 2**31, f"run.seed is {self.seed}; it must be in [0, 2^31).")
+        require(0 <= self.seed < 2**31, f"run.seed is {self.seed}; it must be in [0, 2^31).")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,10 +198,16 @@ class Experiment:
     optim: Optim
     data: Data
     run: Run = Run()
+    start: Start | None = None  # whose parameters a fine-tuning begins with; None: random ones
+    file: File | None = None  # the user's own file that it was read from; decides no number
 
     def __post_init__(self):
-        _typed(self, "experiment")
-        _require(
+        typed(self, "experiment")
+        require(
+            not {"", ".", ".."} & set(self.id.split("/")),
+            f"The experiment's id is {self.id!r}; it must be words between single slashes, as in 'mine/small'.",
+        )
+        require(
             self.optim.batch_size % self.run.micro_batches == 0,
             f"run.micro_batches is {self.run.micro_batches}; it must divide optim.batch_size {self.optim.batch_size}.",
         )
@@ -389,6 +228,33 @@ class Experiment:
         return hashlib.sha256(_dumps(_drop_none(to_dict(self.model))).encode()).hexdigest()[:8]
 
 
+def mixer_config(mixer: str) -> type:
+    """What configures a mixer of model.pattern."""
+    return OWN_CONFIGS.get(mixer) or some(hints(Model)[MIXER_FIELDS[mixer]])
+
+
+def _needed(mixer: str, field: str) -> str:
+    """The fields that the configuration of a mixer must be given."""
+    fields = dataclasses.fields(mixer_config(mixer))
+    needed = [one.name for one in fields if one.default is dataclasses.MISSING] or [one.name for one in fields[:1]]
+    return ", ".join(f"model.{field}.{name}" for name in needed)
+
+
+def _check_own(model: Model) -> None:
+    """model.own belongs to a mixer, and a run's config.json can hold it."""
+    if model.own is None:
+        return
+    require(
+        any(mixer in OWN_CONFIGS for mixer in model.pattern),
+        "model.own is set, but model.pattern names no mixer that takes it; name one, or leave model.own out.",
+    )
+    try:
+        same = from_dict(type(model.own), to_dict(model.own), f"model.{OWN_FIELD}") == model.own
+    except TypeError:
+        same = False
+    require(same, f"model.own is {model.own!r}; its fields must be numbers, words, True or False, or tuples of these.")
+
+
 def to_dict(config: Any) -> dict:
     """Plain nested dict of a configuration; tuples become lists, as JSON has them."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
@@ -397,7 +263,9 @@ def to_dict(config: Any) -> dict:
 def canonical(experiment: Experiment, *, seed: bool = True) -> str:
     """Canonical JSON of what decides a number. A mixer that is not configured leaves no trace."""
     groups = {name: to_dict(getattr(experiment, name)) for name in ("model", "optim", "data")}
-    return _dumps(_drop_none(groups | ({"seed": experiment.run.seed} if seed else {})))
+    groups |= {"seed": experiment.run.seed if seed else None}
+    groups |= {"start": experiment.start and experiment.start.sha256}
+    return _dumps(_drop_none(groups))
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -411,17 +279,26 @@ def flat(tree: dict, prefix: str = "") -> dict[str, Any]:
 def from_dict(cls: type, tree: Any, where: str = "") -> Any:
     """Strict inverse of to_dict: an unknown or missing key or a wrong type is a UserError that names it."""
     where = where or cls.__name__.lower()
-    _require(isinstance(tree, dict), f"{where} is {tree!r}; it must be an object with named fields.")
-    hints = _hints(cls)
+    require(isinstance(tree, dict), f"{where} is {tree!r}; it must be an object with named fields.")
+    of = dict(hints(cls))
+    if cls is Model:
+        of[OWN_FIELD] = _own_hint(tree.get("pattern"))
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tree:
-        _require(key in fields, f"{where} has no field {key!r}{nearest(key, fields)}.")
+        require(key in fields, f"{where} has no field {key!r}{nearest(key, fields)}.")
     for name, field in fields.items():
-        _require(
+        require(
             name in tree or field.default is not dataclasses.MISSING,
             f"{where} lacks the field {name!r}; add it.",
         )
-    return cls(**{key: _coerce(hints[key], value, f"{where}.{key}") for key, value in tree.items()})
+    return cls(**{key: coerce(of[key], value, f"{where}.{key}", from_dict) for key, value in tree.items()})
+
+
+def _own_hint(pattern: Any) -> Any:
+    """What model.own is, by the mixers of a pattern; without one of them nothing."""
+    names = pattern if isinstance(pattern, (list, tuple)) else ()
+    kinds = [OWN_CONFIGS[name] for name in names if isinstance(name, str) and name in OWN_CONFIGS]
+    return kinds[0] | None if kinds else type(None)
 
 
 def _drop_none(tree: Any) -> Any:

@@ -1,6 +1,7 @@
 """What generating takes: bytes of caches and of a step, and what would fit where a request does not."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 
@@ -14,9 +15,16 @@ from gdn_jax.tree import named_leaves
 
 
 def free_bytes() -> int | None:
-    """Of the default device; None where it does not say, as a CPU."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+    """Of the default device, of a CPU what Linux says of the machine; None where nobody says."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    machine = Path("/proc/meminfo")
+    if device.platform != "cpu" or not machine.exists():
+        return None
+    available = [line.split()[1] for line in machine.read_text().splitlines() if line.startswith("MemAvailable:")]
+    return int(available[0]) * 1024 if available else None
 
 
 def cache_bytes(cfg: Model, batch_size: int, room: int, compute: Compute) -> int:

@@ -112,16 +112,20 @@ class NoWriter:
 
 
 def read_rows(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out."""
+    """The rows of a run's metrics.jsonl; a last line cut short by a crash is left out, any other is a UserError."""
     path = directory / "metrics.jsonl"
     if not path.exists():
         return []
-    rows = []
-    for line in path.read_text().splitlines():
+    rows, lines = [], path.read_bytes().rstrip(b"\n").split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            int(row["step"])
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}, is no row of a run; remove that line alone.") from None
+        else:
+            rows.append(row)
     return rows
 
 

@@ -122,8 +122,8 @@ def keep_compiled(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def own(directory: Path, experiment: Experiment) -> Iterator[None]:
-    """The run's directory, made or checked, held by this process alone while it trains."""
+def own(directory: Path, experiment: Experiment) -> Iterator[Experiment]:
+    """The run's directory, made or checked, held by this process alone while it trains; yields what it began as."""
     config = directory / "config.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -142,13 +142,15 @@ def own(directory: Path, experiment: Experiment) -> Iterator[None]:
             raise UserError(
                 f"Another process is training in {directory}; wait for it, or choose another run.dir."
             ) from None
+        began = experiment
         if config.exists():
-            checkpoint.check_same(checkpoint.read_config(directory), experiment, directory)
+            began = checkpoint.read_config(directory)
+            checkpoint.check_same(began, experiment, directory)
         elif {path.name for path in directory.iterdir()} - {"lock", "config.json.new"}:
             raise _no_run(directory)
         else:
             checkpoint.write_config(directory, experiment)
-        yield
+        yield began
 
 
 def _no_run(directory: Path) -> UserError:

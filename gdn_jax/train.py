@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdn_jax import data, distributed, sharding
+from gdn_jax import data, distributed, fine_tuning, sharding
 from gdn_jax.checkpoint import Checkpoints, write_config
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
@@ -156,10 +156,9 @@ def train(experiment: Experiment) -> Path:
     distributed.agree({"hash": experiment.hash8, "recipe": experiment.recipe8} | {name: env[name] for name in same})
     progress = Progress(seconds=0) if distributed.first() else SILENT
     with contextlib.ExitStack() as stack:
-        if distributed.first():
-            distributed.on_every(lambda: stack.enter_context(own(directory, experiment)))
-        else:
-            distributed.on_every(lambda: None)
+        began = distributed.on_every(
+            lambda: stack.enter_context(own(directory, experiment)) if distributed.first() else experiment
+        )
         keep_compiled(experiment.run)
         checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True, data=prepared.identity)
         stack.enter_context(contextlib.closing(checkpoints))
@@ -167,6 +166,11 @@ def train(experiment: Experiment) -> Path:
         stack.enter_context(progress)
         stop = stack.enter_context(_stop_signals())
         start = checkpoints.latest or 0
+        if checkpoints.latest == 0:
+            raise UserError(
+                f"{directory} holds parameters that were not trained here, and no optimizer state to go on with; "
+                f"fine-tune them as a run of its own: gdn train ID --from {directory}."
+            )
         if start >= experiment.optim.steps:
             checkpoints.check(start)
             progress.say(f"{experiment.id}: all {start} steps are done, in {directory}")
@@ -175,14 +179,19 @@ def train(experiment: Experiment) -> Path:
             model, opt_state = checkpoints.load(start, *trainer.abstract)
         else:
             model, opt_state = trainer.begin(experiment.run.seed)
+            if experiment.start:
+                model = fine_tuning.parameters(experiment.start, trainer.abstract[0])
         writer = NoWriter()
         if distributed.first():
-            write_config(directory, experiment)
+            origins = {"start": began.start or experiment.start, "file": began.file or experiment.file}
+            write_config(directory, dataclasses.replace(experiment, **origins))
             write_json(directory / "env.json", env)
             write_json(directory / "validation.json", windows.described())
             writer = Writer(directory, experiment, start)
         stack.enter_context(contextlib.closing(writer))
-        progress.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}")
+        source = experiment.start
+        begins = "" if start or not source else f", with the parameters of {source.path} at step {source.step}"
+        progress.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}{begins}")
         writer.write({"step": start, "event": "start"} | env)
         loop = _Loop(trainer, prepared, windows, checkpoints, writer, progress, directory)
         try:
@@ -218,7 +227,7 @@ class _Loop:
         self.flops_per_token = train_flops_per_token(experiment.model, experiment.data.seq_len)
         self.peak = peak_flops()
         self.begun = self.since = time.monotonic()
-        self.since_step = 0
+        self.since_step, self.compiled = 0, False  # the first step's time is that of compiling it
         self.validation = math.nan
 
     def run(self, model, opt_state, start: int, stop: list[int]) -> None:
@@ -275,29 +284,33 @@ class _Loop:
                 f"At step {step} the loss is {loss} and the gradient norm {norm}; lower optim.lr {optim.lr}, or look "
                 f"at the batch in {path} and the last checkpoint ({'none' if saved is None else f'step {saved}'})."
             )
-        if step % run.log_every and step not in (1, optim.steps):
+        now, rate = time.monotonic(), None
+        if self.compiled:
+            rate = (step - self.since_step) * self.tokens_per_step / max(now - self.since, 1e-9)
+        logged = step % run.log_every == 0 or step in (1, optim.steps)
+        if logged or not self.compiled:
+            self.since, self.since_step, self.compiled = now, step, True
+        if not logged:
             return
-        now = time.monotonic()
-        rate = (step - self.since_step) * self.tokens_per_step / max(now - self.since, 1e-9)
-        self.since, self.since_step = now, step
-        mfu = None if self.peak is None else rate * self.flops_per_token / self.peak
+        mfu = None if self.peak is None or rate is None else rate * self.flops_per_token / self.peak
         row = {
             "step": step,
             "loss": loss,
             "lr": float(self.schedule(step - 1)),
             "grad_norm": norm,
-            "tokens_per_second": round(rate, 1),
+            "tokens_per_second": rate and round(rate, 1),
             "mfu": mfu,
             "tokens": step * self.tokens_per_step,
             "time": round(now - self.begun, 3),
             "batch": f"{zlib.crc32(batch['tokens'].tobytes()):08x}",
         }
         self.writer.write(row)
-        left = (optim.steps - step) * self.tokens_per_step / max(rate, 1e-9)
+        speed = "-" if rate is None else f"{rate:,.0f}"
+        left = "-" if rate is None else f"{(optim.steps - step) * self.tokens_per_step / rate:,.0f}"
         validation = "-" if math.isnan(self.validation) else f"{self.validation:.4f}"
         self.progress.show(
             f"step {step}/{optim.steps}  loss {loss:.4f}  val {validation}  lr {row['lr']:.2e}  "
-            f"|g| {norm:.2f}  {rate:,.0f} tokens/s  MFU {'-' if mfu is None else f'{mfu:.1%}'}  {left:,.0f} s left"
+            f"|g| {norm:.2f}  {speed} tokens/s  MFU {'-' if mfu is None else f'{mfu:.1%}'}  {left} s left"
         )
 
     def _validate(self, step: int, model: LM) -> None:

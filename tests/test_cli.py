@@ -101,6 +101,7 @@ MISTAKES = [
     ("lsit", "no command 'lsit' (did you mean 'list'?)"),
     ("data prepair x", "no command 'data prepair' (did you mean 'data prepare'?)"),
     ("list tabel3/*", "No experiment matches 'tabel3/*'; the IDs begin with smoke, table3"),
+    ("list smoke", "No experiment matches 'smoke' (did you mean 'smoke/*'?); the IDs begin with smoke"),
     ("show", "`gdn show` needs ID as its first word; `gdn list` shows all IDs."),
     ("train smoke/gated-deltanett", "no experiment 'smoke/gated-deltanett' (did you mean 'smoke/gated-deltanet'?)"),
     (f"run {ID} --optim.learning_rate 1", "no option --optim.learning_rate"),
@@ -149,6 +150,7 @@ def test_every_command_has_help(capsys, name):
     assert stop.value.code == 0 and err == ""
     assert out.startswith(f"usage: gdn {name}") and COMMANDS[name].options.__doc__[:40] in out
     assert ("--optim.lr" in out) == issubclass(COMMANDS[name].options, Overrides)
+    assert ("The values below are those of smoke/retnet" in " ".join(out.split())) == ("--optim.lr" in out)
 
 
 def test_the_overview_names_every_command(capsys):
@@ -223,6 +225,18 @@ def test_as_a_process():
     )
     shown = gdn("show", ID, "--json")
     assert shown.returncode == 0 and json.loads(shown.stdout)["id"] == ID
+
+
+def test_a_full_device_is_one_sentence(capsys, monkeypatch):
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 102400262144 bytes.\nmore")
+
+    monkeypatch.setitem(COMMANDS, "doctor", COMMANDS["doctor"]._replace(call=full))
+    assert main(["doctor"]) == 2
+    sentence = (
+        "The device's memory is full (Out of memory allocating 102400262144 bytes); take fewer or shorter sequences."
+    )
+    assert capsys.readouterr().err == f"{sentence}\n"
 
 
 def test_a_closed_pipe_is_no_error():

@@ -355,6 +355,8 @@ def test_refused_tokenizers_and_sources(here, monkeypatch):
     assert "run is a run of ours already" in says("run")
     Path("weights.pth").write_bytes(b"\x80\x02")
     assert "weights.pth is a pickle" in says("weights.pth", like=FLA_MODELS["gated_deltanet"])
+    tied = replace(FLA_MODELS["gated_deltanet"], tied=True)
+    assert "not those of its model (lit-gpt): missing: transformer." in says(like=tied)  # lm_head, and no embedding
     other = says(like=FLA_MODELS["transformer"])
     assert "(lit-gpt): missing: transformer.h.0.attn.attn.weight, " in other and "and 30 more." in other
     tensors(lm_head__weight=lambda x: x[:200], model__embeddings__weight=lambda x: x[:200])()

@@ -21,6 +21,7 @@ import experiments
 from experiments.run import main
 from gdn_jax import checkpoint
 from gdn_jax.errors import UserError
+from gdn_jax.metrics import read_rows
 
 ID = "test/small"
 RUN, DATA, STEPS = Path("run"), Path("data/text-b3838ac4"), 4
@@ -135,6 +136,14 @@ class Fault(NamedTuple):
     arrange: Callable | None = None
 
 
+OWN = b"""import dataclasses
+import experiments
+SMALL = dataclasses.replace(experiments.get("test/small"), id="mine/small")
+N = 3
+"""
+FAILING = OWN + b"def f():\n    return 1\nf() / 0\n"
+EMPTY = b"from gdn_jax import Model\nModel(pattern=(), repeats=1, d_model=8, d_ff=8)\n"
+OUTSIDE = OWN + b"A = dataclasses.replace(SMALL, id='a/../b')\n"
 TRAIN, SHOW, EVAL = f"train {ID}", f"show {ID}", f"eval {ID}"
 FAULTS = [
     Fault("unknown ID", "train test/smal", ("'test/smal'", "did you mean 'test/small'?")),
@@ -292,6 +301,24 @@ FAULTS = [
     Fault("stride of 0", f"{EVAL} --stride 0", ("stride is 0", "between 1 and data.seq_len 32")),
     Fault("stride too large", f"{EVAL} --stride 33", ("stride is 33", "between 1 and data.seq_len 32")),
     Fault("no windows", f"{EVAL} --windows 0", ("windows is 0", "must be positive")),
+    Fault("file of a run that is not there", "train no.py:SMALL", ("no file no.py", "a Python file that exists")),
+    Fault("file that is no Python", "run my.txt:SMALL", ("'my.txt'", "ends in .py"), file("my.txt", b"")),
+    Fault("file without a name", "show my.py", ("as in my.py:NAME (it has SMALL)",), file("my.py", OWN)),
+    Fault(
+        "name not in the file", "train my.py:SMAL", ("'SMAL' (did you mean 'SMALL'?)", "has SMALL"), file("my.py", OWN)
+    ),
+    Fault("file without one", "eval my.py:SMALL", ("no Experiment 'SMALL'", "NAME = Exp"), file("my.py", b"a = 1")),
+    Fault("name of a number", "doctor my.py:N", ("N in my.py is of type int", "it has SMALL"), file("my.py", OWN)),
+    Fault("no syntax", "show my.py:SMALL", ("my.py, line 2: SyntaxError", "mend"), file("my.py", b"\na = = 1\n")),
+    Fault("no UTF-8", "show my.py:SMALL", ("my.py, line 1: SyntaxError", "mend"), file("my.py", b"a = '\xff'\n")),
+    Fault("failing file", "show my.py:SMALL", ("my.py, line 7: ZeroDivisionError", "mend"), file("my.py", FAILING)),
+    Fault("file that ends", "show my.py:SMALL", ("my.py, line 2: SystemExit: 3", "mend"), file("my.py", b"\nexit(3)")),
+    Fault(
+        "file breaks a rule", "show my.py:A", ("line 2: model.pattern is empty", "name at least"), file("my.py", EMPTY)
+    ),
+    Fault(
+        "id outside runs", "show my.py:A", ("id is 'a/../b'", "words between single slashes"), file("my.py", OUTSIDE)
+    ),
     Fault("stride of a run", f"run {ID} {ELSEWHERE} --stride 0", ("stride is 0", "between 1 and data.seq_len 32")),
 ]
 
@@ -348,6 +375,22 @@ def test_the_way_out_of_a_damaged_checkpoint(here, capfd):
     again = [json.loads(line) for line in (RUN / "metrics.jsonl").read_text().splitlines()]
     losses = [[(row["step"], row["loss"]) for row in table if "loss" in row] for table in (rows, again)]
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xfe\x00", b"{", b"5", b"{}", b'{"step": "x"}', b""])
+def test_junk_among_the_metrics(here, capfd, junk):
+    """It is named and nothing is lost; at the end it is what a crash leaves behind."""
+    path = RUN / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, junk, *rest, b""]))
+    before = path.read_bytes()
+    shutil.rmtree(RUN / "checkpoints" / "4")
+    capfd.readouterr()
+    assert main(["train", ID]) == 2
+    assert "run/metrics.jsonl, line 2, is no row of a run; remove that line alone." in capfd.readouterr().err
+    assert path.read_bytes() == before
+    path.write_bytes(b"\n".join([first, *rest, junk]))
+    assert [row["step"] for row in read_rows(RUN) if "loss" in row] == [1, 2, 3, 4]
 
 
 def test_a_step_that_was_not_saved(here):

@@ -16,6 +16,7 @@ from small import experiment, prepare_text, scripted_model
 import experiments
 from experiments.run import main
 from gdn_jax import checkpoint, generate, tokenizer
+from gdn_jax.config import AttentionConfig
 from gdn_jax.fingerprint import Identity
 from gdn_jax.generate import stream
 from gdn_jax.model import init_model
@@ -101,7 +102,7 @@ def test_control_characters_do_not_reach_a_terminal(capsys, monkeypatch):
 
 
 def test_ctrl_c_keeps_what_was_printed():
-    code = "from experiments.run import console; console()"
+    code = "from gdn_jax.console import console; console()"
     words = ["generate", "kanji", "--prompt", "x漢", "--max_tokens", "100000000"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "bufsize": 0}
@@ -162,7 +163,7 @@ def test_there_and_back_generates_and_scores_the_same(capsys, tmp_path):
 
 
 MISTAKES = [
-    ("generate", "`gdn generate` needs RUN as its first word, an ID or the directory of a run."),
+    ("generate", "`gdn generate` needs RUN as its first word, an ID, FILE:NAME or the directory of a run."),
     ("generate leters", "There is no experiment 'leters'; `gdn list` shows all."),
     ("generate smoke/transformer", "runs/smoke/transformer"),
     ("generate text", "text holds no run (there is no config.json)"),
@@ -207,3 +208,13 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(capfd, words, sentence):
         return
     assert code == 2 and out == "" and err.count("\n") == 1 and sentence in err and err.endswith(".\n")
     assert sorted(str(path) for path in Path().rglob("*")) == before
+
+
+def test_more_tokens_than_memory_holds(capsys):
+    """The cache of attention grows with the text; a CPU has the memory that its machine has."""
+    cfg = replace(experiment(Path()).model, pattern=("attention",), attention=AttentionConfig(heads=2, head_dim=16))
+    write("attending", jax.jit(init_model, static_argnums=0)(cfg, jax.random.key(0)))
+    assert main(["generate", "attending", "--max_tokens", "99999999999"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "the longest of 100,000,000,000 tokens, need about " in err
+    assert "one sequence of at most " in err and err.count("\n") == 1

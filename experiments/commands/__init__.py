@@ -5,10 +5,12 @@ JAX, Flax and the training stack load inside the commands that need them: help a
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import experiments
+from experiments import own
 from experiments.report import aligned
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
@@ -22,19 +24,49 @@ class Stopped(Exception):
         self.code = code
 
 
-def of_run(name: str) -> Experiment:
-    """The experiment of an ID, or the one that a run's directory holds, whose run.dir it then is."""
-    directory = Path(name)
-    if name in experiments.EXPERIMENTS or not directory.is_dir():
-        return experiments.get(name)
+def named(word: str) -> Experiment:
+    """The experiment that a word names: an ID, the directory of a run, whose run.dir it then is, or FILE:NAME.
+
+    NAME is an Experiment in the user's file, or the directory of a run that needs the file.
+    """
+    if word in experiments.EXPERIMENTS:
+        return experiments.get(word)
+    if Path(word).is_dir():
+        return _of_directory(word)
+    if not own.names_file(word):
+        return experiments.get(word)
+    module, file, name = own.read(word)
+    if name not in vars(module) and Path(name, "config.json").is_file():
+        return dataclasses.replace(_of_directory(name), file=file)
+    return dataclasses.replace(own.experiment_of(module, file, name), file=file)
+
+
+def _of_directory(name: str) -> Experiment:
     from gdn_jax.checkpoint import read_config
 
-    if holds_foreign_config(directory):
+    if holds_foreign_config(Path(name)):
         raise UserError(
             f"{name} is a Hugging Face directory, not a run; import it first: gdn convert import {name} --out DIR."
         )
-    experiment = read_config(directory)
+    experiment = read_config(Path(name))
     return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, dir=name))
+
+
+def say_if_changed(experiment: Experiment) -> None:
+    """One sentence on stderr where a run's own mixers may not be those that it was trained with."""
+    if not (experiment.file and experiment.model.own):
+        return
+    from gdn_jax.checkpoint import changed_file, read_config
+    from gdn_jax.runs import run_directory
+
+    directory = run_directory(experiment)
+    found = read_config(directory) if (directory / "config.json").exists() else experiment
+    if changed_file(found, experiment):
+        print(
+            f"{experiment.file.path} has changed since {directory} began (sha256 {found.file.sha256[:8]} then, "
+            f"{experiment.file.sha256[:8]} now): its mixers may compute something else.",
+            file=sys.stderr,
+        )
 
 
 def holds_foreign_config(directory: Path) -> bool:

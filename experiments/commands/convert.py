@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import experiments
-from experiments.commands import of_run, print_facts
+from experiments.commands import named, print_facts, say_if_changed
 from experiments.options import Switch
 from gdn_jax.config import Data
 from gdn_jax.errors import UserError
@@ -16,7 +15,7 @@ class ImportOptions:
     """Make a run of a checkpoint: a Hugging Face directory of flash-linear-attention's, or lit-gpt safetensors."""
 
     out: str = ""  # the run's directory; it must not exist
-    like: str = ""  # for lit-gpt tensors: the ID of an experiment with that model, table3/gated-deltanet/1.3b
+    like: str = ""  # for lit-gpt tensors: an experiment with that model, as table3/gated-deltanet/1.3b
     tokenizer: str = ""  # "byte", or a SentencePiece .model or tokenizers .json file; empty: the directory's own
     source: str = "english-novels"  # data that `gdn eval` measures by default, as of data.source
     seq_len: int = 4096  # its windows
@@ -38,7 +37,7 @@ class ExportOptions:
 
 def import_run(source: str, options: ImportOptions) -> None:
     out = _out(options.out)
-    like = experiments.get(options.like).model if options.like else None
+    like = named(options.like).model if options.like else None
     # The tokenizer may still be unknown here: empty means the directory's own.
     data = Data(
         source=options.source, tokenizer=options.tokenizer, seq_len=options.seq_len, validation=options.validation
@@ -52,7 +51,8 @@ def import_run(source: str, options: ImportOptions) -> None:
 
 def export_run(name: str, options: ExportOptions) -> None:
     out = _out(options.out)
-    experiment = of_run(name)
+    experiment = named(name)
+    say_if_changed(experiment)
     from gdn_jax.convert.exchange import export_checkpoint
     from gdn_jax.runs import run_directory
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import experiments
 from experiments import published, report
-from experiments.commands import Stopped, evaluation, print_facts
+from experiments.commands import Stopped, evaluation, named, print_facts
 from experiments.commands.evaluation import TaskOptions
 from experiments.figure3 import Timing
-from experiments.options import Overrides, Switch
+from experiments.options import FromRun, Overrides, Switch
 from gdn_jax.config import Experiment, flat, to_dict
 from gdn_jax.errors import UserError
 
@@ -44,6 +44,8 @@ class ShowOptions(Overrides):
 class TrainOptions(Overrides):
     """Train an experiment, or go on from its last checkpoint."""
 
+    from_: FromRun = ""  # begin with the newest parameters of this run, an ID or a directory, instead of random ones
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalOptions(Overrides, TaskOptions):
@@ -61,6 +63,7 @@ class EvalOptions(Overrides, TaskOptions):
 class RunOptions(Overrides, TaskOptions):
     """Train, evaluate, write result.json and loss.png."""
 
+    from_: FromRun = ""  # as of `gdn train`
     stride: int | None = None  # as of `gdn eval`
     windows: int | None = None
     json: Switch = False  # print the result row
@@ -73,7 +76,9 @@ def list_ids(glob: str, options: ListOptions) -> None:
     if not rows:
         known = [*experiments.EXPERIMENTS, *experiments.EVALUATIONS, *experiments.TIMINGS]
         groups = dict.fromkeys(id.partition("/")[0] for id in known)
-        raise UserError(f"No experiment matches {glob!r}; the IDs begin with {', '.join(groups)}.")
+        inside = f"{glob.rstrip('/')}/*"
+        hint = f" (did you mean {inside!r}?)" if any(fnmatchcase(id, inside) for id in known) else ""
+        raise UserError(f"No experiment matches {glob!r}{hint}; the IDs begin with {', '.join(groups)}.")
     if options.json:
         print(json.dumps(rows, indent=1))
         return
@@ -170,7 +175,7 @@ def train(experiment: Experiment, options: TrainOptions) -> None:
     from gdn_jax import distributed
 
     distributed.start(os.environ)
-    run_dir = _train(experiment)
+    run_dir = _train(_begun(experiment, options.from_))
     if distributed.first():
         print(run_dir)
 
@@ -202,6 +207,7 @@ def run(experiment: Experiment, options: RunOptions) -> None:
     distributed.start(os.environ)
     if not distributed.alone():
         raise UserError("`gdn run` also evaluates, in one process; train with `gdn train ID`, then evaluate in one.")
+    experiment = _begun(experiment, options.from_)
     # before hours of training
     check_scoring(experiment.data.seq_len, options.stride, options.windows)
     evaluation.checked(options)
@@ -219,6 +225,16 @@ def run(experiment: Experiment, options: RunOptions) -> None:
         if tasks:
             print(evaluation.described(tasks))
         print(f"Wrote {run_dir / 'result.json'} and {plot}.")
+
+
+def _begun(experiment: Experiment, source: str) -> Experiment:
+    """The experiment, to begin with the parameters of the run that `source` names, if any."""
+    if not source:
+        return experiment
+    from gdn_jax.fine_tuning import from_run
+    from gdn_jax.runs import run_directory
+
+    return from_run(experiment, run_directory(named(source)))
 
 
 def _train(experiment: Experiment) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments.commands import Stopped, of_run
+from experiments.commands import Stopped, named, say_if_changed
 from experiments.options import Switch
 from gdn_jax.errors import UserError
 from gdn_jax.progress import Progress
@@ -71,7 +71,8 @@ def _stream(name, options: GenerateOptions, sampling, prompts: list[str], seeds:
     from gdn_jax.layers import compute_for
     from gdn_jax.runs import keep_compiled, open_run, run_directory
 
-    experiment = of_run(name)
+    experiment = named(name)
+    say_if_changed(experiment)
     run = dataclasses.replace(experiment.run, impl=options.impl)
     optim = experiment.optim
     if options.precision != "run":

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 
 import experiments
-from experiments.commands import of_run
+from experiments.commands import named
 from experiments.generation_speed import GenerationOptions, report
 from experiments.options import Switch
 from experiments.training_speed import SpeedOptions
@@ -53,7 +53,7 @@ def doctor(name: str, options: DoctorOptions) -> int:
     from experiments.doctor import described, examine
     from gdn_jax.implementations import implementations
 
-    taken = implementations(of_run(name)) if name else None  # a name that is not known is said before minutes of checks
+    taken = implementations(named(name)) if name else None  # a name that is not known is said before minutes of checks
     found = examine() | ({"id": name, "impl": taken} if name else {})
     print(json.dumps(found, indent=1) if options.json else described(found))
     return 0 if found["ok"] else 1
@@ -75,7 +75,7 @@ def bench_op(op: str, options: BenchOptions) -> int:
 
 
 def bench_generate(name: str, options: BenchGenerateOptions) -> None:
-    experiment = of_run(name)
+    experiment = named(name)
     optim, run = experiment.optim, dataclasses.replace(experiment.run, impl=options.impl)
     if options.precision != "run":
         optim = dataclasses.replace(optim, precision=options.precision)

@@ -200,8 +200,8 @@ def _check(source: Path, layout: Layout, cfg: Model, tensors: Tensors, wanted: d
     """The keys that are there in vain; a UserError lists every other difference."""
     shapes, unused = tensors.shapes, unused_keys(layout, cfg)
     dropped = sorted(key for key in shapes if key in unused)
-    if cfg.tied and HEAD in shapes:
-        embedding = next(key for key, place in wanted.items() if place.ours == ("embed",))
+    embedding = next(key for key, place in wanted.items() if place.ours == ("embed",))
+    if cfg.tied and HEAD in shapes and embedding in shapes:
         if not np.array_equal(tensors.read(HEAD), tensors.read(embedding)):
             raise UserError(
                 f"{source} ties its embedding, yet {HEAD} differs from {embedding}; set tie_word_embeddings to false, "

@@ -1,4 +1,5 @@
 """Token mixers, [B, T, D] -> [B, T, D]. To add one: a module here, its name below and in config.MIXER_FIELDS.
+One from outside is added by own_mixer.add_mixer.
 
 Every mixer is made by `Mixer(cfg, rngs=...)` and has
     __call__(x, *, compute, segment_ids=None, cache=None, lengths=None, room=None) -> (y, new cache or None)

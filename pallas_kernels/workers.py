@@ -40,10 +40,10 @@ def terminable() -> Iterator[None]:
 def ask(module: str, job: Any, timeout: float, environment: Mapping[str, str] | None = None) -> dict[str, Any] | str:
     """The row that a worker of `module` answers to `job`, or how it failed, in words.
 
-    `environment` is added to this process's own.
+    `environment` is added to this process's own. Nothing in the current directory is taken for a module (-P).
     """
     process = subprocess.Popen(
-        [sys.executable, "-m", module, "worker", json.dumps(job), str(os.getpid())],
+        [sys.executable, "-P", "-m", module, "worker", json.dumps(job), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from experiments.run import main
-from pallas_kernels import bench, dispatch, ops
+from pallas_kernels import bench, dispatch, ops, workers
 from pallas_kernels.roofline import floor_ms
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +130,7 @@ def test_a_signal_ends_the_worker_too(tmp_path, name, code):
         env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     parent = psutil.Process(process.pid)
-    while not (workers := parent.children()) and process.poll() is None:
+    while not (started := parent.children()) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
@@ -138,7 +138,7 @@ def test_a_signal_ends_the_worker_too(tmp_path, name, code):
     if name != "SIGKILL":
         assert err == "Stopped; what was not measured says so.\n"
         assert "| 4x8192,2,64,64 | chunked | not run | not run | not run | not run | not run |" in out
-    (worker,) = workers
+    (worker,) = started
     deadline = time.monotonic() + 30
     while _runs(worker) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -285,3 +285,11 @@ def test_starting_the_workers_takes_no_device_memory():
     )
     for op, (written, *_) in SMALL.items():
         assert subprocess.run([sys.executable, "-c", code, op, written], cwd=ROOT).returncode == 1
+
+
+def test_a_folder_of_the_users_is_no_module_of_a_worker(monkeypatch, tmp_path):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/__init__.py").write_text("raise SystemExit('theirs')")
+    monkeypatch.chdir(tmp_path)
+    answer = workers.ask("experiments.training_speed", {}, 60)
+    assert isinstance(answer, dict) and "theirs" not in str(answer), answer  # of our module: a row that says what fails

@@ -12,6 +12,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
 _OF_ONE = re.compile(r"replica_groups=(\{\{\d+\}(,\{\d+\})*\}|\[\d+,1\]<=)")  # every device by itself: nothing is sent
+_OF_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")  # mesh['data'=2,'fsdp'=1] {'fsdp'}
+_SIZE = re.compile(r"'([^']+)'=(\d+)")
 _LOOP = re.compile(r" while\(.*\bbody=%?([\w.\-]+)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"\b(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
@@ -43,7 +45,7 @@ def collectives(program: str) -> Counter[Collective]:
             entry = here if header[1] else entry
             own[here], below[here] = Counter(), []
         elif here and (found := _COLLECTIVE.search(line)):
-            if _OF_ONE.search(line):
+            if _alone(line):
                 continue
             for dtype, sizes in _ARRAY.findall(found[1]):
                 shape = tuple(int(size) for size in sizes.split(",") if size)
@@ -65,6 +67,14 @@ def collectives(program: str) -> Counter[Collective]:
         return sums
 
     return total(entry)
+
+
+def _alone(line: str) -> bool:
+    """Whether every device is a group of its own."""
+    if mesh := _OF_MESH.search(line):
+        sizes = dict(_SIZE.findall(mesh[1]))
+        return all(int(sizes.get(axis, 2)) == 1 for axis in re.findall("'([^']+)'", mesh[2]))
+    return _OF_ONE.search(line) is not None
 
 
 def in_words(found: Counter[Collective]) -> dict[str, str]:

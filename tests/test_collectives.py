@@ -57,6 +57,7 @@ def test_a_loop_counts_as_often_as_it_turns():
 %body (p: f32[4]) -> f32[4] {
   %r = f32[4]{0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
   %s = f32[9]{0} all-reduce(%p), replica_groups={{0},{1}}, to_apply=%add
+  %t = f32[9]{0} all-reduce(%p), replica_groups=mesh['data'=2,'fsdp'=1] {'fsdp'}, to_apply=%add
 }
 
 ENTRY %main (p: f32[4]) -> f32[4] {

@@ -2,7 +2,10 @@
 
 import re
 
+import pytest
 from run_page import blocks, run_page
+
+pytestmark = pytest.mark.slow
 
 
 def test_own_mixer(tmp_path):

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from gdn_jax.errors import UserError
 
 NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of `srun` and `mpirun`, whose rest jax reads itself
+PATIENCE = 300  # seconds in which processes must find each other
 SILENCE = 60  # seconds without a sign of life after which a process counts as dead, and the others end
 STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 OF_ANOTHER = re.compile("gloo|nccl|connection|peer|heartbeat|coordination", re.IGNORECASE)
@@ -42,8 +44,10 @@ def start(environment: Mapping[str, str]) -> None:
         asked = {}
     else:
         return
+    if asked.get("process_id"):
+        _wait_for_first(asked["coordinator_address"])
     try:
-        jax.distributed.initialize(**asked, heartbeat_timeout_seconds=SILENCE)
+        jax.distributed.initialize(**asked, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=SILENCE)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(
@@ -65,9 +69,27 @@ def _named(environment: Mapping[str, str]) -> dict[str, Any]:
     count, index = map(int, counts)
     if index >= count:
         raise UserError(f"JAX_PROCESS_ID is {index} and JAX_NUM_PROCESSES {count}; processes count from 0.")
-    if ":" not in address:
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()):
         raise UserError(f"JAX_COORDINATOR_ADDRESS is {address!r}; it must be host:port, of process 0.")
     return {"coordinator_address": address, "num_processes": count, "process_id": index}
+
+
+def _wait_for_first(address: str) -> None:
+    """Returns once something listens at process 0's address; jax would not raise, but abort with pages of its own."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"Process 0 was not found at JAX_COORDINATOR_ADDRESS {address} within {PATIENCE} seconds "
+                    f"({error}); start it, or name its host and a port that is open."
+                ) from None
+        time.sleep(0.2)
 
 
 def first() -> bool:

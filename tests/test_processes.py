@@ -183,6 +183,7 @@ def test_the_launch_file_for_ssh_starts_and_stops_them(alone, tmp_path):
         ({"JAX_NUM_PROCESSES": "two"}, "JAX_NUM_PROCESSES is 'two'; it must be a whole number."),
         ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID is 2 and JAX_NUM_PROCESSES 2; processes count from 0."),
         ({"JAX_COORDINATOR_ADDRESS": "here"}, "JAX_COORDINATOR_ADDRESS is 'here'; it must be host:port, of process 0."),
+        ({"JAX_COORDINATOR_ADDRESS": "here:x"}, "JAX_COORDINATOR_ADDRESS is 'here:x'; it must be host:port"),
     ],
 )
 def test_variables_that_make_no_sense(monkeypatch, capsys, given, says):
@@ -191,6 +192,17 @@ def test_variables_that_make_no_sense(monkeypatch, capsys, given, says):
         monkeypatch.setenv(name, value)
     assert main(["train", ID]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_no_process_0(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "PATIENCE", 0.3)
+    address = f"localhost:{free_port()}"
+    for name, value in zip(distributed.NAMED, (address, "2", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert main(["train", ID]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"Process 0 was not found at JAX_COORDINATOR_ADDRESS {address} within 0.3 seconds (")
+    assert said.count("\n") == 1
 
 
 def test_run_evaluates_and_so_refuses_several(monkeypatch, capsys):

@@ -6,6 +6,8 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from experiments.run import main
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "own-text.md").read_text()
@@ -19,6 +21,7 @@ def run_shell(block):
             subprocess.run(line, shell=True, check=True)
 
 
+@pytest.mark.slow
 def test_the_page_runs_from_top_to_bottom(tmp_path, capsys):
     names, said = {}, []
     with contextlib.chdir(tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gdn_jax.config import Experiment, Model
+from gdn_jax.errors import UserError
 
 MLP = "SwiGLU MLP"
 TITLES = {
@@ -116,10 +117,17 @@ def layers(cfg: Model) -> list[str]:
     return [part for mixer in cfg.pattern for part in ((mixer, MLP) if cfg.d_ff else (mixer,))]
 
 
+def mixers_of(cfg: Model) -> dict[str, Parts]:
+    """Each kind of mixer of a model once; a UserError for one from outside."""
+    for mixer in cfg.pattern:
+        if mixer not in PARTS:
+            raise UserError(f"figure1 does not know the parts of the mixer {mixer!r}; it draws {', '.join(PARTS)}.")
+    return {mixer: PARTS[mixer](cfg) for mixer in dict.fromkeys(cfg.pattern)}
+
+
 def described(experiment: Experiment) -> dict[str, Any]:
     """The same as data: {"id", "layers" of a repeat, "repeats", "mixers": {name: its parts}}."""
-    cfg = experiment.model
-    mixers = {mixer: PARTS[mixer](cfg) for mixer in dict.fromkeys(cfg.pattern)}
+    cfg, mixers = experiment.model, mixers_of(experiment.model)
     return {
         "id": experiment.id, "layers": layers(cfg), "repeats": cfg.repeats,
         "mixers": {
@@ -136,8 +144,7 @@ def draw(experiment: Experiment) -> Any:
     """The picture of an experiment's model."""
     from matplotlib.figure import Figure
 
-    cfg = experiment.model
-    mixers = {mixer: PARTS[mixer](cfg) for mixer in dict.fromkeys(cfg.pattern)}
+    cfg, mixers = experiment.model, mixers_of(experiment.model)
     widths = [2.4, *(0.95 * (len(parts.lanes) + (parts.gate is not None)) + 0.5 for parts in mixers.values())]
     picture = Figure(figsize=(1.15 * sum(widths), 5.8), layout="constrained")
     panels = picture.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import experiments
 from experiments import drawn_figure3, figure1, figure2, published
+from experiments.commands import named
 from experiments.figure3 import SETTINGS
 from experiments.models import PAPER_MODELS
 from experiments.options import Switch
@@ -52,7 +53,7 @@ def figure(name: str, options: FigureOptions) -> None:
 
 
 def _figure1(options: FigureOptions) -> None:
-    experiment = experiments.get(options.id)
+    experiment = named(options.id)
     directory = Path(options.out)
     directory.mkdir(parents=True, exist_ok=True)
     picture = directory / f"figure1-{experiment.id.replace('/', '-')}.png"

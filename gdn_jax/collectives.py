@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+from gdn_jax.errors import UserError
+
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
@@ -34,7 +36,7 @@ class Collective(NamedTuple):
 def collectives(program: str) -> Counter[Collective]:
     """How often each runs in one execution of a compiled program (`compiled.as_text()`).
 
-    Raises ValueError for a loop with collectives whose turns XLA does not know.
+    Raises UserError for a loop with collectives whose turns XLA does not know.
     """
     own: dict[str, Counter[Collective]] = {}
     below: dict[str, list[tuple[str, int | None]]] = {}
@@ -61,7 +63,10 @@ def collectives(program: str) -> Counter[Collective]:
         for child, turns in below.get(name, ()):
             inside = total(child)
             if inside and turns is None:
-                raise ValueError(f"the loop {child} has collectives, and XLA does not know how often it turns")
+                raise UserError(
+                    f"The loop {child} has collectives, and XLA does not know how often it turns; with run.scan_layers "
+                    f"False the layers are no loop."
+                )
             for one, count in inside.items():
                 sums[one] += count * turns
         return sums

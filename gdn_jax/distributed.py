@@ -21,13 +21,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gdn_jax.errors import UserError
 
-NAMED = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of `srun` and `mpirun`, whose rest jax reads itself
 PATIENCE = 300  # seconds in which processes must find each other
 SILENCE = 60  # seconds without a sign of life after which a process counts as dead, and the others end
 STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 OF_ANOTHER = re.compile("gloo|nccl|connection|peer|heartbeat|coordination", re.IGNORECASE)
-MESSAGE = 4096  # bytes that a process can tell the others
 
 T = TypeVar("T")
 
@@ -35,10 +34,10 @@ T = TypeVar("T")
 def start(environment: Mapping[str, str]) -> None:
     """Joins the processes that the environment's variables name; returns at once where they name none.
 
-    Either the three variables of NAMED are set (by hand, by Kubernetes), or `srun` or `mpirun` started several tasks.
+    Either the three VARIABLES are set (by hand, by Kubernetes), or `srun` or `mpirun` started several tasks.
     Must come before any other use of JAX. Raises UserError for variables that make no sense.
     """
-    if any(name in environment for name in NAMED):
+    if any(name in environment for name in VARIABLES):
         asked = _named(environment)
     elif any(environment.get(name, "1") not in ("", "1") for name in LAUNCHERS):
         asked = {}
@@ -51,19 +50,19 @@ def start(environment: Mapping[str, str]) -> None:
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(
-            f"The processes did not find each other ({reason}); look at {', '.join(NAMED)}, which must name one "
+            f"The processes did not find each other ({reason}); look at {', '.join(VARIABLES)}, which must name one "
             f"reachable address and a number of its own for each process."
         ) from error
 
 
 def _named(environment: Mapping[str, str]) -> dict[str, Any]:
-    missing = [name for name in NAMED if name not in environment]
+    missing = [name for name in VARIABLES if name not in environment]
     if missing:
         raise UserError(
-            f"{' and '.join(missing)} not set; several processes need all of {', '.join(NAMED)}, one process none."
+            f"{' and '.join(missing)} not set; several processes need all of {', '.join(VARIABLES)}, one process none."
         )
-    address, *counts = (environment[name] for name in NAMED)
-    for name, value in zip(NAMED[1:], counts, strict=True):
+    address, *counts = (environment[name] for name in VARIABLES)
+    for name, value in zip(VARIABLES[1:], counts, strict=True):
         if not value.isdecimal():
             raise UserError(f"{name} is {value!r}; it must be a whole number.")
     count, index = map(int, counts)
@@ -142,10 +141,12 @@ def agree(facts: dict[str, Any]) -> None:
 
 def _gathered(text: str) -> list[str]:
     """The text of every process, in their order."""
-    content = text.encode()[:MESSAGE]
-    padded = np.zeros(MESSAGE, np.uint8)
-    padded[: len(content)] = np.frombuffer(content, np.uint8)
-    return [bytes(row[row > 0]).decode("utf-8", "ignore") for row in multihost_utils.process_allgather(padded)]
+    content = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.ravel(multihost_utils.process_allgather(np.array([content.size])))
+    padded = np.zeros(max(1, sizes.max()), np.uint8)
+    padded[: content.size] = content
+    rows = multihost_utils.process_allgather(padded).reshape(sizes.size, -1)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
 
 
 def any_process(mesh: Mesh) -> Callable[[bool], bool]:

@@ -32,7 +32,7 @@ from gdn_jax.mixers import HGRN2, MIXERS
 from gdn_jax.mixers.attention import Attention
 from gdn_jax.mixers.hgrn2 import lower_bounds
 from gdn_jax.tree import named_leaves, with_leaves
-from pallas_kernels.arguments import is_known
+from pallas_kernels.arguments import is_known, outside
 
 
 class Block(nnx.Module):
@@ -237,15 +237,12 @@ class LM(nnx.Module):
 
 def check_ids(tokens: Array | np.ndarray, vocab: int) -> None:
     """Every token is in the vocabulary, or a UserError; those of a traced or a distributed array cannot be asked."""
-    if is_known(tokens) and tokens.size:
-        values = np.asarray(tokens)
-        least, most = int(values.min()), int(values.max())
-        if least < 0 or most >= vocab:
-            strange = least if least < 0 else most
-            raise UserError(
-                f"Token {strange} is not in the model's vocabulary: ids lie in [0, {vocab}); use the tokenizer "
-                "that it was trained with."
-            )
+    strange = outside(tokens, vocab)
+    if strange is not None:
+        raise UserError(
+            f"Token {strange} is not in the model's vocabulary: ids lie in [0, {vocab}); use the tokenizer that it was "
+            f"trained with."
+        )
 
 
 def reorder_cache(cache: PyTree, rows: Int[Array, "N"] | Sequence[int]) -> PyTree:

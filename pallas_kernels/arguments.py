@@ -40,14 +40,19 @@ def is_known(x: jax.Array | np.ndarray) -> bool:
     return isinstance(x, np.ndarray) or (not isinstance(x, jax.core.Tracer) and x.is_fully_addressable)
 
 
+def outside(ids: jax.Array | np.ndarray, stop: int) -> int | None:
+    """An integer of `ids` that is not in [0, stop); None where there is none or they are not known."""
+    if not is_known(ids) or not ids.size:
+        return None
+    values = np.asarray(ids)
+    return next((int(end) for end in (values.min(), values.max()) if not 0 <= end < stop), None)
+
+
 def check_range(name: str, ids: Any, stop: int, more: str = "") -> None:
     """Integers that count from 0, where they are known."""
-    if not is_known(ids) or not ids.size:
-        return
-    values = np.asarray(ids)
-    for strange in (int(values.min()), int(values.max())):
-        if not 0 <= strange < stop:
-            raise ValueError(f"{name} holds {strange}; they must lie in [0, {stop}){more}.")
+    strange = outside(ids, stop)
+    if strange is not None:
+        raise ValueError(f"{name} holds {strange}; they must lie in [0, {stop}){more}.")
 
 
 def check_dtypes(**arrays: Any) -> None:

@@ -1,6 +1,7 @@
 """What devices send each other in a training step: gathered parameters, summed gradients, no activations."""
 
 import dataclasses
+import os
 import re
 from collections import Counter
 
@@ -10,6 +11,7 @@ import pytest
 import experiments
 from experiments.run import main
 from gdn_jax.collectives import Collective, collectives, in_words
+from gdn_jax.errors import UserError
 from gdn_jax.sharding import make_mesh
 from gdn_jax.train import Trainer
 from gdn_jax.tree import named_leaves
@@ -72,11 +74,13 @@ ENTRY %main (p: f32[4]) -> f32[4] {
         "all-gather": "2 a step, 0.0 MB on each device, the largest bf16[8,2]",
         "all-reduce": "3 a step, 0.0 MB on each device, the largest f32[4]",
     }
-    with pytest.raises(ValueError, match="does not know how often it turns"):
+    with pytest.raises(UserError, match="does not know how often it turns"):
         collectives(program.replace('"known_trip_count":{"n":"3"}', ""))
 
 
-def test_show_prints_them(capsys):
+def test_show_prints_them(capsys, monkeypatch):
+    for name in ("JAX_PLATFORMS", "XLA_FLAGS"):  # which the command sets, and other tests' processes inherit
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     assert main(["show", ID, "--devices", "4", "--run.fsdp", "4"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"step\.all-gather +\d+ a step, [\d.]+ MB on each device, the largest f32\[", out)

@@ -45,6 +45,14 @@ def elsewhere(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+def test_a_mixer_that_it_does_not_know(monkeypatch, capsys):
+    monkeypatch.delitem(figure1.PARTS, "gated_deltanet")
+    assert main(["figure", "figure1"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "figure1 does not know the parts of the mixer 'gated_deltanet'; it draws "
+    )
+
+
 def test_boxes_do_not_overlap():
     """Of one panel: their middles are further apart than their heights or widths."""
     for model in PAPER_MODELS:

@@ -10,7 +10,13 @@ import pytest
 from jax.sharding import AxisType
 
 from pallas_kernels import triton_dialect
-from pallas_kernels.linear_attention import conformance, linear_attention, linear_attention_step, resolve
+from pallas_kernels.linear_attention import (
+    conformance,
+    linear_attention,
+    linear_attention_step,
+    resolve,
+    triton_channel,
+)
 from pallas_kernels.linear_attention.conformance import CASES, Case
 from pallas_kernels.linear_attention.triton_head import Carry, Configuration, Join
 
@@ -282,3 +288,19 @@ def test_a_wrong_shape_is_refused_by_type():
         linear_attention(q, k, v, g[:, 1:])
     o, state = linear_attention(*_tokens(dtype=jnp.bfloat16))
     assert (o.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize(("g", "log_block"), [(-0.1, 6), (-3.0, 4), (-10.0, 0)])
+def test_blocks_are_one_product_where_decays_allow_it(g, log_block):
+    """31 or 32 tokens from the middle of 64, 7 or 8 from that of 16; right in each case, documents included."""
+    total = jnp.tile(g * jnp.arange(1.0, 65.0)[:, None], (1, 16))
+    assert triton_channel._largest_blocks(total, total, (slice(None),)) == log_block
+    case = Case(name="blocks", T=130, B=1, H=1, Hv=1, K=16, V=32, dtype="bfloat16", documents=0.02, channels=True)
+    arrays, segments, cotangents = conformance.inputs(case)
+    arrays[3] = np.full_like(arrays[3], g)
+    got = conformance.outputs_and_gradients(
+        case, arrays, segments, cotangents, impl="triton_interpret", dtype=jnp.bfloat16
+    )
+    want = conformance.oracle(case, arrays, segments, cotangents)
+    for name, limit in conformance.limits(case, "triton_interpret").items():
+        assert np.linalg.norm(got[name] - want[name]) <= limit * np.linalg.norm(want[name]), name

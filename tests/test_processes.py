@@ -45,7 +45,7 @@ def losses(directory):
 
 
 def by_hand(port, count, index):
-    return dict(zip(distributed.NAMED, (f"localhost:{port}", str(count), str(index)), strict=True))
+    return dict(zip(distributed.VARIABLES, (f"localhost:{port}", str(count), str(index)), strict=True))
 
 
 def by_slurm(port, count, index):
@@ -197,12 +197,17 @@ def test_variables_that_make_no_sense(monkeypatch, capsys, given, says):
 def test_no_process_0(monkeypatch, capsys):
     monkeypatch.setattr(distributed, "PATIENCE", 0.3)
     address = f"localhost:{free_port()}"
-    for name, value in zip(distributed.NAMED, (address, "2", "1"), strict=True):
+    for name, value in zip(distributed.VARIABLES, (address, "2", "1"), strict=True):
         monkeypatch.setenv(name, value)
     assert main(["train", ID]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"Process 0 was not found at JAX_COORDINATOR_ADDRESS {address} within 0.3 seconds (")
     assert said.count("\n") == 1
+
+
+def test_texts_of_any_length_reach_the_others():
+    for text in ("", "é" * 5000):
+        assert distributed._gathered(text) == [text]
 
 
 def test_run_evaluates_and_so_refuses_several(monkeypatch, capsys):

@@ -44,6 +44,7 @@ COMMANDS = {
     "bench": Command(machine.bench_op, machine.BenchOptions, "OP"),
     "bench generate": Command(machine.bench_generate, machine.BenchGenerateOptions, "ID"),
     "bench figure3": Command(machine.bench_figure3, machine.BenchFigure3Options),
+    "bench long-rows": Command(machine.bench_long_rows, machine.BenchLongRowsOptions),
     "tune": Command(machine.tune_op, machine.TuneOptions, "OP"),
 }
 GROUPS = {name.partition(" ")[0] for name in COMMANDS if " " in name} - COMMANDS.keys()  # of two words always

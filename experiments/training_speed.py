@@ -148,7 +148,8 @@ def measure(point: Point) -> Row:
 
     row = _row(point)
     try:
-        return row | _timed(point)
+        options = {"warm_up": point.warm_up, "repetitions": point.repetitions, "step_profile": point.step_profile}
+        return row | timed(point.experiment, jax.devices()[:1], **options)
     except UserError as error:
         return row | {"note": f"refuses: {error}"}
     except jax.errors.JaxRuntimeError as error:
@@ -164,7 +165,10 @@ def failure(error: Exception, experiment: Experiment) -> str:
     return f"{OUT_OF_MEMORY} with remat {run.remat} and {run.micro_batches} micro-batches a step: {said}"
 
 
-def _timed(point: Point) -> Row:
+def timed(
+    experiment: Experiment, devices: Sequence[Any], *, warm_up: int, repetitions: int, step_profile: bool = False
+) -> Row:
+    """The training step on random tokens: compiled, then `repetitions` times after `warm_up`, each waited for."""
     import jax
     import numpy as np
 
@@ -172,11 +176,11 @@ def _timed(point: Point) -> Row:
     from gdn_jax.model import count_parameters
     from gdn_jax.train import Trainer
 
-    experiment = point.experiment
     seq_len, batch_size = experiment.data.seq_len, experiment.optim.batch_size
-    trainer = Trainer(experiment, sharding.make_mesh(1, jax.devices()[:1]))
+    run = experiment.run
+    trainer = Trainer(experiment, sharding.make_mesh(run.fsdp, list(devices), context=run.context))
     impls = trainer.implementations()
-    steps = point.warm_up + point.repetitions
+    steps = warm_up + repetitions
     shape = (steps, batch_size, seq_len + 1)
     tokens = np.random.default_rng(experiment.run.seed).integers(0, experiment.model.vocab, shape, np.int32)
     with jax.set_mesh(trainer.mesh):
@@ -194,15 +198,15 @@ def _timed(point: Point) -> Row:
             losses.append(float(metrics["loss"]))
         stats = jax.local_devices()[0].memory_stats() or {}
         profiled = {}
-        if point.step_profile:
+        if step_profile:
             profiled["profile"] = _profile(step, (model, opt_state, batches[-1]), program.jaxpr, experiment)
-    speed = _speed(seconds[point.warm_up :], seq_len * batch_size)
+    speed = _speed(seconds[warm_up:], seq_len * batch_size)
     account = step.memory_analysis()
     return {
         "parameters": count_parameters(experiment.model),
         "impl": impls,
         **speed,
-        "mfu": mfu(experiment, speed["tokens_per_s"], jax.devices()[0].device_kind),
+        "mfu": mfu(experiment, speed["tokens_per_s"] / len(devices), devices[0].device_kind),
         "compile_seconds": compile_seconds,
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "limit_bytes": stats.get("bytes_limit"),

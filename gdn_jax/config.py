@@ -169,6 +169,7 @@ class Run:
     scan_layers: bool = True  # False: training compiles every repeat of the pattern by itself; faster steps (LOG.md)
     micro_batches: int = 1  # gradient accumulation: slices of a batch per device pass
     fsdp: int = 1  # devices that share the parameters; the rest of the mesh is data parallel
+    context: int = 1  # devices that share the tokens of each row
     log_every: int = 10
     eval_every: int = 500
     eval_windows: int = 64  # held-out windows per evaluation during training
@@ -183,7 +184,7 @@ class Run:
     def __post_init__(self):
         typed(self, "run")
         positive(
-            self, "run", "micro_batches", "fsdp", "log_every", "eval_every", "eval_windows", "save_every",
+            self, "run", "micro_batches", "fsdp", "context", "log_every", "eval_every", "eval_windows", "save_every",
             "keep", "profile_steps",
         )  # fmt: skip
         require(0 <= self.seed < 2**31, f"run.seed is {self.seed}; it must be in [0, 2^31).")

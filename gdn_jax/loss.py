@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from gdn_jax.layers import Compute, at_least_fp32
 from gdn_jax.model import LM, check_ids
+from gdn_jax.sharding import split_tokens
 from pallas_kernels import linear_cross_entropy
 
 
@@ -20,9 +21,9 @@ def next_token_loss(model: LM, batch: dict[str, jax.Array | np.ndarray], compute
     """
     check_ids(batch["tokens"], model.config.vocab)
     tokens, segment_ids = jnp.asarray(batch["tokens"], jnp.int32), batch.get("segment_ids")
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    inputs, targets = split_tokens(tokens[:, :-1]), split_tokens(tokens[:, 1:])
     if segment_ids is not None:
-        segment_ids = jnp.asarray(segment_ids)[:, :-1]
+        segment_ids = split_tokens(jnp.asarray(segment_ids)[:, :-1])
     rows, dtype = batch.get("weights"), at_least_fp32(compute.dtype)
     rows = jnp.ones(tokens.shape[0], dtype) if rows is None else jnp.asarray(rows, dtype)
     weights = jnp.broadcast_to(rows[:, None], targets.shape)

@@ -1,7 +1,8 @@
 """Where every array lives: one mesh, one rule for parameters, one for batches.
 
-The mesh has the axes `data` and `fsdp`; a batch is split over both, a parameter over `fsdp` alone. Layers carry no
-annotations: the rule reads a leaf's name and shape, and the optimizer's moments, named like their parameters, follow.
+The mesh has the axes `data`, `fsdp` and `context`. The rows of a batch are split over the first two, the tokens of each
+row over the last, a parameter over `fsdp` alone. Layers carry no annotations: the rule reads a leaf's name and shape,
+and the optimizer's moments, named like their parameters, follow.
 """
 
 from typing import Any
@@ -17,13 +18,45 @@ BATCH = PartitionSpec(("data", "fsdp"))
 SMALL = 2**14  # elements; smaller arrays are copied to every device, where a gather would cost more than it saves
 
 
-def make_mesh(fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
-    """Mesh of all devices, [devices / fsdp, fsdp], with Auto axes: the partitioner places what no rule names."""
+def make_mesh(fsdp: int, devices: list[jax.Device] | None = None, *, context: int = 1) -> Mesh:
+    """Mesh of all devices, [devices / (fsdp context), fsdp, context], with Auto axes: the partitioner places what no
+    rule names. Neighbours in a row's tokens are neighbours among the devices."""
     devices = jax.devices() if devices is None else devices
     if len(devices) % fsdp:
         raise UserError(f"run.fsdp is {fsdp}; it must divide the number of devices here, {len(devices)}.")
-    grid = np.asarray(devices).reshape(-1, fsdp)
-    return Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    if len(devices) // fsdp % context:
+        over = f" over run.fsdp {fsdp}" if fsdp > 1 else ""
+        raise UserError(f"run.context is {context}; it must divide the number of devices here, {len(devices)}{over}.")
+    grid = np.asarray(devices).reshape(-1, fsdp, context)
+    return Mesh(grid, ("data", "fsdp", "context"), axis_types=(AxisType.Auto,) * 3)
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the mesh splits the rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def own_rows(mesh: Mesh) -> tuple[int, int]:
+    """(number, count): this process reads the rows of part `number` of `count`, and so does each process with which it
+    shares their tokens. UserError where processes share some of their rows alone."""
+    grid = mesh.devices.reshape(row_parts(mesh), -1)
+    owners = [frozenset(device.process_index for device in row) for row in grid]
+    parts = list(dict.fromkeys(owners))
+    here = jax.process_index()
+    mine = [number for number, processes in enumerate(parts) if here in processes]
+    if len(mine) != 1:
+        raise UserError(
+            f"run.context is {mesh.shape['context']}; it must divide the devices of a process or be a multiple of them."
+        )
+    return mine[0], len(parts)
+
+
+def split_tokens(x: jax.Array) -> jax.Array:
+    """x [B, T], of which under a mesh each device has its rows and of these its tokens, where they divide evenly."""
+    parts = jax.sharding.get_abstract_mesh().shape.get("context", 1)
+    if parts == 1 or x.shape[1] % parts:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*BATCH, "context"))
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
@@ -46,7 +79,7 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def place_batch(mesh: Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """This process's rows of a batch as global arrays, split over all devices."""
+    """This process's rows of a batch (`own_rows`) as global arrays, split over all devices."""
     sharding = NamedSharding(mesh, BATCH)
     return {name: jax.make_array_from_process_local_data(sharding, x) for name, x in batch.items()}
 

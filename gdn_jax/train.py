@@ -80,10 +80,17 @@ class Trainer:
     def __post_init__(self):
         experiment, mesh = self.experiment, self.mesh
         rows = experiment.optim.batch_size // experiment.run.micro_batches
-        if rows % mesh.size:
+        parts, context = sharding.row_parts(mesh), mesh.shape["context"]
+        if rows % parts:
+            over = f" over run.context {context}" if context > 1 else ""
             raise UserError(
                 f"optim.batch_size is {experiment.optim.batch_size}; over run.micro_batches "
-                f"{experiment.run.micro_batches} it must be a multiple of the {mesh.size} devices."
+                f"{experiment.run.micro_batches} it must be a multiple of the {mesh.size} devices{over}."
+            )
+        if experiment.data.seq_len % context:
+            raise UserError(
+                f"run.context is {context}; it must divide data.seq_len {experiment.data.seq_len}, whose tokens it "
+                f"splits evenly."
             )
         transform = optimizer(experiment.optim)
 
@@ -204,7 +211,7 @@ def train(experiment: Experiment) -> Path:
 
 def _prepare(experiment: Experiment) -> tuple[Trainer, dict, data.Prepared, data.ValidationWindows]:
     check_sinks(experiment.run)
-    trainer = Trainer(experiment, sharding.make_mesh(experiment.run.fsdp))
+    trainer = Trainer(experiment, sharding.make_mesh(experiment.run.fsdp, context=experiment.run.context))
     impls = trainer.implementations()
     prepared = prepared_data(experiment)
     data.check_length(prepared, experiment.data.seq_len, experiment.optim.batch_size)
@@ -232,6 +239,7 @@ class _Loop:
 
     def run(self, model, opt_state, start: int, stop: list[int]) -> None:
         run, optim, group = self.experiment.run, self.experiment.optim, self.experiment.data
+        process_index, process_count = sharding.own_rows(self.trainer.mesh)
         batches = data.train_batches(
             self.prepared,
             seq_len=group.seq_len,
@@ -239,8 +247,8 @@ class _Loop:
             seed=run.seed,
             start_step=start,
             with_segments=group.reset_at_documents,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=process_index,
+            process_count=process_count,
         )
         asked = distributed.any_process(self.trainer.mesh)
         with contextlib.closing(batches):

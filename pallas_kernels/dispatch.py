@@ -14,7 +14,8 @@ Impl = Literal["auto", "chunked", "reference", "triton", "triton_interpret"]
 AUTO_ORDER = ("triton", "chunked")  # fastest first; triton_interpret and reference are only taken by name
 PLAIN = ("chunked", "reference")  # the implementations of an op that has no kernel
 WITH_KERNELS = ("triton", "triton_interpret", *PLAIN)
-MESH_AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",)}  # logical axis -> mesh axes that split it
+# logical axis -> mesh axes that split it
+MESH_AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",), "tokens": ("context",)}
 
 _recorders: ContextVar[tuple["_Recorder", ...]] = ContextVar("_recorders", default=())
 
@@ -106,24 +107,38 @@ def record(*, silent: bool = False) -> Iterator[list[Choice]]:
         _recorders.reset(token)
 
 
+def _free_axes() -> dict[str, int]:
+    """The axes of the mesh in force that can still split something."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if size > 1 and kind == AxisType.Auto
+    }
+
+
+def splits_tokens(tokens: int) -> bool:
+    """Whether the mesh in force splits rows of so many tokens."""
+    return any(tokens % size == 0 for name, size in _free_axes().items() if name in MESH_AXES["tokens"])
+
+
 def shard(
     op: Callable[..., Any],
     arrays: tuple[Any, ...],
     layouts: tuple[tuple, ...],
     out_layouts: tuple[tuple, ...],
+    across: Callable[..., Any] | None = None,
 ) -> Any:
-    """op(*arrays), under the mesh in force on each device's own part of the batch and of the heads.
+    """op(*arrays), under the mesh in force on each device's own part of the batch, of the heads and of the tokens.
 
-    A layout names, per dimension, "batch", "heads" or None. Kernels are opaque to the partitioner, and a plain scan
-    could be split along its tokens: shard_map rules out both. Mesh axes that do not divide every array evenly, and
-    axes already manual, are left alone. Absent arrays (None) stay absent.
+    A layout names, per dimension, "batch", "heads", "tokens" or None. Kernels are opaque to the partitioner, and a
+    plain scan could be split along its tokens: shard_map rules out both. Mesh axes that do not divide every array
+    evenly, and axes already manual, are left alone. Absent arrays (None) stay absent.
+
+    across  what runs instead of op where tokens are split, with the mesh axis as its `axis` (context.py); None: op
+            itself, which then must compute each token by itself
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = {
-        name: size
-        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if size > 1 and kind == AxisType.Auto
-    }
+    mesh, free = jax.sharding.get_abstract_mesh(), _free_axes()
     split = {}
     for logical, names in MESH_AXES.items():
         sizes = [
@@ -139,6 +154,8 @@ def shard(
         split[logical] = tuple(taken) or None
     if not any(split.values()):
         return op(*arrays)
+    if split["tokens"] and across is not None:
+        op = functools.partial(across, axis=split["tokens"][0])
 
     def spec(layout):
         return PartitionSpec(*(split.get(axis) for axis in layout))

@@ -114,6 +114,7 @@ def test_a_signal_to_one_stops_both_and_one_process_goes_on(alone, tmp_path):
 
 
 def test_a_killed_process_ends_the_other_and_both_go_on(alone, tmp_path):
+    """Each with rows of its own, then with half of the tokens of all rows."""
     data_root, wanted = alone
     run = tmp_path / "run"
     processes = started(tmp_path, [words(data_root, run)] * 2)
@@ -124,7 +125,7 @@ def test_a_killed_process_ends_the_other_and_both_go_on(alone, tmp_path):
     assert codes == [1, -signal.SIGKILL] and time.monotonic() - before < distributed.SILENCE + 30
     assert said[0].startswith("Another process of this training has ended or cannot be reached (")
     assert said[0].endswith("start all of them again with the same command, and they go on from step 4.")
-    codes, _ = ended(tmp_path, started(tmp_path, [words(data_root, run)] * 2))
+    codes, _ = ended(tmp_path, started(tmp_path, [words(data_root, run, **{"run.context": 2})] * 2))
     assert codes == [0, 0] and (tmp_path / "0.out").read_text().endswith(f"{run}\n")
     check_equal(losses(run), wanted)
 

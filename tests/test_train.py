@@ -109,7 +109,7 @@ def synthetic_batch(small):
 
 def first_steps(small, devices, count=3):
     """Losses of a few steps on a fixed batch, the compiled step and the last state."""
-    trainer = Trainer(small, sharding.make_mesh(small.run.fsdp, devices))
+    trainer = Trainer(small, sharding.make_mesh(small.run.fsdp, devices, context=small.run.context))
     with jax.set_mesh(trainer.mesh):
         state = trainer.begin(small.run.seed)
         batch = sharding.place_batch(trainer.mesh, synthetic_batch(small))
@@ -172,6 +172,27 @@ def test_fsdp_on_four_devices_gives_the_losses_of_one(home, plain, monkeypatch, 
     )  # the first axis
     embed = leaves["0/embed"]
     assert embed.addressable_shards[0].data.shape == (320 // 4, 32)
+
+
+@pytest.mark.parametrize("run", [{"context": 4}, {"context": 2, "fsdp": 2, "remat": "products+kernels"}], ids=str)
+def test_rows_split_over_devices_give_the_losses_of_one(home, plain, run):
+    split, trainer, _ = first_steps(experiment(home, **run), jax.devices())
+    np.testing.assert_allclose(split, plain[:3], rtol=2e-5)
+    assert trainer.step._cache_size() == 1
+
+
+def test_meshes_and_rows_that_do_not_divide(home):
+    with pytest.raises(UserError, match="run.context is 3; it must divide the number of devices here, 4."):
+        sharding.make_mesh(1, context=3)
+    with pytest.raises(UserError, match="it must divide the number of devices here, 4 over run.fsdp 2."):
+        sharding.make_mesh(2, context=4)
+    small = experiment(home)
+    odd = dataclasses.replace(small, data=dataclasses.replace(small.data, seq_len=31))
+    with pytest.raises(UserError, match="run.context is 2; it must divide data.seq_len 31"):
+        Trainer(odd, sharding.make_mesh(1, jax.devices(), context=2))
+    few = dataclasses.replace(small, optim=dataclasses.replace(small.optim, batch_size=3))
+    with pytest.raises(UserError, match="a multiple of the 4 devices over run.context 2"):
+        Trainer(few, sharding.make_mesh(1, jax.devices(), context=2))
 
 
 def test_micro_batches_give_the_gradient_of_the_whole(home, plain):

@@ -167,7 +167,7 @@ def _collectives(experiment: Experiment, count: int) -> dict[str, str]:
 
     if len(jax.devices()) < count:
         raise UserError(f"devices is {count} and JAX began with {len(jax.devices())}; ask in a process of its own.")
-    trainer = Trainer(experiment, make_mesh(experiment.run.fsdp, jax.devices()[:count]))
+    trainer = Trainer(experiment, make_mesh(experiment.run.fsdp, jax.devices()[:count], context=experiment.run.context))
     return in_words(collectives(trainer.traced_step().lower().compile().as_text()))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import experiments
 from experiments.commands import named
 from experiments.generation_speed import GenerationOptions, report
+from experiments.long_rows import LongRowsOptions
+from experiments.long_rows import report as report_long_rows
 from experiments.options import Switch
 from experiments.training_speed import SpeedOptions
 from experiments.training_speed import report as report_speed
@@ -40,6 +42,13 @@ class BenchFigure3Options(SpeedOptions):
     """Time the training step of Figure 3's models at its lengths: tokens/s, MFU, memory, the paper's claims."""
 
     json: Switch = False  # print one object
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchLongRowsOptions(LongRowsOptions):
+    """Time the training step on one long row of tokens that several devices share: tokens/s, memory, losses."""
+
+    json: Switch = False  # print one array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,10 @@ def bench_generate(name: str, options: BenchGenerateOptions) -> None:
 
 def bench_figure3(operand: str, options: BenchFigure3Options) -> int:
     return report_speed(options, options.json)
+
+
+def bench_long_rows(operand: str, options: BenchLongRowsOptions) -> int:
+    return report_long_rows(options, options.json)
 
 
 def tune_op(op: str, options: TuneOptions) -> None:

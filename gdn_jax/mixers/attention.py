@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from gdn_jax.config import Model
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute, Linear, linear_init, rope, segment_index
-from pallas_kernels import dispatch
+from pallas_kernels import context, dispatch
 from pallas_kernels.arguments import is_known
 
 NAME = "softmax_attention"  # implementations: cudnn and xla, by device and shape; run.impl names neither
@@ -69,6 +69,16 @@ class Attention(nnx.Module):
         return self.o_proj(y.reshape(x.shape), compute), cache
 
     def _attend(self, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        if not dispatch.splits_tokens(q.shape[1]):
+            return self._attend_to_rows(q, k, v, segment_ids)
+        run, token = self._attend_to_rows, ("batch", "tokens", None, None)
+        (y,) = dispatch.shard(
+            lambda *arrays: (run(*arrays),), (q, k, v, segment_ids), (token, token, token, token[:2]), (token,),
+            across=lambda *arrays, axis: (context.by_heads(run, *arrays, axis=axis),),
+        )  # fmt: skip
+        return y
+
+    def _attend_to_rows(self, q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
         T, window, mask = q.shape[1], None, None
         if self.windowed and self.config.window < T:
             window = (self.config.window - 1, 0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import dispatch
+from pallas_kernels import context, dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.gated_delta_rule import chunked, configurations, reference, triton_op
@@ -108,21 +108,51 @@ def gated_delta_rule(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     static = {"scale": scale, "impl": impl, "chunk": chunk, "residuals": residuals, "configuration": configuration}
     run = partial(_on_one_device, **static)
-    token, state = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    token, state = ("batch", "tokens", "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
         run,
         (q, k, v, g.astype(exact), beta.astype(exact), initial_state, segment_ids),
         (token, token, token, token[:3], token[:3], state, token[:2]),
         (token, state),
+        across=partial(_across_devices, **static),
     )
+
+
+def _across_devices(q, k, v, g, beta, initial_state, segment_ids, *, axis, **static):
+    """The same where each device has a part of every row's tokens."""
+    if initial_state is None:
+        initial_state = jnp.zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), g.dtype)
+
+    def op(inputs, state, segment_ids):
+        return _on_one_device(*inputs, state, segment_ids, **static)
+
+    affine = context.matrix(partial(_transition, **static))
+    return context.recurrence(op, affine, (q, k, v, g, beta), initial_state.astype(g.dtype), segment_ids, axis=axis)
+
+
+def _transition(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
+    """M [B, Hv, K, K] of S_T = M S_0 + F: the op on the identity, with values of zero."""
+    q, k, v, g, beta = inputs
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    choice = _choice(impl, q, k, v, chunk)
+    if choice.impl in ("triton", "triton_interpret") and batch:
+        interpret = choice.impl == "triton_interpret"
+        return triton_op.transition(k, g, beta, V, segment_ids, configuration, interpret=interpret)
+    identity = jnp.broadcast_to(jnp.eye(K, dtype=g.dtype), (batch, Hv, K, K))
+    nothing = jnp.zeros((batch, tokens, Hv, K), v.dtype)
+    static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
+    return _run(choice.impl, q, k, nothing, g, beta, identity, segment_ids=segment_ids, **static)[1]
+
+
+def _choice(impl, q, k, v, chunk):
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    sizes = {"key_dim": K, "value_dim": V, "elements": triton_op.largest_array(batch, tokens, Hv, K, V)}
+    return resolve(impl, **sizes, chunk=chunk, dtype=jnp.result_type(q, k, v))
 
 
 def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl, chunk, residuals, configuration):
     """The implementation that is right for the part of the arrays that one device has."""
-    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    sizes = {"key_dim": K, "value_dim": V, "elements": triton_op.largest_array(batch, tokens, Hv, K, V)}
-    choice = resolve(impl, **sizes, chunk=chunk, dtype=jnp.result_type(q, k, v))
-    impl = dispatch.taken(choice)
+    impl = dispatch.taken(_choice(impl, q, k, v, chunk))
     static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
     if initial_state is not None and segment_ids is not None and impl != "reference":
         bad = ~jnp.isfinite(initial_state).all(2, keepdims=True)  # one reaches its whole value column

@@ -84,17 +84,15 @@ def _forward(static, tokens, initial_state, *, read, keep):
     at_once = read and isinstance(chosen, Every64)  # outputs come with the states
     prepared = triton_prepare.solve_chunks(tokens, config=chosen.prepare, **constants)
     serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
-    scan = partial(triton_state.scan_forward, prepared=prepared, block=chosen.block, config=serial, **constants)
+    scan = partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
     maps = None
     if static.pieces > 1:
-        rows, K, heads = tokens.k.shape[0], tokens.k.shape[-1], tokens.v.shape[2]
-        identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
-        maps = scan(tokens._replace(v=None), initial_state=identity, read=False, keep=False).final
-        local = scan(tokens, initial_state=None, read=False, keep=False).final
+        maps = _transitions(scan, tokens, prepared)
+        local = scan(tokens, prepared, None, read=False, keep=False).final
         initial_state = triton_pieces.chain_pieces(
             maps, local, initial_state, count=static.pieces, reverse=False, interpret=static.interpret
         )
-    scanned = scan(tokens, initial_state=initial_state, read=at_once, keep=keep or not at_once)
+    scanned = scan(tokens, prepared, initial_state, read=at_once, keep=keep or not at_once)
     o = scanned.o
     if read and not at_once:
         o = triton_output.make_outputs(tokens, prepared, scanned, config=chosen.output, **constants)
@@ -150,13 +148,13 @@ def _op_bwd(static, saved, cotangents):
 _op.defvjp(_op_fwd, _op_bwd)
 
 
-def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration, interpret):
-    """Arguments as in api.gated_delta_rule; initial_state, segment_ids and configuration may be None. Any T."""
-    (batch, tokens), dtype = q.shape[:2], v.dtype
-    count = pieces(batch, tokens, *v.shape[2:])
+def _given(q, k, v, g, beta, value_dim, segment_ids, scale, residuals, configuration, interpret):
+    """(_Static, Tokens) of the arguments; q and v may be None."""
+    (batch, tokens), heads = k.shape[:2], beta.shape[2]
+    count = pieces(batch, tokens, heads, value_dim)
     if configuration is None:
-        kind, rows = "" if interpret else jax.devices()[0].device_kind, batch * count * v.shape[2]
-        configuration = configurations.choose(q.shape[-1], v.shape[-1], kind, rows)
+        kind, rows = "" if interpret else jax.devices()[0].device_kind, batch * count * heads
+        configuration = configurations.choose(k.shape[-1], value_dim, kind, rows)
     padding = -tokens % (BLOCK * count)
 
     def cut(x):
@@ -169,13 +167,44 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residu
         before = jnp.pad(numbers, ((0, 0), (1, 0)))  # each token; document 0 before the first
         documents = Documents(cut(numbers), cut(before[:, : numbers.shape[1] : CHUNK]))
     g = jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)
-    given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g, beta.astype(jnp.float32)]
-    if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
-        given = [pad_tokens(x, padding) for x in given]
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, *v.shape[2:3], q.shape[-1], v.shape[-1]), jnp.float32)
-    q, k, v, g, beta = (cut(x) for x in given)
+    given = [*(None if x is None else x.astype(jnp.bfloat16) for x in (q, k, v)), g, beta.astype(jnp.float32)]
+    # k = v = beta = g = 0 writes nothing and keeps the state
+    q, k, v, g, beta = (None if x is None else cut(pad_tokens(x, padding) if padding else x) for x in given)
     given = Tokens(q, k, v, jnp.swapaxes(g, 1, 2), jnp.swapaxes(beta, 1, 2), documents)
-    static = _Static(scale, residuals, interpret, count, configuration)
+    return _Static(scale, residuals, interpret, count, configuration), given
+
+
+def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration, interpret):
+    """Arguments as in api.gated_delta_rule; initial_state, segment_ids and configuration may be None. Any T."""
+    (batch, tokens), (heads, value_dim), dtype = q.shape[:2], v.shape[2:], v.dtype
+    static, given = _given(
+        q, k, v, g, beta, value_dim, segment_ids, scale, residuals, configuration, interpret
+    )  # fmt: skip
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, q.shape[-1], value_dim), jnp.float32)
     o, state = _op(static, given, initial_state.astype(jnp.float32))
     return o.reshape(batch, -1, *o.shape[2:])[:, :tokens].astype(dtype), state
+
+
+def transition(k, g, beta, value_dim, segment_ids, configuration, interpret):
+    """M [B,Hv,K,K] fp32 of a row, S_T = M S_0 + F, by the configuration for values of value_dim. No gradient."""
+    static, given = _given(
+        k, k, None, g, beta, value_dim, segment_ids, 1.0, "inputs", configuration, interpret
+    )  # fmt: skip
+    chosen, constants = static.configuration, {"scale": 1.0, "interpret": interpret}
+    prepared = triton_prepare.solve_chunks(given, config=chosen.prepare, **constants)
+    serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
+    scan = partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
+    maps = _transitions(scan, given, prepared)
+    maps = maps.reshape(-1, static.pieces, *maps.shape[1:])
+    whole = maps[:, 0]
+    for piece in range(1, static.pieces):
+        whole = jnp.einsum("bhij,bhjk->bhik", maps[:, piece], whole, precision=jax.lax.Precision.HIGHEST)
+    return whole
+
+
+def _transitions(scan, tokens, prepared):
+    """M [B,Hv,K,K] of every row: what the serial pass makes of the identity without values."""
+    (rows, _, _, K), heads = tokens.k.shape, tokens.beta.shape[1]
+    identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
+    return scan(tokens._replace(v=None), prepared, identity, read=False, keep=False).final

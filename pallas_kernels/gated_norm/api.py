@@ -83,7 +83,7 @@ def gated_norm(
     run = partial(_on_one_device, eps=float(eps), gate_first=gate_first, groups=groups, impl=impl)
     if x.ndim < 3:
         return run(x, weight, gate)
-    token = ("batch", None, *["heads" if x.ndim == 4 else None] * (x.ndim - 3), None)
+    token = ("batch", "tokens", *["heads" if x.ndim == 4 else None] * (x.ndim - 3), None)
     (y,) = dispatch.shard(lambda *arrays: (run(*arrays),), (x, weight, gate), (token, (None,), token), (token,))
     return y
 

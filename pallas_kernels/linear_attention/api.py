@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import dispatch
+from pallas_kernels import context, dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.linear_attention import chunked, reference, triton_channel, triton_head
@@ -97,11 +97,27 @@ def linear_attention(
     if initial_state is not None:
         initial_state = initial_state.astype(exact)
     static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
-    run = partial(_on_one_device, impl=impl, **static)
-    token, state = ("batch", None, "heads", None), ("batch", "heads", None, None)
+    static["impl"] = impl
+    token, state = ("batch", "tokens", "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
-        run, (q, k, v, g, initial_state, segment_ids), (token, token, token, token, state, token[:2]), (token, state)
+        partial(_on_one_device, **static),
+        (q, k, v, g, initial_state, segment_ids),
+        (token, token, token, token, state, token[:2]),
+        (token, state),
+        across=partial(_across_devices, **static),
     )
+
+
+def _across_devices(q, k, v, g, initial_state, segment_ids, *, axis, **static):
+    """The same where each device has a part of every row's tokens."""
+    if initial_state is None:
+        initial_state = jnp.zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), g.dtype)
+
+    def op(inputs, state, segment_ids):
+        return _on_one_device(*inputs, state, segment_ids, **static)
+
+    decays = context.factor(lambda inputs, _: jnp.exp(inputs[3].sum(1))[..., None])
+    return context.recurrence(op, decays, (q, k, v, g), initial_state, segment_ids, axis=axis)
 
 
 def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk, residuals, configuration):

@@ -1,5 +1,7 @@
 """Linear head and cross entropy in one op: signature, checks, choice of implementation."""
 
+from functools import partial
+
 import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
@@ -43,9 +45,17 @@ def linear_cross_entropy(
     _check(x, kernel, targets, chunk)
     kept = targets != IGNORED
     targets, weights = jnp.where(kept, targets, 0), jnp.where(kept, weights, 0)
-    if dispatch.taken(resolve(impl)) == "reference":
-        return linear_cross_entropy_reference(x, kernel, targets, weights)
-    return linear_cross_entropy_chunked(x, kernel, targets, weights, chunk)
+    op = linear_cross_entropy_reference
+    if dispatch.taken(resolve(impl)) == "chunked":
+        op = partial(linear_cross_entropy_chunked, chunk=chunk)
+    if not dispatch.splits_tokens(x.shape[1]):  # else the slices would be cut across devices
+        return op(x, kernel, targets, weights)
+    token = ("batch", "tokens")
+    (parts,) = dispatch.shard(
+        lambda *arrays: (op(*arrays)[None, None],),
+        (x, kernel.astype(x.dtype), targets, weights), ((*token, None), (None, None), token, token), (token,),
+    )  # fmt: skip
+    return parts.sum()
 
 
 @jaxtyped(typechecker=beartype)
@@ -55,7 +65,14 @@ def token_nll(
     """Each token's -log softmax(x_bt kernel)[targets_bt], fp32, 0 where the target is -100; else as there."""
     _check(x, kernel, targets, chunk)
     kept = targets != IGNORED
-    return jnp.where(kept, token_nll_chunked(x, kernel, jnp.where(kept, targets, 0), chunk), 0)
+    op, token = partial(token_nll_chunked, chunk=chunk), ("batch", "tokens")
+    arrays = (x, kernel, jnp.where(kept, targets, 0))
+    if dispatch.splits_tokens(x.shape[1]):
+        run = lambda *arrays: (op(*arrays),)  # noqa: E731
+        (nll,) = dispatch.shard(run, arrays, ((*token, None), (None, None), token), (token,))
+    else:
+        nll = op(*arrays)
+    return jnp.where(kept, nll, 0)
 
 
 def _check(x, kernel, targets, chunk: int) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import dispatch
+from pallas_kernels import context, dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.selective_scan import chunked, reference, triton_scan
@@ -78,14 +78,25 @@ def selective_scan(
     if not carried:
         initial_state = jnp.zeros((x.shape[0], *A.shape))
     initial_state = initial_state.astype(exact)
-    run = partial(_on_one_device, impl=impl, carried=carried, chunk=chunk, residuals=residuals)
-    token, shared, state = ("batch", None, "heads"), ("batch", None, None), ("batch", "heads", None)
+    static = {"impl": impl, "chunk": chunk, "residuals": residuals}
+    token, shared, state = ("batch", "tokens", "heads"), ("batch", "tokens", None), ("batch", "heads", None)
     return dispatch.shard(
-        run,
+        partial(_on_one_device, carried=carried, **static),
         (x, dt, A, B, C, D, initial_state, segment_ids),
         (token, token, ("heads", None), shared, shared, ("heads",), state, shared[:2]),
         (token, state),
+        across=partial(_across_devices, **static),
     )
+
+
+def _across_devices(x, dt, A, B, C, D, initial_state, segment_ids, *, axis, **static):
+    """The same where each device has a part of every row's tokens."""
+
+    def op(inputs, state, segment_ids):
+        return _on_one_device(*inputs, state, segment_ids, carried=True, **static)
+
+    decays = context.factor(lambda inputs, _: jnp.exp(inputs[1].sum(1)[..., None] * inputs[2]))
+    return context.recurrence(op, decays, (x, dt, A, B, C, D), initial_state, segment_ids, axis=axis)
 
 
 def _on_one_device(x, dt, A, B, C, D, initial_state, segment_ids, *, impl, carried, chunk, residuals):

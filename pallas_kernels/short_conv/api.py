@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import dispatch
+from pallas_kernels import context, dispatch
 from pallas_kernels.arguments import check_dtypes, check_sizes, check_tokens
 from pallas_kernels.short_conv import chunked, reference, triton_conv
 from pallas_kernels.short_conv.triton_conv import LEAST_TOKENS
@@ -82,13 +82,21 @@ def short_conv(
         raise ValueError(f"l2norm is {l2norm}; it must divide the number of channels, {x.shape[2]}.")
     if initial_state is not None:
         initial_state = initial_state.astype(x.dtype)
-    token, channel = ("batch", None, "heads"), (None, "heads")
+    token, state, channel = ("batch", "tokens", "heads"), ("batch", None, "heads"), (None, "heads")
     arrays = (x, weight, bias, initial_state, segment_ids)
-    layouts = (token, channel, channel[1:], token, token[:2])
+    layouts = (token, channel, channel[1:], state, token[:2])
     if l2norm is not None:  # a head stays whole
-        layouts = tuple(tuple(axis if axis == "batch" else None for axis in layout) for layout in layouts)
-    run = partial(_on_one_device, activation=activation, l2norm=l2norm, impl=impl)
-    return dispatch.shard(run, arrays, layouts, (layouts[0], layouts[0]))
+        layouts = tuple(tuple(None if axis == "heads" else axis for axis in layout) for layout in layouts)
+    static = {"activation": activation, "l2norm": l2norm, "impl": impl}
+    run = partial(_on_one_device, **static)
+    return dispatch.shard(run, arrays, layouts, (layouts[0], layouts[3]), across=partial(_across_devices, **static))
+
+
+def _across_devices(x, weight, bias, initial_state, segment_ids, *, axis, **static):
+    """The same where each device has a part of every row's tokens."""
+    before = context.last_inputs(x, weight.shape[0] - 1, initial_state, segment_ids, axis=axis)
+    y, last = _on_one_device(x, weight, bias, before, segment_ids, **static)
+    return y, context.of_last(last, axis=axis)
 
 
 def _on_one_device(x, weight, bias, initial_state, segment_ids, *, activation, l2norm, impl):

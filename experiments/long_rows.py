@@ -202,10 +202,10 @@ def report(options: LongRowsOptions, as_json: bool) -> int:
     measured = measure(todo, options.timeout)
     rows = measured["rows"]
     if options.out:
-        stem = Path(options.out) / f"{NAME}-{options.scale}"
-        stem.with_suffix(".md").write_text(markdown(rows) + "\n")
-        write_json(stem.with_suffix(".json"), {"scale": options.scale, "rows": rows})
-        draw(rows).savefig(stem.with_suffix(".png"), dpi=150)
+        to = {suffix: Path(options.out) / f"{NAME}-{options.scale}.{suffix}" for suffix in ("md", "json", "png")}
+        to["md"].write_text(markdown(rows) + "\n")
+        write_json(to["json"], {"scale": options.scale, "rows": rows})
+        draw(rows).savefig(to["png"], dpi=150)
     print(json.dumps(rows, indent=1) if as_json else markdown(rows), flush=True)
     if measured["stopped"]:
         return 128 + measured["stopped"]

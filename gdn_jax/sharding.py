@@ -31,6 +31,21 @@ def make_mesh(fsdp: int, devices: list[jax.Device] | None = None, *, context: in
     return Mesh(grid, ("data", "fsdp", "context"), axis_types=(AxisType.Auto,) * 3)
 
 
+def shared_rows(context: int, seq_len: int) -> Mesh:
+    """Mesh of `context` devices of this process that share the tokens of all rows; UserError where they cannot."""
+    devices = jax.local_devices()
+    if context > len(devices):
+        raise UserError(f"run.context is {context}; this process has {len(devices)} devices, name no more.")
+    if seq_len % context:
+        raise UserError(f"run.context is {context}; it must divide the {seq_len} tokens of a window.")
+    return make_mesh(1, devices[:context], context=context)
+
+
+def copied(mesh: Mesh, arrays: Any) -> Any:
+    """The arrays on every device of a mesh."""
+    return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec()))
+
+
 def row_parts(mesh: Mesh) -> int:
     """Into how many parts the mesh splits the rows of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

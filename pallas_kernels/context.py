@@ -18,26 +18,19 @@ from jax import Array, lax
 from pallas_kernels.chunkwise import document_starts
 
 
-class Affine(NamedTuple):
-    """What a part does to the state that enters it, without what it adds."""
+class Map(NamedTuple):
+    """A kind of M."""
 
-    of: Callable[..., Array]  # (inputs, segment_ids) -> M of this part
     apply: Callable[[Array, Array], Array]  # (M, S) -> M S
     transposed: Callable[[Array, Array], Array]  # (M, dS) -> M^T dS
 
 
-def factor(of: Callable[..., Array]) -> Affine:
-    """M is a factor for each element of the state, or one that broadcasts to it."""
-    return Affine(of, jnp.multiply, jnp.multiply)
+def _product(spec: str) -> Callable[[Array, Array], Array]:
+    return lambda m, s: jnp.einsum(spec, m, s, precision=lax.Precision.HIGHEST)
 
 
-def matrix(of: Callable[..., Array]) -> Affine:
-    """M is [B, H, K, K], the state [B, H, K, V]."""
-
-    def product(spec: str) -> Callable[[Array, Array], Array]:
-        return lambda m, s: jnp.einsum(spec, m, s, precision=lax.Precision.HIGHEST)
-
-    return Affine(of, product("bhij,bhjv->bhiv"), product("bhji,bhjv->bhiv"))
+FACTOR = Map(jnp.multiply, jnp.multiply)  # of each element of the state, or broadcast to it
+MATRIX = Map(_product("bhij,bhjv->bhiv"), _product("bhji,bhjv->bhiv"))  # [B, H, K, K] of states [B, H, K, V]
 
 
 class _Documents(NamedTuple):
@@ -62,7 +55,8 @@ def _where(rows: Array, x: Array) -> Array:
 
 def recurrence(
     op: Callable[..., tuple[Array, Array]],
-    affine: Affine,
+    part: Callable[..., tuple[Array, Array]],
+    kind: Map,
     inputs: tuple[Array, ...],
     initial_state: Array,
     segment_ids: Array | None,
@@ -71,7 +65,8 @@ def recurrence(
 ) -> tuple[Array, Array]:
     """(outputs of this part, final state of the row) of op(inputs, state, segment_ids) -> (outputs, final state).
 
-    initial_state is the row's, the same on every device; so is the final state.
+    part           (inputs, segment_ids) -> (M, F) of a part, of a `kind`; no gradient goes through it
+    initial_state  the row's, the same on every device; so is the final state
     """
     parts = lax.axis_size(axis)
 
@@ -81,17 +76,16 @@ def recurrence(
 
     def forward(inputs, initial_state, segment_ids):
         here, documents = lax.axis_index(axis), _documents(segment_ids, axis)
-        _, added = op(inputs, jnp.zeros_like(initial_state), segment_ids)
-        maps, added = lax.all_gather((affine.of(inputs, segment_ids), added), axis)
+        maps, added = lax.all_gather(part(inputs, segment_ids), axis)
         state, entering = initial_state, jnp.zeros_like(initial_state)
-        for part in range(parts):
+        for i in range(parts):
             if documents is not None:
-                state = _where(documents.continues[part], state)
-            entering = jnp.where(here == part, state, entering)
-            passed = affine.apply(maps[part], state)
+                state = _where(documents.continues[i], state)
+            entering = jnp.where(here == i, state, entering)
+            passed = kind.apply(maps[i], state)
             if documents is not None:
-                passed = _where(~documents.breaks[part], passed)
-            state = passed + added[part]
+                passed = _where(~documents.breaks[i], passed)
+            state = passed + added[i]
         (o, _), pull = jax.vjp(lambda inputs, state: op(inputs, state, segment_ids), inputs, entering)
         return (o, state), (pull, maps, documents)
 
@@ -100,14 +94,14 @@ def recurrence(
         here, d_state = lax.axis_index(axis), lax.psum(d_final, axis)  # each device has its share
         _, added = pull((do, jnp.zeros_like(d_state)))
         added, leaving = lax.all_gather(added, axis), jnp.zeros_like(d_state)
-        for part in reversed(range(parts)):
-            leaving = jnp.where(here == part, d_state, leaving)
-            passed = affine.transposed(maps[part], d_state)
+        for i in reversed(range(parts)):
+            leaving = jnp.where(here == i, d_state, leaving)
+            passed = kind.transposed(maps[i], d_state)
             if documents is not None:
-                passed = _where(~documents.breaks[part], passed)
-            d_state = passed + added[part]
+                passed = _where(~documents.breaks[i], passed)
+            d_state = passed + added[i]
             if documents is not None:
-                d_state = _where(documents.continues[part], d_state)
+                d_state = _where(documents.continues[i], d_state)
         d_inputs, _ = pull((do, leaving))
         return d_inputs, jnp.where(here == 0, d_state, 0), None  # summed over the devices by shard_map
 

@@ -178,6 +178,8 @@ def test_unigram_numbers_and_one_compilation(model, prepared):
         ({"stride": 0}, "stride is 0; it must be between 1 and data.seq_len 24"),
         ({"stride": T + 1}, "stride is 25"),
         ({"windows": 0}, "windows is 0; it must be positive"),
+        ({"context": 8}, "run.context is 8; this process has 4 devices, name no more"),
+        ({"context": 4, "seq_len": 30}, "run.context is 4; it must divide the 30 tokens of a window"),
         ({"seq_len": 100_000}, r"held-out tokens, too few for one window of data.seq_len 100000 \+ 1"),
     ],
 )
@@ -198,3 +200,8 @@ def test_a_diverged_model_is_named(model, prepared):
     broken.embed[...] = broken.embed[...].at[first].set(jnp.nan)
     with pytest.raises(UserError, match=r"loss of held-out window 0 is nan.*smaller optim.lr"):
         measure(broken, prepared)
+
+
+def test_devices_that_share_windows_change_nothing_but_rounding(model, prepared):
+    alone, shared = (measure(model, prepared, with_segments=True, stride=7, context=count) for count in (1, 4))
+    assert alone == pytest.approx(shared, rel=1e-6) and alone["windows"] > 10

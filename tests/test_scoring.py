@@ -88,7 +88,7 @@ def test_any_order_gives_the_same_bits(model, scores):
 
 
 @pytest.mark.parametrize(
-    "change", [{"batch_tokens": 1}, {"batch_tokens": 200}, {"devices": 1}, {"shortest": 128}], ids=str
+    "change", [{"batch_tokens": 1}, {"batch_tokens": 200}, {"devices": 1}, {"shortest": 128}, {"context": 4}], ids=str
 )
 def test_batches_buckets_and_devices_change_nothing_but_rounding(model, scores, monkeypatch, change):
     devices = jax.devices()[: change.pop("devices", 4)]

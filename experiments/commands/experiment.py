@@ -269,7 +269,7 @@ def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -
         run.model, prepared_data(experiment), run.tokenizer,
         seq_len=data.seq_len, stride=stride, windows=windows,
         batch_size=optim.batch_size // experiment.run.micro_batches,
-        compute=compute_for(experiment), with_segments=data.reset_at_documents,
+        compute=compute_for(experiment), with_segments=data.reset_at_documents, context=experiment.run.context,
     )  # fmt: skip
     trained = {"trained_on": run.trained_on.fingerprint, "trained_window": run.experiment.data.seq_len}
     evaluation = {"step": run.step} | trained | numbers

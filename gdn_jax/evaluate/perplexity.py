@@ -8,11 +8,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gdn_jax import sharding
 from gdn_jax.data import Prepared, check_held_out
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.model import LM
 from gdn_jax.progress import Progress
+from gdn_jax.sharding import split_tokens
 from gdn_jax.tokenizer import Tokenizer
 from pallas_kernels.linear_cross_entropy import token_nll
 
@@ -28,6 +30,7 @@ def perplexity(
     batch_size: int,
     compute: Compute,
     with_segments: bool,
+    context: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, float | int | str | None]:
     """Cross entropy of the held-out tokens given at most seq_len tokens before each, in several units.
@@ -40,6 +43,7 @@ def perplexity(
                 window but the first only the last `stride` targets are scored, c > seq_len - stride
     windows     how many, from the start of the split; None: all whole ones. The tail after them is not scored
     with_segments   documents packed in a window do not see each other
+    context     local devices that share the tokens of each window; must divide seq_len
     progress    where the work shows itself; None: on stderr
 
     Returns token_nll, token_perplexity, nats_per_byte, bits_per_byte, byte_perplexity, word_perplexity, tokens, bytes,
@@ -47,9 +51,11 @@ def perplexity(
     data (fingerprint), window, stride, windows of of_windows. bytes and words are those of the scored tokens' text: EOS
     is a token and no text, words lie between white space and never span documents. word_perplexity is None where it
     exceeds a float.
-    Raises UserError for a stride or a number of windows out of range, too little text, or a loss not finite.
+    Raises UserError for a stride or a number of windows out of range, too little text, too few devices, or a loss not
+    finite.
     """
     check_scoring(seq_len, stride, windows)
+    mesh = sharding.shared_rows(context, seq_len)
     if prepared.vocab > model.config.vocab:
         raise UserError(
             f"{prepared.directory} holds ids of {prepared.vocab} tokens but the model's vocabulary is "
@@ -62,8 +68,8 @@ def perplexity(
     count = whole if windows is None else min(windows, whole)
     ends = prepared.document_ends("validation") if with_segments else None
 
-    total = 0.0
-    with progress or Progress() as display:
+    total, model = 0.0, sharding.copied(mesh, model)
+    with progress or Progress() as display, jax.set_mesh(mesh):
         for first in range(0, count, batch_size):
             batch = range(first, min(first + batch_size, count))
             # Rows that fill up the last batch repeat its first window, so that one program serves all batches.
@@ -119,9 +125,9 @@ def check_scoring(seq_len: int, stride: int | None, windows: int | None) -> None
 def _nll(
     model: LM, tokens: Int[Array, "B T+1"], segments: Int[Array, "B T+1"] | None, compute: Compute
 ) -> Float[Array, "B T"]:
-    segments = None if segments is None else segments[:, :-1]
-    hidden, _ = model(tokens[:, :-1], compute=compute, segment_ids=segments)
-    return token_nll(hidden, model.head_kernel(), tokens[:, 1:])
+    segments = None if segments is None else split_tokens(segments[:, :-1])
+    hidden, _ = model(split_tokens(tokens[:, :-1]), compute=compute, segment_ids=segments)
+    return token_nll(hidden, model.head_kernel(), split_tokens(tokens[:, 1:]))
 
 
 def _text_size(prepared: Prepared, tokenizer: Tokenizer, start: int, stop: int) -> tuple[int, int]:

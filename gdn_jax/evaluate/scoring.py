@@ -23,6 +23,7 @@ from gdn_jax.layers import Compute, at_least_fp32, dot_precision
 from gdn_jax.model import LM
 from gdn_jax.prefill import read_prompts
 from gdn_jax.progress import Progress
+from pallas_kernels import dispatch
 
 HEAD_TOKENS = 4096  # whose logits exist at once
 BATCH_TOKENS = 32768  # of a batch, padding included
@@ -45,19 +46,19 @@ class Scorer:
 
     max_length    most tokens the model reads at once: a longer context loses its beginning
     batch_tokens  most tokens of a batch over all devices; at least one row a device is read
+    context       devices that share the tokens of each row, for rows that one cannot hold
     """
 
     def __init__(
         self, model: LM, *, compute: Compute, max_length: int, batch_tokens: int = BATCH_TOKENS,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[jax.Device] | None = None, context: int = 1,
     ):  # fmt: skip
         for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
             if value < 1:
                 raise UserError(f"{name} is {value}; it must be positive.")
         self.max_length, self.compute, self._batch_tokens = max_length, compute, batch_tokens
-        self._mesh = sharding.make_mesh(1, list(devices or jax.local_devices()))
-        everywhere = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
-        self._model = jax.device_put(model, everywhere)
+        self._mesh = sharding.make_mesh(1, list(devices or jax.local_devices()), context=context)
+        self._model = sharding.copied(self._mesh, model)
 
     def score(
         self,
@@ -181,7 +182,7 @@ class Scorer:
     def _rows(self, length: int, wanted: int, state: int = 0) -> int:
         """Rows of a batch of this length: a power of two times the devices, no more than needed, and where each has a
         state of so many bytes no more than there is room for."""
-        devices = self._mesh.size
+        devices = sharding.row_parts(self._mesh)
         most = max(1, self._batch_tokens // (length * devices))
         most = max(1, min(most, STATE_BYTES // state)) if state else most
         return devices * min(power(most, up=False), power(-(-wanted // devices), up=True))
@@ -219,8 +220,8 @@ def token_scores(
 
     Logits [B, c, vocab] exist for about HEAD_TOKENS tokens at a time.
     """
-    hidden, _ = model(tokens[:, :-1], compute=compute)
-    return _of_targets(model, hidden, tokens[:, 1:])
+    hidden, _ = model(sharding.split_tokens(tokens[:, :-1]), compute=compute)
+    return _of_targets(model, hidden, sharding.split_tokens(tokens[:, 1:]))
 
 
 @functools.partial(jax.jit, static_argnames="compute")
@@ -235,8 +236,19 @@ def continuation_scores(
 def _of_targets(
     model: LM, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    kernel, precision = model.head_kernel().astype(hidden.dtype), dot_precision(hidden.dtype)
+    kernel, token = model.head_kernel().astype(hidden.dtype), ("batch", "tokens")
+    if not dispatch.splits_tokens(targets.shape[1]):
+        return _of_rows(hidden, kernel, targets)
+    return dispatch.shard(
+        _of_rows, (hidden, kernel, targets), ((*token, None), (None, None), token), (token, token)
+    )  # fmt: skip
+
+
+def _of_rows(
+    hidden: Float[Array, "B T D"], kernel: Float[Array, "D vocab"], targets: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     B, T = targets.shape
+    precision = dot_precision(hidden.dtype)
     slices = _divisor(T, max(1, HEAD_TOKENS // B))
 
     def of_slice(part: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -126,22 +126,23 @@ def _across_devices(q, k, v, g, beta, initial_state, segment_ids, *, axis, **sta
     def op(inputs, state, segment_ids):
         return _on_one_device(*inputs, state, segment_ids, **static)
 
-    affine = context.matrix(partial(_transition, **static))
-    return context.recurrence(op, affine, (q, k, v, g, beta), initial_state.astype(g.dtype), segment_ids, axis=axis)
+    inputs, state = (q, k, v, g, beta), initial_state.astype(g.dtype)
+    return context.recurrence(op, partial(_part, **static), context.MATRIX, inputs, state, segment_ids, axis=axis)
 
 
-def _transition(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
-    """M [B, Hv, K, K] of S_T = M S_0 + F: the op on the identity, with values of zero."""
+def _part(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
+    """(M [B, Hv, K, K], F [B, Hv, K, V]) of S_T = M S_0 + F: the identity goes along as K more columns of values."""
     q, k, v, g, beta = inputs
-    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    (batch, tokens, _, K), Hv = q.shape, v.shape[2]
     choice = _choice(impl, q, k, v, chunk)
     if choice.impl in ("triton", "triton_interpret") and batch:
         interpret = choice.impl == "triton_interpret"
-        return triton_op.transition(k, g, beta, V, segment_ids, configuration, interpret=interpret)
-    identity = jnp.broadcast_to(jnp.eye(K, dtype=g.dtype), (batch, Hv, K, K))
-    nothing = jnp.zeros((batch, tokens, Hv, K), v.dtype)
+        return triton_op.part(k, v, g, beta, segment_ids, configuration, interpret=interpret)
+    values = jnp.concatenate([jnp.zeros((batch, tokens, Hv, K), v.dtype), v], axis=3)
+    identity = jnp.broadcast_to(jnp.eye(K, values.shape[3], dtype=g.dtype), (batch, Hv, K, values.shape[3]))
     static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
-    return _run(choice.impl, q, k, nothing, g, beta, identity, segment_ids=segment_ids, **static)[1]
+    _, state = _run(choice.impl, q, k, values, g, beta, identity, segment_ids=segment_ids, **static)
+    return state[..., :K], state[..., K:]
 
 
 def _choice(impl, q, k, v, chunk):

@@ -87,8 +87,7 @@ def _forward(static, tokens, initial_state, *, read, keep):
     scan = partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
     maps = None
     if static.pieces > 1:
-        maps = _transitions(scan, tokens, prepared)
-        local = scan(tokens, prepared, None, read=False, keep=False).final
+        maps, local = _maps_and_local(scan, tokens, prepared)
         initial_state = triton_pieces.chain_pieces(
             maps, local, initial_state, count=static.pieces, reverse=False, interpret=static.interpret
         )
@@ -148,9 +147,9 @@ def _op_bwd(static, saved, cotangents):
 _op.defvjp(_op_fwd, _op_bwd)
 
 
-def _given(q, k, v, g, beta, value_dim, segment_ids, scale, residuals, configuration, interpret):
-    """(_Static, Tokens) of the arguments; q and v may be None."""
-    (batch, tokens), heads = k.shape[:2], beta.shape[2]
+def _given(q, k, v, g, beta, segment_ids, scale, residuals, configuration, interpret):
+    """(_Static, Tokens) of the arguments."""
+    (batch, tokens), (heads, value_dim) = k.shape[:2], v.shape[2:]
     count = pieces(batch, tokens, heads, value_dim)
     if configuration is None:
         kind, rows = "" if interpret else jax.devices()[0].device_kind, batch * count * heads
@@ -167,9 +166,10 @@ def _given(q, k, v, g, beta, value_dim, segment_ids, scale, residuals, configura
         before = jnp.pad(numbers, ((0, 0), (1, 0)))  # each token; document 0 before the first
         documents = Documents(cut(numbers), cut(before[:, : numbers.shape[1] : CHUNK]))
     g = jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)
-    given = [*(None if x is None else x.astype(jnp.bfloat16) for x in (q, k, v)), g, beta.astype(jnp.float32)]
-    # k = v = beta = g = 0 writes nothing and keeps the state
-    q, k, v, g, beta = (None if x is None else cut(pad_tokens(x, padding) if padding else x) for x in given)
+    given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g, beta.astype(jnp.float32)]
+    if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
+        given = [pad_tokens(x, padding) for x in given]
+    q, k, v, g, beta = (cut(x) for x in given)
     given = Tokens(q, k, v, jnp.swapaxes(g, 1, 2), jnp.swapaxes(beta, 1, 2), documents)
     return _Static(scale, residuals, interpret, count, configuration), given
 
@@ -177,34 +177,31 @@ def _given(q, k, v, g, beta, value_dim, segment_ids, scale, residuals, configura
 def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration, interpret):
     """Arguments as in api.gated_delta_rule; initial_state, segment_ids and configuration may be None. Any T."""
     (batch, tokens), (heads, value_dim), dtype = q.shape[:2], v.shape[2:], v.dtype
-    static, given = _given(
-        q, k, v, g, beta, value_dim, segment_ids, scale, residuals, configuration, interpret
-    )  # fmt: skip
+    static, given = _given(q, k, v, g, beta, segment_ids, scale, residuals, configuration, interpret)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, q.shape[-1], value_dim), jnp.float32)
     o, state = _op(static, given, initial_state.astype(jnp.float32))
     return o.reshape(batch, -1, *o.shape[2:])[:, :tokens].astype(dtype), state
 
 
-def transition(k, g, beta, value_dim, segment_ids, configuration, interpret):
-    """M [B,Hv,K,K] fp32 of a row, S_T = M S_0 + F, by the configuration for values of value_dim. No gradient."""
-    static, given = _given(
-        k, k, None, g, beta, value_dim, segment_ids, 1.0, "inputs", configuration, interpret
-    )  # fmt: skip
+def part(k, v, g, beta, segment_ids, configuration, interpret):
+    """(M [B,Hv,K,K], F [B,Hv,K,V]) of each row, S_T = M S_0 + F, fp32. No gradient."""
+    static, given = _given(k, k, v, g, beta, segment_ids, 1.0, "inputs", configuration, interpret)
     chosen, constants = static.configuration, {"scale": 1.0, "interpret": interpret}
     prepared = triton_prepare.solve_chunks(given, config=chosen.prepare, **constants)
     serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
     scan = partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
-    maps = _transitions(scan, given, prepared)
-    maps = maps.reshape(-1, static.pieces, *maps.shape[1:])
-    whole = maps[:, 0]
-    for piece in range(1, static.pieces):
-        whole = jnp.einsum("bhij,bhjk->bhik", maps[:, piece], whole, precision=jax.lax.Precision.HIGHEST)
-    return whole
+    pieces = (x.reshape(-1, static.pieces, *x.shape[1:]) for x in _maps_and_local(scan, given, prepared))
+    (whole, *maps), (final, *local) = (jnp.moveaxis(x, 1, 0) for x in pieces)
+    for after, added in zip(maps, local, strict=True):
+        whole, final = (jnp.matmul(after, x, precision=jax.lax.Precision.HIGHEST) for x in (whole, final))
+        final += added
+    return whole, final
 
 
-def _transitions(scan, tokens, prepared):
-    """M [B,Hv,K,K] of every row: what the serial pass makes of the identity without values."""
+def _maps_and_local(scan, tokens, prepared):
+    """What the serial pass makes of the identity without values [B,Hv,K,K], and of zero with them [B,Hv,K,V]."""
     (rows, _, _, K), heads = tokens.k.shape, tokens.beta.shape[1]
     identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
-    return scan(tokens._replace(v=None), prepared, identity, read=False, keep=False).final
+    maps = scan(tokens._replace(v=None), prepared, identity, read=False, keep=False).final
+    return maps, scan(tokens, prepared, None, read=False, keep=False).final

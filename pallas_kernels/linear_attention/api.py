@@ -116,8 +116,10 @@ def _across_devices(q, k, v, g, initial_state, segment_ids, *, axis, **static):
     def op(inputs, state, segment_ids):
         return _on_one_device(*inputs, state, segment_ids, **static)
 
-    decays = context.factor(lambda inputs, _: jnp.exp(inputs[3].sum(1))[..., None])
-    return context.recurrence(op, decays, (q, k, v, g), initial_state, segment_ids, axis=axis)
+    def part(inputs, segment_ids):
+        return jnp.exp(inputs[3].sum(1))[..., None], op(inputs, jnp.zeros_like(initial_state), segment_ids)[1]
+
+    return context.recurrence(op, part, context.FACTOR, (q, k, v, g), initial_state, segment_ids, axis=axis)
 
 
 def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk, residuals, configuration):

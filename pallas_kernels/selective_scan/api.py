@@ -95,8 +95,11 @@ def _across_devices(x, dt, A, B, C, D, initial_state, segment_ids, *, axis, **st
     def op(inputs, state, segment_ids):
         return _on_one_device(*inputs, state, segment_ids, carried=True, **static)
 
-    decays = context.factor(lambda inputs, _: jnp.exp(inputs[1].sum(1)[..., None] * inputs[2]))
-    return context.recurrence(op, decays, (x, dt, A, B, C, D), initial_state, segment_ids, axis=axis)
+    def part(inputs, segment_ids):
+        decays = jnp.exp(inputs[1].sum(1)[..., None] * inputs[2])
+        return decays, op(inputs, jnp.zeros_like(initial_state), segment_ids)[1]
+
+    return context.recurrence(op, part, context.FACTOR, (x, dt, A, B, C, D), initial_state, segment_ids, axis=axis)
 
 
 def _on_one_device(x, dt, A, B, C, D, initial_state, segment_ids, *, impl, carried, chunk, residuals):

@@ -11,6 +11,8 @@ from gdn_jax.errors import UserError
 from gdn_jax.layers import compute_for
 from gdn_jax.loss import next_token_loss
 from gdn_jax.model import abstract_model
+from gdn_jax.progress import Progress
+from pallas_kernels import admission
 from pallas_kernels.dispatch import CannotRun, record
 
 
@@ -19,23 +21,41 @@ def implementations(experiment: Experiment) -> dict[str, dict[str, str]]:
 
     Raises UserError where run.impl cannot run here.
     """
+    return traced(experiment.run.impl, lambda: _trace(experiment), silent=True)
+
+
+def _trace(experiment: Experiment) -> None:
     compute, optim = compute_for(experiment, training=True), experiment.optim
     rows = max(1, optim.batch_size // experiment.run.micro_batches // jax.device_count())
     batch = {"tokens": jax.ShapeDtypeStruct((rows, experiment.data.seq_len + 1), jnp.int32)}
     if experiment.data.reset_at_documents:
         batch["segment_ids"] = batch["tokens"]
 
-    def gradient():
-        loss = jax.grad(lambda model, batch: next_token_loss(model, batch, compute))
-        jax.eval_shape(loss, abstract_model(experiment.model), batch)
-
-    return traced(experiment.run.impl, gradient, silent=True)
+    loss = jax.grad(lambda model, batch: next_token_loss(model, batch, compute))
+    jax.eval_shape(loss, abstract_model(experiment.model), batch)
 
 
 def check_impl(experiment: Experiment) -> None:
-    """UserError where a named run.impl cannot run here; "auto" always can, so that nothing is traced for it."""
-    if experiment.run.impl != "auto":
+    """UserError where a named run.impl cannot run here; "auto" always can, and is given what it may take (`admit`)."""
+    if experiment.run.impl == "auto":
+        admit(experiment)
+    else:
         implementations(experiment)
+
+
+def admit(experiment: Experiment, progress: Progress | None = None) -> None:
+    """Checks in float64 the kernels that run.impl "auto" would take and that nothing has checked on this kind of GPU
+    under this jax: once, a minute at most, a line for each on stderr or `progress`."""
+    if experiment.run.impl != "auto" or jax.default_backend() != "gpu":
+        return
+    with record(silent=True) as choices:
+        _trace(experiment)
+    todo = dict.fromkeys(one.check for choice in choices for one in choice.refused if one.check is not None)
+    for number, check in enumerate(todo, 1):
+        say = (progress or Progress()).say
+        say(f"[{number}/{len(todo)}] Checking {check.name} in float64, once for {' with jax '.join(admission.here())}.")
+        if missed := admission.check(check).failures:
+            say(f"{check.name} failed ({', '.join(missed)}); the slower implementation runs.")
 
 
 def in_words(found: dict[str, dict[str, str]]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.flops import train_flops_per_token
-from gdn_jax.implementations import traced
+from gdn_jax.implementations import admit, traced
 from gdn_jax.layers import compute_for
 from gdn_jax.loss import next_token_loss
 from gdn_jax.metrics import NoWriter, Writer, check_sinks, environment, peak_flops
@@ -211,6 +211,7 @@ def train(experiment: Experiment) -> Path:
 
 def _prepare(experiment: Experiment) -> tuple[Trainer, dict, data.Prepared, data.ValidationWindows]:
     check_sinks(experiment.run)
+    admit(experiment, Progress() if distributed.first() else SILENT)
     trainer = Trainer(experiment, sharding.make_mesh(experiment.run.fsdp, context=experiment.run.context))
     impls = trainer.implementations()
     prepared = prepared_data(experiment)

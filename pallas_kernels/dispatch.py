@@ -26,6 +26,7 @@ class Refusal(NamedTuple):
     op: str
     impl: str
     reason: str
+    check: Any = None  # what would decide it (admission.Check), where nothing else is in the way
 
     def __str__(self) -> str:
         return f"{self.impl}: {self.reason}"
@@ -57,8 +58,13 @@ def _say_once(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def choose(op: str, impl: str, why_not: Callable[[str], str | None]) -> Choice:
-    """A named `impl`, or CannotRun with the reason; for "auto" the first of AUTO_ORDER that can run."""
+def choose(
+    op: str, impl: str, why_not: Callable[[str], str | None], admits: Callable[[], Refusal | None] | None = None
+) -> Choice:
+    """A named `impl`, or CannotRun with the reason; for "auto" the first of AUTO_ORDER that can run.
+
+    admits: asked before "auto" takes the kernels, and gives a refusal or None
+    """
     if impl != "auto":
         reason = why_not(impl)
         if reason:
@@ -67,9 +73,12 @@ def choose(op: str, impl: str, why_not: Callable[[str], str | None]) -> Choice:
     refused: tuple[Refusal, ...] = ()
     for name in AUTO_ORDER:
         reason = why_not(name)
-        if reason is None:
+        refusal = None if reason is None else Refusal(op, name, reason)
+        if refusal is None and name == "triton" and admits is not None:
+            refusal = admits()
+        if refusal is None:
             return Choice(op, name, refused)
-        refused += (Refusal(op, name, reason),)
+        refused += (refusal,)
     raise CannotRun(f"{op}: no implementation can run: {'; '.join(map(str, refused))}.", refused)
 
 

@@ -135,14 +135,18 @@ def test_some_kernels_are_measured_under_the_block_of_the_table_that_is_written(
 def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
     monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
     kind = jax.devices()[0].device_kind
-    entry = Entry(configuration=Every64(), admitted=True, timings={})
-    monkeypatch.setattr(configurations, "table", lambda: {kind: {"128x128": entry}})
+    measured = dataclasses.replace(timing(), jax=jax.__version__)
+    entry = Entry(configuration=Every64(), admitted=True, timings={"chunks": measured})
+    older = dataclasses.replace(entry, timings={"chunks": dataclasses.replace(measured, jax="0.9.1")})
+    monkeypatch.setattr(configurations, "table", lambda: {kind: {"128x128": entry, "64x64": older}})
     assert resolve("auto", key_dim=128, value_dim=128) == Choice("gated_delta_rule", "triton")
+    assert "has not checked gated_delta_rule at K 64, V 64" in resolve("auto", key_dim=64, value_dim=64).reason
     refused = resolve("auto", key_dim=256, value_dim=512)
     assert refused.impl == "chunked"
     assert refused.reason == (
-        f"triton: its configuration at 256x512 has not passed the float64 check on {kind}; "
-        "`gdn tune gated_delta_rule --shapes 8x4096,24,256,512` checks and admits it"
+        f"triton: float64 has not checked gated_delta_rule at K 256, V 512 on {kind} with jax "
+        f"{'.'.join(jax.__version__.split('.')[:2])}; `gdn train`, `run`, `eval` and `generate` do at their start, "
+        "`gdn doctor ID` for an ID, `pallas_kernels.admission.check` from Python"
     )
     assert resolve("triton", key_dim=256, value_dim=512).impl == "triton"  # named, it runs
     assert resolve("auto", key_dim=128, value_dim=128, dtype=jnp.float32).impl == "chunked"
@@ -200,6 +204,7 @@ def test_where_the_package_cannot_be_written_the_users_table_is_written_and_read
     assert tuned.to_write(OP) == tuned.of_package(OP) and tuned.of_user(OP) == own
     before = tuned.in_force(OP, BLOCKS)
     assert before == tuned.read(tuned.of_package(OP), BLOCKS) and "cpu" not in before
+    ops.benchmark(OP)  # is kept; below its folder is not there
     with monkeypatch.context() as patch:
         patch.setattr(ops, "HERE", tmp_path / "package")
         assert tuned.to_write(OP) == own

@@ -60,9 +60,11 @@ class TuneOptions(tune.Options):
 
 def doctor(name: str, options: DoctorOptions) -> int:
     from experiments.doctor import described, examine
-    from gdn_jax.implementations import implementations
+    from gdn_jax.implementations import check_impl, implementations
 
-    taken = implementations(named(name)) if name else None  # a name that is not known is said before minutes of checks
+    if name:  # one that is not known is said before minutes of checks
+        check_impl(named(name))
+    taken = implementations(named(name)) if name else None
     found = examine() | ({"id": name, "impl": taken} if name else {})
     print(json.dumps(found, indent=1) if options.json else described(found))
     return 0 if found["ok"] else 1

@@ -3,12 +3,11 @@
 from functools import partial
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import context, dispatch
+from pallas_kernels import admission, context, dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.gated_delta_rule import chunked, configurations, reference, triton_op
@@ -46,13 +45,11 @@ def resolve(
         refusal = dispatch.Refusal(NAME, "triton", f"it would round {jnp.dtype(dtype)} to bfloat16")
         return dispatch.Choice(NAME, "chunked", (refusal,))
 
-    def by_itself(impl):
-        reason = named(impl)
-        if reason is None and impl == "triton":
-            return configurations.not_admitted(key_dim, value_dim, jax.devices()[0].device_kind)
-        return reason
+    def admits():
+        listed = configurations.admitted(key_dim, value_dim, *admission.here())
+        return admission.refusal(NAME, listed=listed, K=key_dim, V=value_dim)
 
-    return dispatch.choose(NAME, impl, by_itself)
+    return dispatch.choose(NAME, impl, named, admits)
 
 
 @jaxtyped(typechecker=beartype)

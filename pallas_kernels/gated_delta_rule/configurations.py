@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pallas_kernels import tuned
+from pallas_kernels.admission import minor
 
 MANY_ROWS = 256  # no entry for few rows applies
 ONE_EACH = 128  # programs of a serial pass: about one a multiprocessor
@@ -143,13 +144,7 @@ def choose(key_dim: int, value_dim: int, device_kind: str = "", rows: int = MANY
     return next((entries[name].configuration for name in names if name in entries), DEFAULT)
 
 
-def not_admitted(key_dim: int, value_dim: int, device_kind: str) -> str | None:
-    """The reason "auto" must leave the kernels alone at these sizes, or None where they passed their checks."""
-    size = f"{key_dim}x{value_dim}"
-    entry = table().get(device_kind, {}).get(size)
-    if entry is not None and entry.admitted:
-        return None
-    return (
-        f"its configuration at {size} has not passed the float64 check on {device_kind}; "
-        f"`gdn tune gated_delta_rule --shapes 8x4096,24,{key_dim},{value_dim}` checks and admits it"
-    )
+def admitted(key_dim: int, value_dim: int, device_kind: str, jax_minor: str) -> bool:
+    """Whether the table's configuration at these sizes passed its checks on this kind of device under this jax."""
+    entry = table().get(device_kind, {}).get(f"{key_dim}x{value_dim}")
+    return entry is not None and entry.admitted and any(jax_minor == minor(one.jax) for one in entry.timings.values())

@@ -12,6 +12,7 @@ import numpy as np
 
 from pallas_kernels.accuracy import outside, relative_errors
 from pallas_kernels.dispatch import Choice
+from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule, resolve
 from pallas_kernels.gated_delta_rule.configurations import Configuration
 
@@ -177,3 +178,18 @@ def limits(case: Case, impl: str) -> dict[str, float]:
 def failures(case: Case, impl: str, seed: int = 0, configuration: Configuration | None = None) -> list[str]:
     """`name error > limit` for everything outside its limit or not finite."""
     return outside(errors(case, impl, seed, configuration), limits(case, impl))
+
+
+CHECKED = ("documents", "decay 0.3", "beta in (1,2)", "resets strewn in")  # of one length, so one compilation
+
+
+def check(K: int, V: int) -> list[str]:
+    """For admission: what the kernels miss at these sizes, as configured for many rows and for few."""
+    kind, found = jax.devices()[0].device_kind, []
+    for configuration in dict.fromkeys(
+        configurations.choose(K, V, kind, rows) for rows in (configurations.MANY_ROWS, 1)
+    ):
+        for case in (replace(case, K=K, V=V, dtype="bfloat16") for case in CASES if case.name in CHECKED):
+            missed = failures(case, "triton", seed=6, configuration=configuration)
+            found += [f"{case.name}: {failure}" for failure in missed]
+    return found

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, jaxtyped
 
-from pallas_kernels import dispatch
+from pallas_kernels import admission, dispatch
 from pallas_kernels.arguments import check_dtypes
 from pallas_kernels.gated_norm import chunked, reference, triton_norm
 
@@ -42,7 +42,8 @@ def resolve(
     """
     if impl == "auto" and (not gated or math.prod(shape[:-1]) < FEW_VECTORS):
         return dispatch.Choice(NAME, "chunked")
-    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, groups=groups, dtype=dtype))
+    named = partial(why_not, shape=shape, groups=groups, dtype=dtype)
+    return dispatch.choose(NAME, impl, named, partial(admission.refusal, NAME, D=shape[-1], groups=groups))
 
 
 @jaxtyped(typechecker=beartype)

@@ -1,6 +1,6 @@
 """What makes an implementation of the gated norm correct: cases, float64 oracle, errors and their limits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -107,3 +107,10 @@ def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
     arrays, dy = inputs(case, seed)
     got = outputs_and_gradients(case, arrays, dy, impl=impl, dtype=jnp.dtype(case.dtype))
     return outside(relative_errors(got, oracle(case, arrays, dy)), limits(case))
+
+
+def check(D: int, groups: int) -> list[str]:
+    """For admission: what the kernels miss on vectors of this size."""
+    sized = Case(name="sized", shape=(2, 300, D), groups=groups, dtype="bfloat16")
+    cases = [sized, replace(sized, gate_first=True)]
+    return [failure for case in cases for failure in failures(case, "triton", seed=6)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import context, dispatch
+from pallas_kernels import admission, context, dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.linear_attention import chunked, reference, triton_channel, triton_head
@@ -43,7 +43,8 @@ def resolve(
     if impl == "auto" and dtype != jnp.bfloat16:
         refusal = dispatch.Refusal(NAME, "triton", f"it would round {jnp.dtype(dtype)} to bfloat16")
         return dispatch.Choice(NAME, "chunked", (refusal,))
-    return dispatch.choose(NAME, impl, named)
+    *_, K, V = shape
+    return dispatch.choose(NAME, impl, named, partial(admission.refusal, NAME, K=K, V=V, channels=channels))
 
 
 @jaxtyped(typechecker=beartype)

@@ -1,6 +1,6 @@
 """What makes an implementation of linear attention correct: cases, float64 oracle, errors and their limits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -145,3 +145,16 @@ def limits(case: Case, impl: str) -> dict[str, float]:
 def failures(case: Case, impl: str, seed: int = 0, configuration: Configuration | None = None) -> list[str]:
     """`name error > limit` for everything outside its limit or not finite."""
     return outside(errors(case, impl, seed, configuration), limits(case, impl))
+
+
+CHECKED = ("documents", "decay 0.3", "decay 0 strewn in")  # of one length, so one compilation
+
+
+def check(K: int, V: int, channels: bool) -> list[str]:
+    """For admission: what the kernels miss at these sizes, with one value head a key head and with four."""
+    found = []
+    for members in (1, 4):
+        for case in (Case(**case) for case in BOTH if case["name"] in CHECKED):
+            sized = replace(case, H=1, Hv=members, K=K, V=V, channels=channels, dtype="bfloat16")
+            found += [f"{case.name}: {failure}" for failure in failures(sized, "triton", seed=6)]
+    return found

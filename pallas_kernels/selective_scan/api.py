@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import context, dispatch
+from pallas_kernels import admission, context, dispatch
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.selective_scan import chunked, reference, triton_scan
@@ -29,7 +29,8 @@ def resolve(
     impl: str = "auto", *, shape: tuple[int, int, int, int] = (1, 4096, 4096, 16), dtype: Any = jnp.bfloat16
 ) -> dispatch.Choice:
     """Which implementation `impl` means on this machine for these sizes, and why a faster one was refused."""
-    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, dtype=dtype))
+    admits = partial(admission.refusal, NAME, N=shape[3])
+    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, dtype=dtype), admits)
 
 
 @jaxtyped(typechecker=beartype)

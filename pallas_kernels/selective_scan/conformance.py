@@ -1,6 +1,6 @@
 """What makes an implementation of the selective scan correct: cases, float64 oracle, errors and their limits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -126,3 +126,12 @@ def limits(case: Case, impl: str) -> dict[str, float]:
 def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
     """`name error > limit` for everything outside its limit or not finite."""
     return outside(errors(case, impl, seed), limits(case, impl))
+
+
+CHECKED = ("documents", "resets strewn in", "long memory")  # of one length, so one compilation
+
+
+def check(N: int) -> list[str]:
+    """For admission: what the kernels miss at this size of a channel's state."""
+    cases = (replace(case, D=200, N=N, dtype="bfloat16") for case in CASES if case.name in CHECKED)
+    return [f"{case.name}: {failure}" for case in cases for failure in failures(case, "triton", seed=6)]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import context, dispatch
+from pallas_kernels import admission, context, dispatch
 from pallas_kernels.arguments import check_dtypes, check_sizes, check_tokens
 from pallas_kernels.short_conv import chunked, reference, triton_conv
 from pallas_kernels.short_conv.triton_conv import LEAST_TOKENS
@@ -38,7 +38,8 @@ def resolve(
     refused. For a few tokens "auto" takes "chunked"."""
     if impl == "auto" and shape[1] < LEAST_TOKENS:
         return dispatch.Choice(NAME, "chunked")
-    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, width=width, l2norm=l2norm, dtype=dtype))
+    named = partial(why_not, shape=shape, width=width, l2norm=l2norm, dtype=dtype)
+    return dispatch.choose(NAME, impl, named, partial(admission.refusal, NAME, W=width, l2norm=l2norm))
 
 
 @jaxtyped(typechecker=beartype)

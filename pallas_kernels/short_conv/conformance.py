@@ -1,6 +1,6 @@
 """What makes an implementation of the short convolution correct: cases, float64 oracle, errors and their limits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -117,3 +117,10 @@ def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
     arrays, segments, cotangents = inputs(case, seed)
     got = outputs_and_gradients(case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype))
     return outside(relative_errors(got, oracle(case, arrays, segments, cotangents)), limits(case))
+
+
+def check(W: int, l2norm: int | None) -> list[str]:
+    """For admission: what the kernels miss with this filter and these heads."""
+    sized = Case(name="sized", T=300, C=3 * (l2norm or 100), W=W, l2norm=l2norm, dtype="bfloat16")
+    cases = [sized, replace(sized, documents=0.05, bias=False, carried=False)]
+    return [failure for case in cases for failure in failures(case, "triton", seed=6)]

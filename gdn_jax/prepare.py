@@ -127,7 +127,8 @@ def prepare(
                 f"script called prepare outside of `if __name__ == '__main__':`; what is finished is kept."
             ) from None
         except (UserError, OSError) as error:
-            if not isinstance(error, OSError) or error.errno not in NO_SPACE:
+            full = isinstance(error, OSError) and error.errno in NO_SPACE
+            if not (full and any(out.glob("shard-*.json"))):
                 _remove(out, "plan.json", "shard-*", "train-[0-9]*", "validation-[0-9]*", "unigram.npy")
             raise
         finally:

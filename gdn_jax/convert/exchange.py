@@ -20,6 +20,7 @@ from gdn_jax.config import IMPORTED, Data, Experiment, Model, Optim
 from gdn_jax.convert import fla, lit
 from gdn_jax.convert.files import FLOATS, SHARD_BYTES, Shards, Tensors, whole
 from gdn_jax.convert.tables import Layout, Place, places, unused_keys
+from gdn_jax.disk import check_space
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.fingerprint import Identity
@@ -143,6 +144,8 @@ def export_checkpoint(
     with whole(out) as directory, progress or Progress() as display:
         _, model, step, trained_on = checkpoint.load(run_dir, step)
         check_tokenizer(words, trained_on, run_dir)
+        half = ", or write half of it with --dtype bf16" if dtype == "fp32" else ""
+        check_space(directory, _written_bytes(wanted, dtype), "The tensors", f"free some, choose another --out{half}")
         leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
         shards = Shards(directory, shard_bytes)
         for i, (key, place) in enumerate(wanted.items()):
@@ -167,6 +170,12 @@ def export_checkpoint(
         "files": files,
         "bytes": shards.total_bytes,
     }
+
+
+def _written_bytes(wanted: dict[str, Place], dtype: Literal["fp32", "bf16"]) -> int:
+    """Of an export's tensors; a file's header takes little beside them."""
+    width = np.dtype(DTYPES[dtype][0]).itemsize
+    return sum(int(np.prod(place.shape)) * (4 if place.keeps_fp32 else width) for place in wanted.values())
 
 
 def _described(source: Path, like: Model | None) -> tuple[Layout, Model]:

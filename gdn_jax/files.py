@@ -2,17 +2,28 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+def temporary(path: Path) -> Path:
+    """Where this process writes what then becomes `path`; another process, even a dying one, has another name."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of `path` at once; whoever calls makes sure that no other process writes it."""
-    new = path.with_name(f"{path.name}.new")
+    """Replace the content of `path` at once."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Replace the content of `path` at once."""
+    new = temporary(path)
     try:
-        new.write_text(text)
+        new.write_bytes(content)
         new.replace(path)
     except OSError as error:
         new.unlink(missing_ok=True)

@@ -38,11 +38,11 @@ import numpy as np
 
 from gdn_jax import config, tokenizer
 from gdn_jax.errors import UserError
-from gdn_jax.files import NO_SPACE, explained
+from gdn_jax.files import NO_SPACE, explained, write_json
 from gdn_jax.fingerprint import SPLITS, fingerprint
 from gdn_jax.progress import Progress
-from gdn_jax.shards import NAMED, Job, place, save_array, write_json, write_shard
-from gdn_jax.sources import InputShard, documents, find_shards, is_prepared
+from gdn_jax.shards import NAMED, Job, place, write_array, write_shard
+from gdn_jax.sources import InputShard, documents, find_shards, is_prepared, same_source
 
 FORMAT = 2
 IN_PROCESS_BYTES = 64 << 20  # smaller sources are not worth starting processes for
@@ -91,7 +91,7 @@ def prepare(
     plan = {
         "format": FORMAT,
         "source": source,
-        "inputs": hashlib.sha256(repr([(s.names, s.rows, s.bytes) for s in shards]).encode()).hexdigest(),
+        "inputs": _hash_of_inputs(shards),
         "python": platform.python_version() if source == "python-stdlib" else None,
         "tokenizer": {
             "name": tokenizer_name,
@@ -138,6 +138,27 @@ def prepare(
     return out
 
 
+def _hash_of_inputs(shards: list[InputShard]) -> str:
+    """Of the names and sizes of a source's files."""
+    return hashlib.sha256(repr([(s.names, s.rows, s.bytes) for s in shards]).encode()).hexdigest()
+
+
+def check_source(source: str, directory: Path, manifest: dict) -> None:
+    """A UserError where `directory`, found by the last part of the name `source`, was made of another source.
+
+    Text that was moved since is the same source: nothing is left at its old place, names and sizes of files agree.
+    """
+    made_of, path = manifest["source"], Path(source)
+    if path == directory or same_source(made_of, source) or not (source.startswith("hf:") or path.exists()):
+        return
+    if path.exists() and not Path(made_of).exists() and _hash_of_inputs(find_shards(source)) == manifest.get("inputs"):
+        return
+    raise UserError(
+        f"data.source is {source!r}, and {directory} was made of {made_of!r}, which has the same name; prepare yours "
+        f"with gdn data prepare {source} --out DIR, and give that DIR as --data.source."
+    )
+
+
 def _tokenised(out: Path, plan: dict, shards: list[InputShard], workers: int | None, display: Progress) -> list[dict]:
     """What the marks of all shards say, after those without one have been written as the plan says."""
     write_json(out / "plan.json", plan)
@@ -182,7 +203,7 @@ def _finish(out: Path, plan: dict, marks: list[dict]) -> dict:
         parts = [mark[split] for mark in marks]
         totals = {key: sum(part[key] for part in parts) for key in ("tokens", "documents", "bytes", "words")}
         splits[split] = totals | {"shards": parts}
-    save_array(out / "unigram.npy", sum(np.load(path) for path in out.glob("shard-*.counts.npy")))
+    write_array(out / "unigram.npy", sum(np.load(path) for path in out.glob("shard-*.counts.npy")))
     left_out = [named for mark in marks for named in mark["left_out"]][:NAMED]
     manifest = plan | {"skipped": sum(mark["skipped"] for mark in marks), "left_out": left_out, "splits": splits}
     manifest["fingerprint"] = fingerprint(out, manifest)
@@ -203,7 +224,7 @@ def _check_agreement(path: Path, plan: dict) -> dict:
         group, _, key = field.partition(".")
         before, now = (tree.get(group, {}) for tree in (old, plan))
         before, now = (before.get(key), now[key]) if key else (before, now)
-        if before != now:
+        if before != now and not (field == "source" and same_source(before, now)):
             change = f"{field} {before!r}, now it is {now!r}"
             if field == "inputs":
                 change = f"other files in {plan['source']}"

@@ -99,6 +99,7 @@ def prepared_data(experiment: Experiment, progress: Progress | None = None) -> d
         )
     tokens = tokenizer.load(group.tokenizer)
     prepared = data.open_prepared(directory, tokenizer_hash=tokens.hash8)
+    prepare.check_source(group.source, directory, prepared.manifest)
     if prepared.vocab > experiment.model.vocab:
         raise UserError(
             f"model.vocab is {experiment.model.vocab}; it must be at least {prepared.vocab}, the tokens of "
@@ -146,7 +147,7 @@ def own(directory: Path, experiment: Experiment) -> Iterator[Experiment]:
         if config.exists():
             began = checkpoint.read_config(directory)
             checkpoint.check_same(began, experiment, directory)
-        elif {path.name for path in directory.iterdir()} - {"lock", "config.json.new"}:
+        elif any(path.name != "lock" and not path.match("config.json.*.tmp") for path in directory.iterdir()):
             raise _no_run(directory)
         else:
             checkpoint.write_config(directory, experiment)

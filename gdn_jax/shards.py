@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-import json
+import io
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gdn_jax import tokenizer
+from gdn_jax.files import temporary, write_bytes, write_json
 from gdn_jax.fingerprint import SPLITS, ends_path
 from gdn_jax.sources import InputShard, LeftOut, documents
 
@@ -49,7 +50,7 @@ class _SplitWriter:
         self._ends_path = ends_path(self._bin)
         self._dtype = np.dtype(job.plan["dtype"]).newbyteorder("<")
         self._eos = np.array([job.plan["tokenizer"]["eos"]], np.int32)
-        self._file = _temporary(self._bin).open("wb")
+        self._file = temporary(self._bin).open("wb")
         self._pending: list[np.ndarray] = []
         self._sha256 = hashlib.sha256()
         self._ends = array("q")
@@ -74,8 +75,8 @@ class _SplitWriter:
 
     def publish(self) -> dict[str, Any]:
         self._file.close()
-        save_array(self._ends_path, np.array(self._ends, np.int64))
-        os.replace(_temporary(self._bin), self._bin)
+        write_array(self._ends_path, np.array(self._ends, np.int64))
+        os.replace(temporary(self._bin), self._bin)
         return {
             "file": self._bin.name,
             "tokens": self.tokens,
@@ -112,7 +113,7 @@ def write_shard(job: Job, report: Report) -> None:
             for writer in writers.values():
                 writer.flush()
             report(len(batch) - len(strange), sum(writer.tokens for writer in writers.values()) - before, size)
-        save_array(job.counts, writers["train"].counts)
+        write_array(job.counts, writers["train"].counts)
         mark = {split: writer.publish() for split, writer in writers.items()}
         write_json(job.mark, mark | {"skipped": skipped, "left_out": left_out})
 
@@ -146,17 +147,8 @@ def _batches(texts: Iterable[str | LeftOut]) -> Iterator[list[str | LeftOut]]:
     yield batch
 
 
-def _temporary(path: Path) -> Path:
-    # The process id keeps a killed preparation's dying workers away from the files of the one that follows.
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-def save_array(path: Path, values: np.ndarray) -> None:
-    with _temporary(path).open("wb") as file:
-        np.save(file, values)
-    os.replace(_temporary(path), path)
-
-
-def write_json(path: Path, tree: dict) -> None:
-    _temporary(path).write_text(json.dumps(tree, indent=1) + "\n")
-    os.replace(_temporary(path), path)
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Replace `path` by an array as NumPy's .npy."""
+    content = io.BytesIO()
+    np.save(content, values)  # on a disk that fills up, NumPy's own write fails without saying why
+    write_bytes(path, content.getbuffer())

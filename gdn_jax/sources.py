@@ -78,6 +78,12 @@ def find_shards(source: str) -> list[InputShard]:
     return shards
 
 
+def same_source(one: str, other: str) -> bool:
+    """Whether two names mean one source: paths may be written differently."""
+    paths = not any(name in BUILT_IN or name.startswith("hf:") for name in (one, other))
+    return one == other or (paths and Path(one).resolve() == Path(other).resolve())
+
+
 def is_prepared(directory: Path) -> bool:
     """Whether `prepare` has written to this directory, its files whole or not."""
     return any(directory.glob("train-[0-9]*.bin"))

@@ -1,6 +1,7 @@
 """Disks that are full or too small: found before the work is done, said in one sentence, and nothing is lost."""
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from small import experiment, losses, prepare_text, with_steps
 
@@ -18,6 +20,7 @@ from gdn_jax.checkpoint import checkpoint_bytes, most_new
 from gdn_jax.errors import UserError
 from gdn_jax.model import abstract_model
 from gdn_jax.optim import optimizer
+from gdn_jax.shards import write_array
 from gdn_jax.train import _Loop, saves_left
 
 ID = "test/small"
@@ -190,3 +193,12 @@ def test_preparing_on_a_full_disk_keeps_finished_shards_alone(tmp_path, capfd, w
         assert main([*command, str(tmp_path / "whole")]) == 0
         manifests = [json.loads((out / "manifest.json").read_text()) for out in (place / "out", tmp_path / "whole")]
         assert manifests[0]["fingerprint"] == manifests[1]["fingerprint"]
+
+
+def test_an_array_that_a_full_disk_cuts_short_says_so(tmp_path):
+    with mounted(tmp_path / "disk", 1 << 16) as place:
+        with pytest.raises(OSError) as error:
+            write_array(place / "a.npy", np.zeros(100_000))
+        assert error.value.errno == errno.ENOSPC and not list(place.iterdir())
+        write_array(place / "a.npy", np.arange(3))
+        assert np.load(place / "a.npy").tolist() == [0, 1, 2]

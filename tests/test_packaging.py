@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,6 +40,14 @@ def test_the_wheel_runs_gdn_list_outside_the_checkout(tmp_path):
     others = ("linear_attention", "linear_cross_entropy", "selective_scan", "short_conv")
     ops = ("gated_delta_rule", "gated_norm", *others)
     assert readmes == ["experiments/README.md", *(f"pallas_kernels/{op}/README.md" for op in ops)]
+
+
+@pytest.mark.parametrize(("path", "entries"), [("LOG.md", 15), ("pallas_kernels/LOG.md", 16)])
+def test_lab_notes_are_newest_first_and_each_title_has_its_verdict(path, entries):
+    titles = re.findall(r"^## (.*)$", (ROOT / path).read_text(), flags=re.MULTILINE)
+    dates = [re.match(r"(\d{4}-\d\d-\d\d): \w", title)[1] for title in titles]
+    assert len(titles) >= entries and dates == sorted(dates, reverse=True)
+    assert [title for title in titles if not re.search(r"\((kept|lost|wrong prediction)\b[^()]*\)$", title)] == []
 
 
 def test_the_pages_python_runs():

@@ -47,7 +47,7 @@ def kept_rows(scale: str) -> list[Row]:
 
 
 def device(row: Row) -> str:
-    """The kind of the one device that worked; "unknown" for a point that did not run."""
+    """The kind of the device that a point was measured on; "unknown" for a point that did not run."""
     return row["environment"]["devices"][0] if "environment" in row else "unknown"
 
 

@@ -1,4 +1,4 @@
-"""Results that count: where they are kept, and which of them are one number.
+"""Published results: where they are kept, and which of them are averaged into one number.
 
     python -m experiments.published runs/ID/HASH ...      keep the results of these runs in experiments/results/
     python -m experiments.published runs/figure3/*/1.3b/*.json      keep points of Figure 3
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def marks(evaluation: Row) -> list[str]:
-    """What keeps an evaluation from being the number of its ID, in words: fewer windows, another stride, other data."""
+    """Why an evaluation is not the number of its ID, in words: fewer windows, another stride, other data."""
     found = []
     if evaluation["windows"] < evaluation["of_windows"]:
         found.append(f"{evaluation['windows']:,} of {evaluation['of_windows']:,} windows")
@@ -43,7 +43,7 @@ def marks(evaluation: Row) -> list[str]:
 
 
 def protocol(evaluation: Row) -> tuple:
-    """What was measured: evaluations that agree in it replace each other."""
+    """The part of an evaluation that says what was measured; of evaluations that agree in it the newest is kept."""
     return tuple(evaluation[key] for key in ("data", "window", "stride", "windows"))
 
 
@@ -150,7 +150,7 @@ def _keep(row: Row, to: Path, made: Path) -> Path:
 
 
 def committed(environment: Row) -> Row:
-    """The environment with the commit whose files, by their hash, it was: a copied tree knows no commit."""
+    """The environment with its commit filled in, found by the hash of the files: a copied tree does not know it."""
     if not environment["dirty"] and environment["commit"] != "unknown":
         return environment
     from gdn_jax import metrics

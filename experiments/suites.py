@@ -1,4 +1,4 @@
-"""What the evaluating IDs do: the tasks of a table or figure asked of a trained run, kept, and read back as columns.
+"""Suites: the tasks of a table or figure, measured on a trained run, kept, and read back as columns.
 
 Each task's numbers lie in <run>/tasks.json as soon as it is finished, each answer in <run>/answers.jsonl before that,
 so an evaluation that was stopped goes on where it was. What keeps a number from being the column's own is said in its
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """How tasks are to be measured."""
+    """The options that tasks are measured with."""
 
     folder: Path | None = None  # of local data: <task>.jsonl or .jsonl.gz, there or in a folder named like the suite
     limit: int | None = None  # documents of each task, samples of each length; None: all
@@ -126,7 +126,7 @@ class Suite:
         )  # fmt: skip
 
     def marks(self, entry: Row, column: Column) -> tuple[str, ...]:
-        """What keeps the entry from being the column's own number, in words."""
+        """Why the entry is not the column's own number, in words."""
         found = []
         if entry["of"] not in column.rows:
             found.append(f"own rows, n = {entry['n']:,}")

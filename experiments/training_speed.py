@@ -85,12 +85,12 @@ class Point(NamedTuple):
 
 
 def how(experiment: Experiment) -> Row:
-    """The fields of its run group that decide a step's speed."""
+    """The fields of an experiment's run group that decide how fast a step is."""
     return {field: getattr(experiment.run, field) for field in HOW}
 
 
 def changes(timing: Timing, setting: str, run: Row) -> Row:
-    """What in `run` is not the ID's own."""
+    """The fields in which `run` differs from the ID's own."""
     own = how(timing.experiment(setting))
     return {field: value for field, value in run.items() if value != own[field]}
 
@@ -134,7 +134,7 @@ def _names(option: str, given: str, known: list[str]) -> list[str]:
 
 
 def work(job: Row) -> Row:
-    """What this machine is, for an empty job; else the row of a point."""
+    """The worker's answer: a description of this machine for an empty job, else the measured row of a point."""
     from gdn_jax import metrics
 
     # an edit of the figure leaves the points that were measured
@@ -156,7 +156,7 @@ def measure(point: Point) -> Row:
 
 
 def failure(error: Exception, experiment: Experiment) -> str:
-    """What the runtime says, in one sentence; of memory with what would need less."""
+    """A runtime error in one sentence; where memory ran out, with what would need less."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "RESOURCE_EXHAUSTED" not in str(error):
         return f"failed: {said}"

@@ -170,7 +170,7 @@ class Checkpoints:
         return self._saved(step).data
 
     def checksums(self, step: int) -> dict[str, str]:
-        """Name of every parameter of `step` -> its checksum."""
+        """{name of a parameter: its checksum} for all parameters of `step`."""
         return self._saved(step).checksums[MODEL]
 
     def _saved(self, step: int) -> "_Saved":
@@ -218,13 +218,13 @@ class Checkpoints:
 
 
 def checkpoint_bytes(*trees: Any) -> int:
-    """What one checkpoint of these trees, of arrays or of their shapes, takes on disk at most."""
+    """The most bytes that one checkpoint of these trees (of arrays or of their shapes) takes on disk."""
     leaves = jax.tree.leaves(trees)
     return sum(leaf.size * leaf.dtype.itemsize + ARRAY_BYTES for leaf in leaves) + FILES_BYTES
 
 
 def most_new(held: int, saves: int, keep: int) -> int:
-    """How many checkpoints more than the `held` ones exist at once while `saves` are written and `keep` are kept."""
+    """How many new checkpoints exist at once, beside the `held` ones, while `saves` are written and `keep` are kept."""
     return min(saves, max(1, keep + 1 - held))
 
 
@@ -238,11 +238,11 @@ class _Saved(NamedTuple):
 
 
 class OlderLayout(UserError):
-    """A file of another version of this library: it is not misread, and it is not damaged."""
+    """A run or checkpoint in the file layout of another version of this library, which is refused, not misread."""
 
 
 def older(where: Path, layout: object) -> OlderLayout:
-    """The refusal of a run or checkpoint of another layout; the first one had no number."""
+    """The error for a run or checkpoint of another layout; files of the first layout carry no number."""
     return OlderLayout(
         f"{where} is of layout {layout or 1}, and this version reads layout {LAYOUT} alone; train again in another "
         f"run.dir, or use the version that wrote it."
@@ -284,7 +284,7 @@ def _silent() -> Iterator[None]:
 
 
 def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
-    """Both decide the same numbers, or a UserError that names the fields that differ."""
+    """Raises UserError, naming the fields, where the two experiments differ in what decides a result."""
     if canonical(found) == canonical(wanted):
         return
     ours, theirs = (flat(to_dict(e)) for e in (wanted, found))
@@ -302,7 +302,7 @@ def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
 
 
 def changed_file(found: Experiment, wanted: Experiment) -> bool:
-    """Whether both came from a file of the user's own that is not the same any more."""
+    """Whether both were read from the user's own file and that file has changed in between."""
     return bool(found.file and wanted.file and found.file.sha256 != wanted.file.sha256)
 
 
@@ -362,7 +362,7 @@ def _missing_mixer(tree: Any, run_dir: Path) -> str | None:
 
 
 def reader(run_dir: Path, experiment: Experiment) -> Checkpoints:
-    """The checkpoints of a run, at least one, to be read; close it."""
+    """Opens a run's checkpoints for reading; the caller closes them. UserError where there is none."""
     directory = run_dir / "checkpoints"
     checkpoints = Checkpoints(directory, experiment, writes=False) if directory.is_dir() else None
     if checkpoints is None or checkpoints.latest is None:

@@ -3,7 +3,7 @@
 model   what is learned, never how it is computed
 optim   the recipe: schedule, batch, precision
 data    which tokens, in which windows
-run     how it is computed and logged; of it only `seed` decides a number
+run     how it is computed and logged; of these fields only `seed` changes a result
 
 A group's rules are checked when it is made, so an invalid experiment cannot exist.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gdn_jax.errors import nearest
-from gdn_jax.fields import coerce, hints, positive, require, some, typed
+from gdn_jax.fields import coerce, hints, positive, require, typed, without_none
 from gdn_jax.mixer_configs import (
     AttentionConfig,
     DeltaNetConfig,
@@ -191,7 +191,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One ID, fully resolved."""
+    """Everything that an ID stands for, every field with its value."""
 
     id: str
     model: Model
@@ -229,8 +229,8 @@ class Experiment:
 
 
 def mixer_config(mixer: str) -> type:
-    """What configures a mixer of model.pattern."""
-    return OWN_CONFIGS.get(mixer) or some(hints(Model)[MIXER_FIELDS[mixer]])
+    """The dataclass that configures a mixer of model.pattern."""
+    return OWN_CONFIGS.get(mixer) or without_none(hints(Model)[MIXER_FIELDS[mixer]])
 
 
 def _needed(mixer: str, field: str) -> str:
@@ -261,7 +261,7 @@ def to_dict(config: Any) -> dict:
 
 
 def canonical(experiment: Experiment, *, seed: bool = True) -> str:
-    """Canonical JSON of what decides a number. A mixer that is not configured leaves no trace."""
+    """Canonical JSON of the fields that a result depends on; mixers that are not configured are left out."""
     groups = {name: to_dict(getattr(experiment, name)) for name in ("model", "optim", "data")}
     groups |= {"seed": experiment.run.seed if seed else None}
     groups |= {"start": experiment.start and experiment.start.sha256}

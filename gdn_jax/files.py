@@ -37,7 +37,7 @@ def write_json(path: Path, tree: Any) -> None:
 
 
 def explained(error: OSError, where: object = "this run") -> str:
-    """One sentence for an operating system's error that no other one explains."""
+    """One sentence for an error of the operating system that nothing else has explained."""
     if error.errno in NO_SPACE:
         what = error.filename or where
         return f"No space left for {what}; free some and run the same command again: it goes on from what is saved."

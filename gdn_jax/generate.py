@@ -28,7 +28,7 @@ MAX_SEED = 2**31  # exclusive
 
 @dataclass
 class Completion:
-    """One prompt continued: `finish` is None while it grows, then "stop" (a stop string), "eos" or "length"."""
+    """A prompt and its continuation; `finish`: None while it grows, then "stop" (a stop string), "eos" or "length"."""
 
     prompt: str
     seed: int
@@ -50,7 +50,7 @@ def generate(
     compute: Compute | None = None,
     batch_size: int | None = None,
 ) -> list[Completion]:
-    """The prompts continued, in their order. Arguments and errors as of `stream`."""
+    """Continues the prompts and returns their completions in the same order. Arguments and errors: see `stream`."""
     *_, out = stream(
         model, tokenizer, prompts, max_tokens=max_tokens, sampling=sampling, seeds=seeds, stops=stops,
         compute=compute, batch_size=batch_size,

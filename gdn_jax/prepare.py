@@ -41,7 +41,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.files import NO_SPACE, explained, write_json
 from gdn_jax.fingerprint import SPLITS, fingerprint
 from gdn_jax.progress import Progress
-from gdn_jax.shards import NAMED, Job, place, write_array, write_shard
+from gdn_jax.shards import NAMED, Job, split_hash, write_array, write_shard
 from gdn_jax.sources import InputShard, documents, find_shards, is_prepared, same_source
 
 FORMAT = 2
@@ -51,7 +51,7 @@ IN_PROCESS_BYTES = 64 << 20  # smaller sources are not worth starting processes 
 def default_directory(data: config.Data, root: str) -> Path:
     """Where the prepared form of `data` lives: <root>/<name of the source>-<hash8 of the tokenizer>.
 
-    A source that is a prepared directory is where it is.
+    Where the source is a prepared directory itself, that directory.
     """
     if is_prepared(Path(data.source)):
         return Path(data.source)
@@ -139,12 +139,12 @@ def prepare(
 
 
 def _hash_of_inputs(shards: list[InputShard]) -> str:
-    """Of the names and sizes of a source's files."""
+    """A hash of the names and sizes of a source's files."""
     return hashlib.sha256(repr([(s.names, s.rows, s.bytes) for s in shards]).encode()).hexdigest()
 
 
 def check_source(source: str, directory: Path, manifest: dict) -> None:
-    """A UserError where `directory`, found by the last part of the name `source`, was made of another source.
+    """Raises UserError where `directory`, whose name is made of the last part of `source`, was made of another source.
 
     Text that was moved since is the same source: nothing is left at its old place, names and sizes of files agree.
     """
@@ -181,7 +181,7 @@ def _tokenised(out: Path, plan: dict, shards: list[InputShard], workers: int | N
 def _moved(plan: dict, shards: list[InputShard], marks: list[dict]) -> dict:
     """The plan with the nearest threshold that holds out one text and keeps another; with none for a single text."""
     places = {
-        place(text) for shard in shards for text in documents(shard, plan["text_column"]) if isinstance(text, str)
+        split_hash(text) for shard in shards for text in documents(shard, plan["text_column"]) if isinstance(text, str)
     }
     if not places:
         reasons = [" (" + " ".join(mark["left_out"][0]) + ")" for mark in marks if mark["left_out"]]

@@ -27,7 +27,7 @@ def make_mesh(fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """The first axis that fsdp divides, never that of the model's repeats; else a copy.
+    """Splits the first axis that fsdp divides, never that of the model's repeats; without one, each device has a copy.
 
     The parts of the first axis follow each other in memory, so that a gathered parameter need not be transposed.
     """

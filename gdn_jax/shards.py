@@ -1,4 +1,4 @@
-"""One input shard of a source to one shard of each split, written under temporary names and then marked as finished."""
+"""Tokenises one input shard into one shard of each split, under temporary names until it is marked as finished."""
 
 import contextlib
 import hashlib
@@ -118,15 +118,15 @@ def write_shard(job: Job, report: Report) -> None:
         write_json(job.mark, mark | {"skipped": skipped, "left_out": left_out})
 
 
-def place(text: str) -> int:
-    """Of a text in [0, 2^64), a hash: a split by it does not depend on where the text is found."""
+def split_hash(text: str) -> int:
+    """Hash of a text in [0, 2^64): whether the text is held out depends on it alone, not on where the text lies."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _divided(text: str, plan: dict) -> list[tuple[str, str]]:
     """(split, text), or without a threshold the text's head to train on and its tail."""
     if plan["threshold"] is not None:
-        return [("validation" if place(text) < plan["threshold"] else "train", text)]
+        return [("validation" if split_hash(text) < plan["threshold"] else "train", text)]
     end = max(1, min(len(text) - 1, round(len(text) * (1 - plan["validation"]))))
     return [part for part in (("train", text[:end]), ("validation", text[end:])) if part[1]]
 

@@ -25,7 +25,7 @@ BUILT_IN = ("english-novels", "python-stdlib")  # sources that are everywhere: t
 
 
 class LeftOut(NamedTuple):
-    """What of a source is no document, and why."""
+    """A part of a source that is not read as a document, and the reason."""
 
     what: str  # a file, or a line or row of one
     why: str
@@ -90,7 +90,7 @@ def is_prepared(directory: Path) -> bool:
 
 
 def documents(shard: InputShard, column: str) -> Iterator[str | LeftOut]:
-    """The texts of a shard in order, none of them empty, and what is no text where it stands."""
+    """The texts of a shard in order, none of them empty; a LeftOut stands where something is not a text."""
     if shard.kind == "text":
         for path in shard.paths:
             yield _whole_file(path)

@@ -33,7 +33,7 @@ from gdn_jax.metrics import NoWriter, Writer, check_sinks, environment, peak_flo
 from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
 from gdn_jax.progress import SILENT, Progress
-from gdn_jax.runs import keep_compiled, own, prepared_data, run_directory
+from gdn_jax.runs import keep_compiled, locked, prepared_data, run_directory
 
 
 class Interrupted(Exception):
@@ -157,7 +157,7 @@ def train(experiment: Experiment) -> Path:
     progress = Progress(seconds=0) if distributed.first() else SILENT
     with contextlib.ExitStack() as stack:
         began = distributed.on_every(
-            lambda: stack.enter_context(own(directory, experiment)) if distributed.first() else experiment
+            lambda: stack.enter_context(locked(directory, experiment)) if distributed.first() else experiment
         )
         keep_compiled(experiment.run)
         checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True, data=prepared.identity)

@@ -1,4 +1,4 @@
-"""`gdn list`, `show`, `train`, `eval` and `run`: what one does with an experiment ID."""
+"""`gdn list`, `show`, `train`, `eval` and `run`: the commands that take an experiment ID."""
 
 import contextlib
 import dataclasses

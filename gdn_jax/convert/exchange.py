@@ -1,7 +1,7 @@
 """Import: a checkpoint of another program becomes a run. Export: a run's parameters become such a checkpoint.
 
-Both go tensor by tensor. An import holds our parameters once and one stacked parameter more; an export our parameters
-and one file's tensors.
+Both go tensor by tensor. An import needs memory for our parameters and one stacked parameter more, an export for our
+parameters and the tensors of one file.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ DTYPES = {"fp32": (np.float32, "float32"), "bf16": (jnp.bfloat16, "bfloat16")}
 
 @dataclass(frozen=True)
 class Loaded:
-    """Another program's model in memory, with what belongs to it."""
+    """A model loaded from another program's checkpoint, with its tokenizer and arithmetic."""
 
     directory: Path
     model: LM  # fp32 parameters, on the default device
@@ -173,7 +173,7 @@ def export_checkpoint(
 
 
 def _written_bytes(wanted: dict[str, Place], dtype: Literal["fp32", "bf16"]) -> int:
-    """Of an export's tensors; a file's header takes little beside them."""
+    """Bytes of an export's tensors; the files' headers add little."""
     width = np.dtype(DTYPES[dtype][0]).itemsize
     return sum(int(np.prod(place.shape)) * (4 if place.keeps_fp32 else width) for place in wanted.values())
 
@@ -206,7 +206,7 @@ def _special_float(tree: dict) -> Any:
 
 
 def _check(source: Path, layout: Layout, cfg: Model, tensors: Tensors, wanted: dict[str, Place]) -> list[str]:
-    """The keys that are there in vain; a UserError lists every other difference."""
+    """The keys that the model does not need; a UserError lists every other difference."""
     shapes, unused = tensors.shapes, unused_keys(layout, cfg)
     dropped = sorted(key for key in shapes if key in unused)
     embedding = next(key for key, place in wanted.items() if place.ours == ("embed",))

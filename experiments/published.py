@@ -20,7 +20,7 @@ from typing import Any
 
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
-from gdn_jax.files import write_json
+from gdn_jax.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -104,7 +104,7 @@ def rows(id: str = "") -> list[Row]:
 def of_experiment(experiment: Experiment, *, runs: Path | None = None) -> list[Result]:
     """Results of an experiment's own recipe: those below `runs` first, then the published ones."""
     own = [] if runs is None else sorted((runs / experiment.id).glob("*/result.json"))
-    found = [json.loads(path.read_text()) for path in own] + rows(experiment.id)
+    found = [read_json(path, dict, "recipe8") for path in own] + rows(experiment.id)
     return results(row for row in found if row.get("recipe8") == experiment.recipe8)
 
 
@@ -123,7 +123,7 @@ def publish(run_dir: Path) -> Path:
     path = run_dir / "result.json"
     if not path.exists():
         raise UserError(f"{run_dir} holds no result.json; `gdn run` writes it.")
-    row = json.loads(path.read_text())
+    row = read_json(path, dict, "recipe8")
     if why := marks(row["validation"]):
         raise UserError(f"The result of {run_dir} is not its ID's number ({', '.join(why)}); run: gdn run {row['id']}.")
     return _keep(row, place(row), run_dir)
@@ -131,7 +131,7 @@ def publish(run_dir: Path) -> Path:
 
 def publish_point(path: Path) -> Path:
     """Keep a point of Figure 3; a UserError for one that was not measured, or of files with uncommitted changes."""
-    row = json.loads(path.read_text())
+    row = read_json(path, dict, "recipe8", "note")
     if row["note"]:
         raise UserError(f"{path} holds no number ({row['note']}); measure it again: gdn bench figure3.")
     return _keep(row, RESULTS / row["id"] / row["recipe8"] / f"{path.stem}-{_kind(row)}.json", path)

@@ -5,7 +5,6 @@ so an evaluation that was stopped goes on where it was. What keeps a number from
 marks: fewer documents, rows of one's own, a stand-in, an unfinished training, another max_length.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
-from gdn_jax.files import write_json
+from gdn_jax.files import read_json, write_json
 
 if TYPE_CHECKING:
     from gdn_jax.evaluate.answering import Answering, Answers
@@ -187,7 +186,7 @@ def save(run_dir: Path, entry: Row) -> None:
 def kept(run_dir: Path) -> list[Row]:
     """Every task's numbers in a run's directory, the oldest first."""
     path = run_dir / TASKS
-    return json.loads(path.read_text()) if path.exists() else []
+    return read_json(path, list, "suite", "task", "step") if path.exists() else []
 
 
 def of_step(run_dir: Path, step: int) -> list[Row]:

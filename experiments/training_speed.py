@@ -23,7 +23,7 @@ from experiments.models import PAPER_MODELS
 from experiments.options import Switch
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError, nearest
-from gdn_jax.files import write_json
+from gdn_jax.files import read_json, write_json
 from pallas_kernels import workers
 
 MODULE = "experiments.training_speed"
@@ -327,7 +327,7 @@ def kept(point: Point, here: Row) -> Row | None:
     """The row that was kept for a point, where measuring it again would measure the same; a crash is tried again."""
     if not point.path.exists():
         return None
-    row = json.loads(point.path.read_text())
+    row = read_json(point.path, dict, "recipe8", "run", "warm_up", "repetitions", "note")
     asked = _row(point)
     same = all(row[field] == asked[field] for field in ("recipe8", "run", "warm_up", "repetitions"))
     same = same and all(row["environment"][field] == here[field] for field in ("code", "devices", "versions", "python"))

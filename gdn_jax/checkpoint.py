@@ -328,7 +328,7 @@ def read_config(run_dir: Path) -> Experiment:
         return from_dict(Experiment, tree)
     except OlderLayout:
         raise
-    except (ValueError, UserError) as error:
+    except (ValueError, RecursionError, UserError) as error:
         if needed := _missing_mixer(tree, run_dir):
             raise UserError(needed) from None
         reason = str(error).rstrip(".")

@@ -124,6 +124,7 @@ class Optim:
     def __post_init__(self):
         typed(self, "optim")
         positive(self, "optim", "steps", "batch_size", "lr", "eps", "clip")
+        require(self.steps < 2**31, f"optim.steps is {self.steps}; it must be below 2^31.")
         for name in ("min_lr_ratio", "warmup"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name} is {value}; it must be in [0, 1].")
@@ -147,6 +148,7 @@ class Data:
     def __post_init__(self):
         typed(self, "data")
         positive(self, "data", "seq_len")
+        require(self.source, "data.source is ''; it must name a prepared directory, a text or a built-in source.")
         require(
             0 < self.validation < 1,
             f"data.validation is {self.validation}; it must be in (0, 1).",
@@ -187,6 +189,7 @@ class Run:
             "keep", "profile_steps",
         )  # fmt: skip
         require(0 <= self.seed < 2**31, f"run.seed is {self.seed}; it must be in [0, 2^31).")
+        require(self.profile_at >= -1, f"run.profile_at is {self.profile_at}; use -1 for never, or a step from 0 on.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,13 @@
 """Files that are whole or absent: a full disk or a crash midway leaves the old content."""
 
+import contextlib
 import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+from gdn_jax.errors import UserError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -34,6 +37,16 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 def write_json(path: Path, tree: Any) -> None:
     """Replace `path` by `tree` as JSON; a number that is not finite is a ValueError."""
     write_text(path, json.dumps(tree, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, kind: type[list] | type[dict], *fields: str) -> Any:
+    """What a file of ours holds: an object with these fields, or a list of such. UserError where it is damaged."""
+    with contextlib.suppress(ValueError, RecursionError):
+        tree = json.loads(path.read_bytes())
+        rows = tree if isinstance(tree, list) else [tree]
+        if isinstance(tree, kind) and all(isinstance(row, dict) and set(fields) <= set(row) for row in rows):
+            return tree
+    raise UserError(f"{path} is damaged; delete it, and make it again with the command that wrote it.")
 
 
 def explained(error: OSError, where: object = "this run") -> str:

@@ -176,11 +176,15 @@ def _check(
     if not prompts:
         raise UserError("There is no prompt; give one at least, '' to begin a document.")
     for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"A prompt is {prompt!r:.40}; each must be a text.")
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise UserError(f"The prompt {prompt[:40]!a} is not valid UTF-8; pass it in UTF-8.") from None
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size), ("chunk", chunk)):
+        if not isinstance(value, int | np.integer | None):
+            raise UserError(f"{name} is {value!r}; it must be a whole number.")
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be positive.")
     if len(seeds) != len(prompts):

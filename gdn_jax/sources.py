@@ -170,7 +170,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str | LeftOut]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _text_of(json.loads(line), column, f"{path}, line {number}")
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, nested beyond all sense, or not UTF-8
         raise UserError(f"{path}, line {number}: not valid JSON ({error}); repair or remove the line.") from None
     except damage as error:
         raise UserError(f"{path} is damaged after line {number} ({error}); fetch it again.") from None

@@ -73,7 +73,7 @@ def holds_foreign_config(directory: Path) -> bool:
     """Whether the directory's config.json is one of Hugging Face's, which name a model_type."""
     try:
         tree = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(tree, dict) and "model_type" in tree
 

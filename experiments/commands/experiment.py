@@ -195,6 +195,7 @@ def evaluate(experiment: Experiment, options: EvalOptions) -> None:
         raise UserError(f"--{asked[0]} and --{asked[1]} ask for two things; give one of them.")
     if options.requests and not options.tasks:
         raise UserError("--requests writes the requests of tasks; name them with --tasks.")
+    evaluation.checked(options)
     if options.text:
         evaluation.score_text(experiment, options.text, options.max_length, options.json)
     elif options.answer:

@@ -192,7 +192,7 @@ def _described(source: Path, like: Model | None) -> tuple[Layout, Model]:
         )
     try:
         tree = json.loads(path.read_text(), object_hook=_special_float)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is no JSON or is damaged; download it again.") from None
     if isinstance(tree, dict) and {"model", "optim"} <= tree.keys():
         raise UserError(f"{source} is a run of ours already; `gdn eval` and `gdn generate` take it as it is.")

@@ -1,4 +1,4 @@
-"""One ID = one fully resolved Experiment; nothing else decides a number."""
+"""All experiments by their IDs. An ID stands for one Experiment with every field set; nothing else decides a result."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

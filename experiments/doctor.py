@@ -1,4 +1,4 @@
-"""Whether this machine computes what it should: versions, devices, each op against its oracle, what auto picks."""
+"""Checks this machine: versions, devices, each op against its float64 reference, and what `auto` picks."""
 
 import importlib
 import importlib.util
@@ -35,7 +35,7 @@ def examine() -> dict[str, Any]:
 
 
 def checks_of(op: str) -> Iterator[dict[str, Any]]:
-    """An op's quick cases by what "auto" takes here, against the op's float64 oracle."""
+    """Runs an op's quick cases with the implementation that "auto" takes here, against the op's float64 reference."""
     suite = importlib.import_module(f"pallas_kernels.{op}.conformance")
     for case in suite.QUICK:
         for dtype in DTYPES:

@@ -15,7 +15,7 @@ from experiments.figure3 import SETTINGS
 from experiments.models import PAPER_MODELS
 from experiments.report import PAPER, piped
 from experiments.training_speed import KEPT, NOT_RUN, name
-from gdn_jax.files import write_json
+from gdn_jax.files import read_json, write_json
 
 NEAR = 0.01  # two steps of one program differ by about as much
 NO_DEVICE_LINE = f"{NOT_RUN}: the profiler's trace has no line of a device, as on a CPU"
@@ -32,7 +32,7 @@ def kept_rows(scale: str) -> list[Row]:
     newest: dict[tuple, Row] = {}
     for root in (published.RESULTS, KEPT):
         for path in sorted(root.glob(f"figure3/*/{scale}/**/*.json")):
-            row = json.loads(path.read_text())
+            row = read_json(path, dict, "id", "setting", "recipe8")
             timing = experiments.TIMINGS.get(row["id"])
             if timing is None or row["setting"] not in timing.settings:
                 continue
@@ -47,7 +47,7 @@ def kept_rows(scale: str) -> list[Row]:
 
 
 def device(row: Row) -> str:
-    """The kind of the one device that worked; "unknown" for a point that did not run."""
+    """The kind of the device that a point was measured on; "unknown" for a point that did not run."""
     return row["environment"]["devices"][0] if "environment" in row else "unknown"
 
 

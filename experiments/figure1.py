@@ -25,14 +25,14 @@ COLOURS = {
 
 
 class Lane(NamedTuple):
-    """What becomes of the block's input on its way to the recurrence: its name then, and the parts from below."""
+    """One path from the block's input to the recurrence: the name of what arrives, and the parts from bottom to top."""
 
     name: str
     parts: tuple[str, ...]
 
 
 class Parts(NamedTuple):
-    """A mixer from the bottom up."""
+    """The parts of a mixer, from bottom to top."""
 
     lanes: tuple[Lane, ...]
     op: str

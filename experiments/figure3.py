@@ -49,7 +49,7 @@ class Timing:
         return SETTINGS[self.scale]
 
     def experiment(self, setting: str) -> Experiment:
-        """What is timed: one micro-batch a step, or a UserError for a setting that this scale lacks."""
+        """The experiment that is timed, with one micro-batch a step; UserError for a setting that this scale lacks."""
         if setting not in self.settings:
             known = ", ".join(self.settings)
             raise UserError(

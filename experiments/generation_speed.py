@@ -155,7 +155,7 @@ def _peak():
 
 
 def _writing_floor(moved: int) -> float | None:
-    """Seconds of one token of each row: its bytes at the device's measured bandwidth."""
+    """The least seconds for one token of each row: the bytes it moves, at the device's measured bandwidth."""
     peak = _peak()
     return None if peak is None else moved / peak.bandwidth
 

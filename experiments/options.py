@@ -1,4 +1,4 @@
-"""From words to typed options: tyro behind one-sentence mistakes."""
+"""Parses the command line into typed options with tyro; a mistake becomes one sentence."""
 
 import contextlib
 import copy
@@ -62,9 +62,9 @@ def parse(default: Any, words: list[str], prog: str, shown: str = "") -> Any:
 
 
 def with_mixers(model: Model, words: list[str]) -> Model:
-    """`model` with room for the mixer configurations that it lacks and `words` give: a draft, checked by no rule.
+    """`model` with placeholders for the mixer configurations that `words` set and it lacks, not checked yet.
 
-    What `parse` makes of it is checked as every model is.
+    What `parse` then makes of it is checked like every model.
     """
     draft, given = copy.copy(model), [_name(option) for option in _split(words)]
     if "model.pattern" in given and not any(mixer in words for mixer in OWN_CONFIGS):
@@ -90,7 +90,7 @@ def with_mixers(model: Model, words: list[str]) -> Model:
 
 
 def _some_value(hint: Any) -> Any:
-    """A value of a type, to stand until the one that is given."""
+    """A placeholder value of a type."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Literal else (typing.get_origin(hint) or hint)()
 
 

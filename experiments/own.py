@@ -1,4 +1,4 @@
-"""FILE:NAME, an Experiment in the user's own file. Only these words on the command line run a file."""
+"""FILE:NAME, an Experiment in the user's own file, which is run only when the command line names it so."""
 
 import contextlib
 import functools
@@ -70,7 +70,7 @@ def _module(name: str, source: bytes) -> ModuleType:
 
 
 def _said(error: BaseException) -> str:
-    """One line of what went wrong."""
+    """The error of a user's file in one line."""
     if isinstance(error, UserError):
         return str(error).rstrip(".")
     text = error.msg if isinstance(error, SyntaxError) else str(error)

@@ -1,4 +1,4 @@
-"""Results that count: where they are kept, and which of them are one number.
+"""Published results: where they are kept, and which of them are averaged into one number.
 
     python -m experiments.published runs/ID/HASH ...      keep the results of these runs in experiments/results/
     python -m experiments.published runs/figure3/*/1.3b/*.json      keep points of Figure 3
@@ -20,7 +20,7 @@ from typing import Any
 
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
-from gdn_jax.files import write_json
+from gdn_jax.files import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def marks(evaluation: Row) -> list[str]:
-    """What keeps an evaluation from being the number of its ID, in words: fewer windows, another stride, other data."""
+    """Why an evaluation is not the number of its ID, in words: fewer windows, another stride, other data."""
     found = []
     if evaluation["windows"] < evaluation["of_windows"]:
         found.append(f"{evaluation['windows']:,} of {evaluation['of_windows']:,} windows")
@@ -43,7 +43,7 @@ def marks(evaluation: Row) -> list[str]:
 
 
 def protocol(evaluation: Row) -> tuple:
-    """What was measured: evaluations that agree in it replace each other."""
+    """The part of an evaluation that says what was measured; of evaluations that agree in it the newest is kept."""
     return tuple(evaluation[key] for key in ("data", "window", "stride", "windows"))
 
 
@@ -104,7 +104,7 @@ def rows(id: str = "") -> list[Row]:
 def of_experiment(experiment: Experiment, *, runs: Path | None = None) -> list[Result]:
     """Results of an experiment's own recipe: those below `runs` first, then the published ones."""
     own = [] if runs is None else sorted((runs / experiment.id).glob("*/result.json"))
-    found = [json.loads(path.read_text()) for path in own] + rows(experiment.id)
+    found = [read_json(path, dict, "recipe8") for path in own] + rows(experiment.id)
     return results(row for row in found if row.get("recipe8") == experiment.recipe8)
 
 
@@ -123,7 +123,7 @@ def publish(run_dir: Path) -> Path:
     path = run_dir / "result.json"
     if not path.exists():
         raise UserError(f"{run_dir} holds no result.json; `gdn run` writes it.")
-    row = json.loads(path.read_text())
+    row = read_json(path, dict, "recipe8")
     if why := marks(row["validation"]):
         raise UserError(f"The result of {run_dir} is not its ID's number ({', '.join(why)}); run: gdn run {row['id']}.")
     return _keep(row, place(row), run_dir)
@@ -131,7 +131,7 @@ def publish(run_dir: Path) -> Path:
 
 def publish_point(path: Path) -> Path:
     """Keep a point of Figure 3; a UserError for one that was not measured, or of files with uncommitted changes."""
-    row = json.loads(path.read_text())
+    row = read_json(path, dict, "recipe8", "note")
     if row["note"]:
         raise UserError(f"{path} holds no number ({row['note']}); measure it again: gdn bench figure3.")
     return _keep(row, RESULTS / row["id"] / row["recipe8"] / f"{path.stem}-{_kind(row)}.json", path)
@@ -150,7 +150,7 @@ def _keep(row: Row, to: Path, made: Path) -> Path:
 
 
 def committed(environment: Row) -> Row:
-    """The environment with the commit whose files, by their hash, it was: a copied tree knows no commit."""
+    """The environment with its commit filled in, found by the hash of the files: a copied tree does not know it."""
     if not environment["dirty"] and environment["commit"] != "unknown":
         return environment
     from gdn_jax import metrics

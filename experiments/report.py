@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from experiments import EXPERIMENTS, published, suites
 from gdn_jax.config import Experiment, Model, to_dict
 from gdn_jax.errors import UserError
-from gdn_jax.files import write_json
+from gdn_jax.files import read_json, write_json
 from gdn_jax.sources import BUILT_IN
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 def save_evaluation(run_dir: Path, evaluation: Row) -> None:
     """Keep what `gdn eval` measured in evaluation.json, beside other protocols' numbers of the same checkpoint."""
     path = run_dir / EVALUATION
-    before = json.loads(path.read_text()) if path.exists() else []
+    before = read_json(path, list, "step") if path.exists() else []
     kept = [
         one
         for one in before
@@ -53,8 +53,8 @@ def result_row(run_dir: Path) -> Row:
     from gdn_jax.metrics import read_rows
 
     experiment = read_config(run_dir)
-    environment = json.loads(_read(run_dir, "env.json", "train"))
-    evaluation = published.preferred(json.loads(_read(run_dir, EVALUATION, "eval")))
+    environment = _read(run_dir, "env.json", "train", dict, "devices", "impl")
+    evaluation = published.preferred(_read(run_dir, EVALUATION, "eval", list, "step"))
     row = {
         "id": experiment.id,
         "hash8": experiment.hash8,
@@ -102,14 +102,14 @@ def loss_figure(run_dir: Path) -> "Figure":
     from gdn_jax.metrics import read_rows
 
     experiment = read_config(run_dir)
-    environment = json.loads(_read(run_dir, "env.json", "train"))
+    environment = _read(run_dir, "env.json", "train", dict, "devices", "impl")
     rows = read_rows(run_dir)
     train = {row["step"]: row["loss"] for row in rows if "loss" in row}
     validation = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     if not train:
         raise UserError(f"{run_dir / 'metrics.jsonl'} holds no losses; `gdn train` writes them.")
 
-    windows = json.loads(_read(run_dir, "validation.json", "train"))
+    windows = _read(run_dir, "validation.json", "train", dict, "windows", "of_windows")
     unigram, many = (
         windows["unigram_nats_per_token"],
         f"{len(windows['windows']):,} of {windows['of_windows']:,} windows",
@@ -283,11 +283,11 @@ def short(count: float) -> str:
     return str(count)
 
 
-def _read(run_dir: Path, name: str, command: str) -> str:
-    try:
-        return (run_dir / name).read_text()
-    except FileNotFoundError:
-        raise UserError(f"{run_dir} holds no {name}; `gdn {command}` writes it.") from None
+def _read(run_dir: Path, name: str, command: str, kind: type, *fields: str) -> Any:
+    """What a run's file holds, or a UserError that names the command that writes it."""
+    if not (run_dir / name).exists():
+        raise UserError(f"{run_dir} holds no {name}; `gdn {command}` writes it.")
+    return read_json(run_dir / name, kind, *fields)
 
 
 if __name__ == "__main__":

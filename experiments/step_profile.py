@@ -1,4 +1,4 @@
-"""One training step by kernel family: device time from the profiler's trace, beside what the device would allow.
+"""Profile of one training step: device time of each family of kernels, beside the least time the device allows.
 
 A family's floor is max(FLOPs / peak FLOP/s, bytes / peak bytes/s) with what the definition needs: FLOPs as in
 gdn_jax/flops.py, three times the forward; bytes of every array read once and written once, in bf16 where it is one.

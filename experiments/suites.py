@@ -1,11 +1,10 @@
-"""What the evaluating IDs do: the tasks of a table or figure asked of a trained run, kept, and read back as columns.
+"""Suites: the tasks of a table or figure, measured on a trained run, kept, and read back as columns.
 
 Each task's numbers lie in <run>/tasks.json as soon as it is finished, each answer in <run>/answers.jsonl before that,
 so an evaluation that was stopped goes on where it was. What keeps a number from being the column's own is said in its
 marks: fewer documents, rows of one's own, a stand-in, an unfinished training, another max_length.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
-from gdn_jax.files import write_json
+from gdn_jax.files import read_json, write_json
 
 if TYPE_CHECKING:
     from gdn_jax.evaluate.answering import Answering, Answers
@@ -28,7 +27,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """How tasks are to be measured."""
+    """The options that tasks are measured with."""
 
     folder: Path | None = None  # of local data: <task>.jsonl or .jsonl.gz, there or in a folder named like the suite
     limit: int | None = None  # documents of each task, samples of each length; None: all
@@ -126,7 +125,7 @@ class Suite:
         )  # fmt: skip
 
     def marks(self, entry: Row, column: Column) -> tuple[str, ...]:
-        """What keeps the entry from being the column's own number, in words."""
+        """Why the entry is not the column's own number, in words."""
         found = []
         if entry["of"] not in column.rows:
             found.append(f"own rows, n = {entry['n']:,}")
@@ -187,7 +186,7 @@ def save(run_dir: Path, entry: Row) -> None:
 def kept(run_dir: Path) -> list[Row]:
     """Every task's numbers in a run's directory, the oldest first."""
     path = run_dir / TASKS
-    return json.loads(path.read_text()) if path.exists() else []
+    return read_json(path, list, "suite", "task", "step") if path.exists() else []
 
 
 def of_step(run_dir: Path, step: int) -> list[Row]:

@@ -23,7 +23,7 @@ from experiments.models import PAPER_MODELS
 from experiments.options import Switch
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError, nearest
-from gdn_jax.files import write_json
+from gdn_jax.files import read_json, write_json
 from pallas_kernels import workers
 
 MODULE = "experiments.training_speed"
@@ -85,12 +85,12 @@ class Point(NamedTuple):
 
 
 def how(experiment: Experiment) -> Row:
-    """The fields of its run group that decide a step's speed."""
+    """The fields of an experiment's run group that decide how fast a step is."""
     return {field: getattr(experiment.run, field) for field in HOW}
 
 
 def changes(timing: Timing, setting: str, run: Row) -> Row:
-    """What in `run` is not the ID's own."""
+    """The fields in which `run` differs from the ID's own."""
     own = how(timing.experiment(setting))
     return {field: value for field, value in run.items() if value != own[field]}
 
@@ -134,7 +134,7 @@ def _names(option: str, given: str, known: list[str]) -> list[str]:
 
 
 def work(job: Row) -> Row:
-    """What this machine is, for an empty job; else the row of a point."""
+    """The worker's answer: a description of this machine for an empty job, else the measured row of a point."""
     from gdn_jax import metrics
 
     # an edit of the figure leaves the points that were measured
@@ -157,7 +157,7 @@ def measure(point: Point) -> Row:
 
 
 def failure(error: Exception, experiment: Experiment) -> str:
-    """What the runtime says, in one sentence; of memory with what would need less."""
+    """A runtime error in one sentence; where memory ran out, with what would need less."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "RESOURCE_EXHAUSTED" not in str(error):
         return f"failed: {said}"
@@ -331,7 +331,7 @@ def kept(point: Point, here: Row) -> Row | None:
     """The row that was kept for a point, where measuring it again would measure the same; a crash is tried again."""
     if not point.path.exists():
         return None
-    row = json.loads(point.path.read_text())
+    row = read_json(point.path, dict, "recipe8", "run", "warm_up", "repetitions", "note")
     asked = _row(point)
     same = all(row[field] == asked[field] for field in ("recipe8", "run", "warm_up", "repetitions"))
     same = same and all(row["environment"][field] == here[field] for field in ("code", "devices", "versions", "python"))

@@ -15,7 +15,7 @@ from gdn_jax.sampling import Sampling
 
 
 class Chunk(NamedTuple):
-    """Tokens that the device was asked for, and the prompt that each row continues; None: none."""
+    """Tokens that the device was asked for, and which prompt each row continues (None for an empty row)."""
 
     tokens: jax.Array  # [B, steps]
     finite: jax.Array  # [B, steps]
@@ -93,5 +93,5 @@ class Batch:
         return Chunk(tokens, finite, tuple(self._prompts))
 
     def free(self, which: int) -> None:
-        """The prompt's sequence has ended."""
+        """Frees the row of a prompt whose sequence has ended."""
         self._prompts[self._prompts.index(which)] = None

@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from gdn_jax import distributed
 from gdn_jax.checksums import checksums
 from gdn_jax.config import MIXER_FIELDS, Experiment, canonical, flat, from_dict, to_dict
+from gdn_jax.disk import check_space, free_space, in_words
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.fingerprint import Identity
@@ -31,6 +33,8 @@ LAYOUT = 2  # of run directories and checkpoints; another one is refused
 MODEL = "model"
 OPTIMIZER = "optimizer"
 WRITE_BYTES = 1 << 27  # in flight to the disk, at least
+FILES_BYTES = 1 << 17  # of a checkpoint's small files, and for each array what Orbax and the checksums note of it
+ARRAY_BYTES = 1 << 10
 NAMED = 4  # fields or runs in a refusal
 QUIET_SECONDS = 0.3  # without a word from threads whose reads failed: they have ended
 
@@ -59,10 +63,27 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    def check_space(self, size: int, saves: int) -> None:
+        """A UserError where the disk has no room for the next `saves` checkpoints of `size` bytes each.
+
+        At most run.keep of them and the one being written exist at once; those that are there already count.
+        """
+        held, keep = len(self._checkpointer.checkpoints), self._experiment.run.keep
+        new = most_new(held, saves, keep)
+        free = free_space(self._directory)
+        fewer = [n for n in range(keep - 1, 0, -1) if free is not None and most_new(held, saves, n) * size <= free]
+        check_space(
+            self._directory,
+            new * size,
+            f"The checkpoints ({new} more of {in_words(size)}, as run.keep is {keep} and one is being written)",
+            f"free some,{f' keep fewer with --run.keep {fewer[0]},' if fewer else ''} or choose another --run.dir",
+        )
+
     def save(self, step: int, model: Any, optimizer: Any = None) -> None:
         """Begins to write a checkpoint and returns; a write still going on is waited for first.
 
-        Without an optimizer state it can be evaluated, not trained on.
+        Without an optimizer state it can be evaluated, not trained on. Raises UserError, and writes nothing, where the
+        disk has no room for it.
         """
         state = {MODEL: named_leaves(model)} | ({} if optimizer is None else {OPTIMIZER: named_leaves(optimizer)})
         metadata = {
@@ -72,6 +93,7 @@ class Checkpoints:
             "data": self._data._asdict(),
             "checksums": {name: checksums(leaves) for name, leaves in state.items()},
         }
+        distributed.on_every(lambda: self._make_ready(step, checkpoint_bytes(*state.values())))
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -82,6 +104,11 @@ class Checkpoints:
             )
         except (OSError, ValueError) as error:  # the write before it may be the one that failed
             raise self._no_write(error) from error
+
+    def _make_ready(self, step: int, size: int) -> None:
+        self.wait()
+        way_out = f"free some and run the same command again: it goes on from {self._last()}"
+        check_space(self._directory, size, f"The checkpoint of step {step}", way_out)
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong in it."""
@@ -143,7 +170,7 @@ class Checkpoints:
         return self._saved(step).data
 
     def checksums(self, step: int) -> dict[str, str]:
-        """Name of every parameter of `step` -> its checksum."""
+        """{name of a parameter: its checksum} for all parameters of `step`."""
         return self._saved(step).checksums[MODEL]
 
     def _saved(self, step: int) -> "_Saved":
@@ -183,8 +210,22 @@ class Checkpoints:
         reason = reason or str(error).partition("\n")[0][:120]
         return UserError(
             f"A checkpoint cannot be written to {self._directory} ({reason}); make room there and run the same "
-            f"command again: it goes on from {'the start' if self.latest is None else f'step {self.latest}'}."
+            f"command again: it goes on from {self._last()}."
         )
+
+    def _last(self) -> str:
+        return "the start" if self.latest is None else f"step {self.latest}"
+
+
+def checkpoint_bytes(*trees: Any) -> int:
+    """The most bytes that one checkpoint of these trees (of arrays or of their shapes) takes on disk."""
+    leaves = jax.tree.leaves(trees)
+    return sum(leaf.size * leaf.dtype.itemsize + ARRAY_BYTES for leaf in leaves) + FILES_BYTES
+
+
+def most_new(held: int, saves: int, keep: int) -> int:
+    """How many new checkpoints exist at once, beside the `held` ones, while `saves` are written and `keep` are kept."""
+    return min(saves, max(1, keep + 1 - held))
 
 
 class _Saved(NamedTuple):
@@ -197,11 +238,11 @@ class _Saved(NamedTuple):
 
 
 class OlderLayout(UserError):
-    """A file of another version of this library: it is not misread, and it is not damaged."""
+    """A run or checkpoint in the file layout of another version of this library, which is refused, not misread."""
 
 
 def older(where: Path, layout: object) -> OlderLayout:
-    """The refusal of a run or checkpoint of another layout; the first one had no number."""
+    """The error for a run or checkpoint of another layout; files of the first layout carry no number."""
     return OlderLayout(
         f"{where} is of layout {layout or 1}, and this version reads layout {LAYOUT} alone; train again in another "
         f"run.dir, or use the version that wrote it."
@@ -243,7 +284,7 @@ def _silent() -> Iterator[None]:
 
 
 def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
-    """Both decide the same numbers, or a UserError that names the fields that differ."""
+    """Raises UserError, naming the fields, where the two experiments differ in what decides a result."""
     if canonical(found) == canonical(wanted):
         return
     ours, theirs = (flat(to_dict(e)) for e in (wanted, found))
@@ -261,7 +302,7 @@ def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
 
 
 def changed_file(found: Experiment, wanted: Experiment) -> bool:
-    """Whether both came from a file of the user's own that is not the same any more."""
+    """Whether both were read from the user's own file and that file has changed in between."""
     return bool(found.file and wanted.file and found.file.sha256 != wanted.file.sha256)
 
 
@@ -287,7 +328,7 @@ def read_config(run_dir: Path) -> Experiment:
         return from_dict(Experiment, tree)
     except OlderLayout:
         raise
-    except (ValueError, UserError) as error:
+    except (ValueError, RecursionError, UserError) as error:
         if needed := _missing_mixer(tree, run_dir):
             raise UserError(needed) from None
         reason = str(error).rstrip(".")
@@ -321,7 +362,7 @@ def _missing_mixer(tree: Any, run_dir: Path) -> str | None:
 
 
 def reader(run_dir: Path, experiment: Experiment) -> Checkpoints:
-    """The checkpoints of a run, at least one, to be read; close it."""
+    """Opens a run's checkpoints for reading; the caller closes them. UserError where there is none."""
     directory = run_dir / "checkpoints"
     checkpoints = Checkpoints(directory, experiment, writes=False) if directory.is_dir() else None
     if checkpoints is None or checkpoints.latest is None:

@@ -1,4 +1,5 @@
-"""What the devices of a compiled step send each other: read from XLA's program, loops counted as often as they turn."""
+"""What the devices send each other in a compiled step, read from XLA's program; an operation in a loop counts once for
+each iteration."""
 
 import math
 import re
@@ -22,7 +23,7 @@ _CALLED = re.compile(r"\b(?:to_apply|calls|true_computation|false_computation)=%
 
 
 class Collective(NamedTuple):
-    """One kind with results of one shape."""
+    """One kind of collective operation with results of one shape."""
 
     kind: str
     dtype: str
@@ -36,7 +37,7 @@ class Collective(NamedTuple):
 def collectives(program: str) -> Counter[Collective]:
     """How often each runs in one execution of a compiled program (`compiled.as_text()`).
 
-    Raises UserError for a loop with collectives whose turns XLA does not know.
+    Raises UserError for a loop with collectives whose number of iterations XLA does not know.
     """
     own: dict[str, Counter[Collective]] = {}
     below: dict[str, list[tuple[str, int | None]]] = {}

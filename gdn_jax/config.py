@@ -3,7 +3,7 @@
 model   what is learned, never how it is computed
 optim   the recipe: schedule, batch, precision
 data    which tokens, in which windows
-run     how it is computed and logged; of it only `seed` decides a number
+run     how it is computed and logged; of these fields only `seed` changes a result
 
 A group's rules are checked when it is made, so an invalid experiment cannot exist.
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gdn_jax.errors import nearest
-from gdn_jax.fields import coerce, hints, positive, require, some, typed
+from gdn_jax.fields import coerce, hints, positive, require, typed, without_none
 from gdn_jax.mixer_configs import (
     AttentionConfig,
     DeltaNetConfig,
@@ -124,6 +124,7 @@ class Optim:
     def __post_init__(self):
         typed(self, "optim")
         positive(self, "optim", "steps", "batch_size", "lr", "eps", "clip")
+        require(self.steps < 2**31, f"optim.steps is {self.steps}; it must be below 2^31.")
         for name in ("min_lr_ratio", "warmup"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name} is {value}; it must be in [0, 1].")
@@ -147,6 +148,7 @@ class Data:
     def __post_init__(self):
         typed(self, "data")
         positive(self, "data", "seq_len")
+        require(self.source, "data.source is ''; it must name a prepared directory, a text or a built-in source.")
         require(
             0 < self.validation < 1,
             f"data.validation is {self.validation}; it must be in (0, 1).",
@@ -188,11 +190,12 @@ class Run:
             "keep", "profile_steps",
         )  # fmt: skip
         require(0 <= self.seed < 2**31, f"run.seed is {self.seed}; it must be in [0, 2^31).")
+        require(self.profile_at >= -1, f"run.profile_at is {self.profile_at}; use -1 for never, or a step from 0 on.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One ID, fully resolved."""
+    """Everything that an ID stands for, every field with its value."""
 
     id: str
     model: Model
@@ -230,8 +233,8 @@ class Experiment:
 
 
 def mixer_config(mixer: str) -> type:
-    """What configures a mixer of model.pattern."""
-    return OWN_CONFIGS.get(mixer) or some(hints(Model)[MIXER_FIELDS[mixer]])
+    """The dataclass that configures a mixer of model.pattern."""
+    return OWN_CONFIGS.get(mixer) or without_none(hints(Model)[MIXER_FIELDS[mixer]])
 
 
 def _needed(mixer: str, field: str) -> str:
@@ -262,7 +265,7 @@ def to_dict(config: Any) -> dict:
 
 
 def canonical(experiment: Experiment, *, seed: bool = True) -> str:
-    """Canonical JSON of what decides a number. A mixer that is not configured leaves no trace."""
+    """Canonical JSON of the fields that a result depends on; mixers that are not configured are left out."""
     groups = {name: to_dict(getattr(experiment, name)) for name in ("model", "optim", "data")}
     groups |= {"seed": experiment.run.seed if seed else None}
     groups |= {"start": experiment.start and experiment.start.sha256}

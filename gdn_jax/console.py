@@ -1,7 +1,7 @@
-"""`gdn`: the process around experiments.run.main, which takes SIGINT from its first import on.
+"""`gdn`: the process around experiments.run.main, which handles Ctrl-C (SIGINT) from its first import on.
 
-Python's own handler raises KeyboardInterrupt wherever the main thread is: in half an import, where extension modules
-crash or report something else, or in a destructor or callback, which drop it.
+Python's own handler raises KeyboardInterrupt wherever the main thread happens to be. In the middle of an import,
+extension modules then crash or report another error; in a destructor or a callback the exception is lost.
 """
 
 import os
@@ -28,13 +28,13 @@ def console() -> typing.NoReturn:
 
 
 def take_interrupts() -> None:
-    """SIGINT ends an import and the process with it; elsewhere it is a KeyboardInterrupt that is not lost."""
+    """Installs the handler: during an import SIGINT ends the process, elsewhere it raises KeyboardInterrupt."""
     signal.signal(signal.SIGINT, _interrupt)
     sys.unraisablehook = _unraisable
 
 
 def leave() -> typing.NoReturn:
-    """The end of a process that was interrupted."""
+    """Says that the command was stopped and ends the process."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(CODE)

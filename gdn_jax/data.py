@@ -284,7 +284,7 @@ class ValidationWindows:
     of: int
 
     def described(self) -> dict[str, Any]:
-        """What a run records of them, with the cross entropy of a unigram model on their targets."""
+        """The facts that a run records about these windows, with a unigram model's cross entropy on their targets."""
         starts = (index * self.seq_len + 1 for index in self.indices)
         unigram = self.prepared.unigram_nats(range(start, start + self.seq_len) for start in starts)
         return {
@@ -318,7 +318,7 @@ def validation_batches(windows: ValidationWindows, *, batch_size: int, with_segm
 
 
 def check_length(prepared: Prepared, seq_len: int, batch_size: int) -> None:
-    """Enough text to validate and to train, or a UserError."""
+    """Raises UserError unless there is enough text to train and to validate."""
     check_held_out(prepared, seq_len)
     found = len(TokenWindows(prepared, "train", seq_len))
     if found < batch_size:
@@ -329,7 +329,7 @@ def check_length(prepared: Prepared, seq_len: int, batch_size: int) -> None:
 
 
 def check_held_out(prepared: Prepared, seq_len: int) -> None:
-    """At least one held-out window, or a UserError."""
+    """Raises UserError unless there is at least one held-out window."""
     found = len(prepared.tokens("validation"))
     if found < seq_len + 1:
         raise UserError(

@@ -41,7 +41,7 @@ def layers_of(model: LM) -> list[tuple]:
 def place(
     model: LM, rows: Rows, read: ReadPrompts, sources: Int[Array, "N"], targets: Int[Array, "N"], seeds: Int[Array, "N"]
 ) -> Rows:
-    """The rows with sequence sources[n] of `read` begun in row targets[n]; a target beyond the rows is left out."""
+    """Starts the sequence sources[n] of `read` in row targets[n]; a target beyond the last row is ignored."""
 
     def put(into: Array, new: Array) -> Array:
         return into.at[targets].set(new, mode="drop")

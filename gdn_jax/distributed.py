@@ -75,7 +75,7 @@ def _named(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _wait_for_first(address: str) -> None:
-    """Returns once something listens at process 0's address; jax would not raise, but abort with pages of its own."""
+    """Returns once something listens at process 0's address. Without it jax would abort instead of raising an error."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + PATIENCE
     while True:
@@ -111,7 +111,7 @@ def described() -> str:
 
 
 def on_every(make: Callable[[], T]) -> T:
-    """make() of this process; what one of them refuses, all refuse, with its sentence."""
+    """Calls make() in every process and returns its value; where it raises UserError in one, all raise it."""
     if alone():
         return make()
     value, refused = None, ""
@@ -126,7 +126,7 @@ def on_every(make: Callable[[], T]) -> T:
 
 
 def agree(facts: dict[str, Any]) -> None:
-    """All processes have the same facts, or a UserError that names the first that differs."""
+    """Raises UserError, naming the first difference, unless all processes have the same facts."""
     if alone():
         return
     every = [json.loads(text) for text in _gathered(json.dumps(facts))]
@@ -150,9 +150,10 @@ def _gathered(text: str) -> list[str]:
 
 
 def any_process(mesh: Mesh) -> Callable[[bool], bool]:
-    """Whether any process said True: of one process at once, of several at the call after, in all of them alike.
+    """A function said(value) that tells whether any process has passed True.
 
-    So no step waits for the answer, and all stop after the same step.
+    With several processes the answer to one call comes from the next call, the same in all of them: no step waits for
+    it, and all stop after the same step.
     """
     if alone():
         return bool
@@ -169,9 +170,9 @@ def any_process(mesh: Mesh) -> Callable[[bool], bool]:
 
 
 def end_if_left(error: Exception, saved: int | None) -> None:
-    """Ends this process where `error` says that another one is gone, with one sentence; returns for other errors.
+    """Ends this process with one sentence where `error` means that another process is gone; else returns.
 
-    At once and not in order: that would wait for the process that is gone, and then abort with pages of its own.
+    It exits at once, without jax's orderly shutdown, which would wait for the missing process and then abort.
     """
     text = str(error)
     if alone() or not (STATUS.match(text) and OF_ANOTHER.search(text)):

@@ -1,4 +1,4 @@
-"""Rules that fields of a configuration share; what breaks one gets a sentence that names the field and its value."""
+"""Rules that the fields of configurations share; each error names the field and its value."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ def require(condition: bool, sentence: str) -> None:
 
 
 def positive(group: Any, path: str, *names: str) -> None:
-    """Those fields of a group are positive and finite, or a UserError."""
+    """Raises UserError unless the named fields of a group are positive and finite."""
     for name in names:
         value = getattr(group, name)
         require(value > 0, f"{path}.{name} is {value}; it must be positive.")
@@ -28,7 +28,7 @@ def positive(group: Any, path: str, *names: str) -> None:
 
 
 def typed(group: Any, path: str) -> None:
-    """Every field is of its type, or a UserError; a whole number for a float becomes one, and a list a tuple."""
+    """Raises UserError unless every field has its type; an int given for a float becomes a float, a list a tuple."""
     for name, hint in hints(type(group)).items():
         value, where = getattr(group, name), f"{path}.{name}"
         made = next((part for part in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(part)), None)
@@ -41,16 +41,16 @@ def typed(group: Any, path: str) -> None:
             require(optional or isinstance(value, made), f"{where} is {value!r}; it must be a config.{made.__name__}.")
 
 
-def some(hint: Any) -> Any:
-    """X of `X | None`."""
+def without_none(hint: Any) -> Any:
+    """The type X of a hint `X | None`."""
     return next(arg for arg in typing.get_args(hint) if arg is not type(None))
 
 
 def coerce(hint: Any, value: Any, where: str, make: Callable[[type, Any, str], Any] | None = None) -> Any:
-    """`value` as the type of a field; a dataclass is what make(class, value, where) gives."""
+    """`value` converted to the type of a field; make(class, value, where) builds a nested dataclass."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return None if value is None else coerce(some(hint), value, where, make)
+        return None if value is None else coerce(without_none(hint), value, where, make)
     if origin is Literal:
         found = any(value == arg and type(value) is type(arg) for arg in args)
         require(found, f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}.")

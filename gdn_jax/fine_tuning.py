@@ -16,7 +16,7 @@ ONLY_BEGIN = ("init", "rescale_o_proj")  # fields of a model that decide random 
 
 
 def from_run(experiment: Experiment, run_dir: Path) -> Experiment:
-    """`experiment`, to begin with the newest parameters of the run in `run_dir`.
+    """`experiment`, changed to begin with the newest parameters of the run in `run_dir`.
 
     Raises UserError where there are none, or where they are of another model or another tokenizer.
     """
@@ -46,7 +46,7 @@ def from_run(experiment: Experiment, run_dir: Path) -> Experiment:
 
 
 def parameters(start: Start, abstract: LM) -> LM:
-    """What a run begins with, placed like `abstract`; a UserError where it is no longer there as it was."""
+    """The parameters that a run begins with, placed like `abstract`; UserError where they are gone or have changed."""
     source = checkpoint.read_config(Path(start.path))
     with contextlib.closing(checkpoint.reader(Path(start.path), source)) as checkpoints:
         model, _ = checkpoints.load_model(start.step, abstract)

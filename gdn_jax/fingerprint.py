@@ -1,4 +1,4 @@
-"""Which data it is: one hash of a prepared directory's content, the same wherever the same text was prepared."""
+"""The fingerprint of prepared data: one hash of its content, the same wherever the same text was prepared."""
 
 import hashlib
 from pathlib import Path
@@ -19,7 +19,7 @@ class Identity(NamedTuple):
 def fingerprint(directory: Path, manifest: dict) -> str:
     """sha256 of a prepared directory's content: tokenizer, and per split all token ids and all document ends.
 
-    How the source was cut into files, its name and the date leave no trace.
+    It does not depend on the source's name, on how it was cut into files, or on the date.
     """
     digest = hashlib.sha256(f"{manifest['tokenizer']['hash8']} {manifest['dtype']}\n".encode())
     for split in SPLITS:
@@ -37,5 +37,5 @@ def fingerprint(directory: Path, manifest: dict) -> str:
 
 
 def ends_path(shard: Path) -> Path:
-    """Where the document ends of a shard are."""
+    """The file that holds where each document of a shard ends."""
     return shard.with_suffix(".ends.npy")

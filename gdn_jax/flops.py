@@ -42,7 +42,7 @@ def gated_delta_rule_flops(cfg: Model, seq_len: int) -> float:
 
 
 def delta_rule_flops(cfg: Model, seq_len: int) -> float:
-    """As gated_delta_rule_flops: the decay costs no matmul."""
+    """The same as gated_delta_rule_flops, since the decay needs no matrix product."""
     return _delta_rule(cfg.deltanet.heads, cfg.deltanet.key_dim, cfg.deltanet.value_dim)
 
 
@@ -57,7 +57,7 @@ def retnet_flops(cfg: Model, seq_len: int) -> float:
 
 
 def hgrn2_flops(cfg: Model, seq_len: int) -> float:
-    """Linear attention of every head; a decay for each channel costs no matmul more."""
+    """Linear attention of every head; a decay for each channel needs no further matrix product."""
     return _linear_attention(cfg.hgrn2.heads, cfg.hgrn2.head_dim, cfg.hgrn2.head_dim)
 
 

@@ -28,7 +28,7 @@ MAX_SEED = 2**31  # exclusive
 
 @dataclass
 class Completion:
-    """One prompt continued: `finish` is None while it grows, then "stop" (a stop string), "eos" or "length"."""
+    """A prompt and its continuation; `finish`: None while it grows, then "stop" (a stop string), "eos" or "length"."""
 
     prompt: str
     seed: int
@@ -50,7 +50,7 @@ def generate(
     compute: Compute | None = None,
     batch_size: int | None = None,
 ) -> list[Completion]:
-    """The prompts continued, in their order. Arguments and errors as of `stream`."""
+    """Continues the prompts and returns their completions in the same order. Arguments and errors: see `stream`."""
     *_, out = stream(
         model, tokenizer, prompts, max_tokens=max_tokens, sampling=sampling, seeds=seeds, stops=stops,
         compute=compute, batch_size=batch_size,
@@ -176,11 +176,15 @@ def _check(
     if not prompts:
         raise UserError("There is no prompt; give one at least, '' to begin a document.")
     for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"A prompt is {prompt!r:.40}; each must be a text.")
         try:
             prompt.encode()
         except UnicodeEncodeError:
             raise UserError(f"The prompt {prompt[:40]!a} is not valid UTF-8; pass it in UTF-8.") from None
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size), ("chunk", chunk)):
+        if not isinstance(value, int | np.integer | None):
+            raise UserError(f"{name} is {value!r}; it must be a whole number.")
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; it must be positive.")
     if len(seeds) != len(prompts):

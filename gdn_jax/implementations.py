@@ -1,4 +1,4 @@
-"""Which implementation every op of an experiment takes on this machine: what tracing the model records."""
+"""Which implementation each op of an experiment takes on this machine, found by tracing the model."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from pallas_kernels.dispatch import CannotRun, record
 
 
 def implementations(experiment: Experiment) -> dict[str, dict[str, str]]:
-    """`traced` of the gradient that one device takes of one slice of a batch; nothing is computed.
+    """What `traced` finds for the gradient of one slice of a batch on one device; nothing is computed.
 
     Raises UserError where run.impl cannot run here.
     """
@@ -36,7 +36,7 @@ def _trace(experiment: Experiment) -> None:
 
 
 def check_impl(experiment: Experiment) -> None:
-    """UserError where a named run.impl cannot run here; "auto" always can, and is given what it may take (`admit`)."""
+    """Raises UserError where a named run.impl cannot run here; "auto" always can, once `admit` has looked."""
     if experiment.run.impl == "auto":
         admit(experiment)
     else:

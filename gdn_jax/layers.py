@@ -87,7 +87,7 @@ def dot_precision(dtype: Any) -> jax.lax.Precision:
 
 
 def at_least_fp32(dtype: Any) -> Any:
-    """What states, gates and sums are computed in beside activations of `dtype`: at least fp32."""
+    """The dtype of states, gates and sums beside activations of `dtype`: at least fp32."""
     return jnp.promote_types(jnp.float32, dtype)
 
 
@@ -299,12 +299,12 @@ def rope(
 
 @jaxtyped(typechecker=beartype)
 def segment_index(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Number the segments of each row 0, 1, 2, ...: any integers, a change of id starts a new segment."""
+    """Numbers the segments of each row 0, 1, 2, ...; a new one starts wherever the id (any integer) changes."""
     return jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
 
 
 def zero_padding(x: Float[Array, "B T *C"], lengths: Int[Array, "B"] | None) -> Float[Array, "B T *C"]:
-    """x with zeros behind the first lengths[b] tokens of row b; None: all tokens count."""
+    """x with everything after the first lengths[b] tokens of row b set to zero; None: nothing is padding."""
     if lengths is None:
         return x
     real = jnp.arange(x.shape[1]) < lengths[:, None]

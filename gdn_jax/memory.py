@@ -1,4 +1,4 @@
-"""What generating takes: bytes of caches and of a step, and what would fit where a request does not."""
+"""How much memory generation needs, and, where a request does not fit, what would."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from gdn_jax.tree import named_leaves
 
 
 def free_bytes() -> int | None:
-    """Of the default device, of a CPU what Linux says of the machine; None where nobody says."""
+    """Free memory of the default device; for a CPU, what Linux calls available; None where it is not known."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -28,16 +28,16 @@ def free_bytes() -> int | None:
 
 
 def cache_bytes(cfg: Model, batch_size: int, room: int, compute: Compute) -> int:
-    """Of the caches of so many sequences."""
+    """Bytes of the caches of `batch_size` sequences."""
     return _bytes(jax.eval_shape(lambda lm: lm.init_cache(batch_size, room, compute), abstract_model(cfg)))
 
 
 def needed_bytes(cfg: Model, lengths: Sequence[int], *, max_tokens: int, batch_size: int, compute: Compute) -> int:
-    """About what continuing prompts of these lengths takes beside the parameters.
+    """About how many bytes continuing prompts of these lengths takes, beside the parameters.
 
-    A copy of the layers' parameters, caches and logits of the rows and of the largest group of prompts that waits for
-    them, and of one piece that is read the outputs of a block's products, in fp32: the largest of what exists for a
-    moment.
+    The sum of: a copy of the layers' parameters; caches and logits of the rows, and of the largest group of prompts
+    that waits for rows; the largest temporary arrays, which are the fp32 outputs of one block's matrix products while a
+    piece of a prompt is read.
     """
     widths = {bucket(length) for length in lengths}
     waiting = max(rows_at_once(width, batch_size) for width in widths)
@@ -54,10 +54,10 @@ def needed_bytes(cfg: Model, lengths: Sequence[int], *, max_tokens: int, batch_s
 
 
 def step_bytes(cfg: Model, batch_size: int, tokens: int, compute: Compute) -> int:
-    """The bytes that writing one token of each sequence, `tokens` long by now, has to move at least.
+    """The fewest bytes that writing one token of each sequence, `tokens` long by now, has to move.
 
-    Every parameter once in the dtype that inference holds it in (an embedding that is not the head: its rows alone),
-    every recurrent state and convolution history once in and once out, every visible key and value once in.
+    Every parameter is read once, in inference's dtype (of an untied embedding only the rows that are looked up); every
+    recurrent state and convolution history is read and written once; every visible key and value is read once.
     """
     model = jax.eval_shape(lambda lm: for_inference(lm, compute.dtype), abstract_model(cfg))
     moved = _bytes(model)
@@ -71,7 +71,7 @@ def step_bytes(cfg: Model, batch_size: int, tokens: int, compute: Compute) -> in
 def check_fits(
     cfg: Model, lengths: Sequence[int], *, max_tokens: int, batch_size: int, compute: Compute, free: int | None
 ) -> None:
-    """A UserError that says what would fit, where the request needs more than `free` bytes; None: nothing is known."""
+    """Raises UserError, saying what would fit, where the request needs more than `free` bytes; None: no check."""
 
     def fits(batch_size: int, lengths: Sequence[int] = lengths, max_tokens: int = max_tokens) -> bool:
         return free >= needed_bytes(cfg, lengths, max_tokens=max_tokens, batch_size=batch_size, compute=compute)

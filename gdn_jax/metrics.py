@@ -1,4 +1,4 @@
-"""What a run says of itself: its environment, one JSON line per logged step, and the optional sinks."""
+"""What a run records: its environment, one JSON line per logged step, and TensorBoard or Weights & Biases if asked."""
 
 import datetime
 import functools
@@ -24,7 +24,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 
 
 def environment() -> dict[str, Any]:
-    """Versions, commit, hash of the source, devices and date: what a number must carry."""
+    """Versions, commit, hash of the source, devices and date, which are stored with every result."""
     commit, dirty = _commit()
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -42,7 +42,7 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def source_hash(packages: tuple[str, ...] = SOURCES) -> str:
-    """Eight hex digits of every Python file of the packages: a checkout, a copy without git and a wheel agree."""
+    """Hash of the packages' Python files, 8 hex digits: the same in a checkout, a copy without git and a wheel."""
     digest = hashlib.sha256()
     files = sorted(path.relative_to(HERE).as_posix() for name in packages for path in (HERE / name).rglob("*.py"))
     for name in files:
@@ -86,7 +86,7 @@ class Writer:
         self._wandb = _wandb(directory, experiment) if experiment.run.wandb else None
 
     def write(self, row: dict[str, Any]) -> None:
-        """One row; it has "step"."""
+        """Appends one row, which has the key "step"."""
         self._file.write(json.dumps(row) + "\n")
         scalars = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
         if self._tensorboard is not None:
@@ -104,7 +104,7 @@ class Writer:
 
 
 class NoWriter:
-    """Of the processes that do not own the run."""
+    """Writes nothing: for the processes that do not own the run."""
 
     def write(self, row: dict[str, Any]) -> None: ...
 
@@ -130,7 +130,7 @@ def read_rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def check_sinks(run: Run) -> None:
-    """The libraries that run.tensorboard and run.wandb need are installed, or a UserError."""
+    """Raises UserError where a library that run.tensorboard or run.wandb needs is not installed."""
     for field, value, library in (
         ("tensorboard", run.tensorboard, "tensorboardX"),
         ("wandb", run.wandb, "wandb"),

@@ -1,4 +1,4 @@
-"""What configures each mixer: one frozen dataclass a family, a field of `config.Model` holds it."""
+"""The configuration of each mixer: one frozen dataclass for each family, held by a field of `config.Model`."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -98,8 +98,8 @@ CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # a primitive
 ELEMENTWISE = ("convolve", "norm")  # kernels that run again in the time in which their outputs could be read
 
 
-def kept(remat: str) -> Callable[..., bool] | None:
-    """The policy of jax.checkpoint for run.remat: whether a primitive's output is kept for the backward."""
+def remat_policy(remat: str) -> Callable[..., bool] | None:
+    """The policy that jax.checkpoint takes for run.remat: which primitives' outputs are kept for the backward pass."""
     names = remat.split("+")
 
     def policy(primitive: Primitive, *arguments: Any, **parameters: Any) -> bool:
@@ -199,7 +199,7 @@ class LM(nnx.Module):
             (x, cache), _ = jax.lax.scan(body_with_cache, (x, cache), (repeats, self.groups, self.bounds_by_layer()))
             return self.norm(x, compute), cache
         if compute.remat != "none":  # neither a scan nor `_one_at_a_time` lets XLA merge the two passes
-            body = jax.checkpoint(body, prevent_cse=False, policy=kept(compute.remat))
+            body = jax.checkpoint(body, prevent_cse=False, policy=remat_policy(compute.remat))
         if compute.scan_layers or room is not None:
             x, cache = jax.lax.scan(body, x, (self.groups, self.bounds_by_layer()))
             return self.norm(x, compute), cache

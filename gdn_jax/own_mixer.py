@@ -1,4 +1,4 @@
-"""A mixer from outside: one call makes its name a word of model.pattern, its configuration model.own."""
+"""Adding a mixer of your own: after one call model.pattern may name it, and model.own holds its configuration."""
 
 import dataclasses
 from collections.abc import Callable

@@ -104,7 +104,7 @@ def read_prompts(
 def begin(
     model: LM, tokens: Int[Array, "R T"], lengths: Int[Array, "R"], *, room: int, compute: Compute
 ) -> ReadPrompts:
-    """The first piece of each prompt, its first lengths[r] tokens."""
+    """Reads the first piece of each prompt, the first lengths[r] tokens of row r."""
     hidden, cache = model(tokens, compute=compute, lengths=lengths, room=room)
     return ReadPrompts(cache, _last(hidden, lengths))
 
@@ -113,7 +113,7 @@ def begin(
 def go_on(
     model: LM, tokens: Int[Array, "R T"], lengths: Int[Array, "R"], read: ReadPrompts, *, compute: Compute
 ) -> ReadPrompts:
-    """The next piece of each prompt; a row whose prompt has ended has length 0 and stays as it is."""
+    """Reads the next piece of each prompt; a row whose prompt has ended has length 0 and stays unchanged."""
     hidden, cache = model(tokens, compute=compute, lengths=lengths, cache=read.cache)
     return ReadPrompts(cache, jnp.where(lengths[:, None] > 0, _last(hidden, lengths), read.hidden))
 

@@ -38,11 +38,11 @@ import numpy as np
 
 from gdn_jax import config, tokenizer
 from gdn_jax.errors import UserError
-from gdn_jax.files import NO_SPACE, explained
+from gdn_jax.files import NO_SPACE, explained, write_json
 from gdn_jax.fingerprint import SPLITS, fingerprint
 from gdn_jax.progress import Progress
-from gdn_jax.shards import NAMED, Job, place, save_array, write_json, write_shard
-from gdn_jax.sources import InputShard, documents, find_shards, is_prepared
+from gdn_jax.shards import NAMED, Job, split_hash, write_array, write_shard
+from gdn_jax.sources import InputShard, documents, find_shards, is_prepared, same_source
 
 FORMAT = 2
 IN_PROCESS_BYTES = 64 << 20  # smaller sources are not worth starting processes for
@@ -51,7 +51,7 @@ IN_PROCESS_BYTES = 64 << 20  # smaller sources are not worth starting processes 
 def default_directory(data: config.Data, root: str) -> Path:
     """Where the prepared form of `data` lives: <root>/<name of the source>-<hash8 of the tokenizer>.
 
-    A source that is a prepared directory is where it is.
+    Where the source is a prepared directory itself, that directory.
     """
     if is_prepared(Path(data.source)):
         return Path(data.source)
@@ -91,7 +91,7 @@ def prepare(
     plan = {
         "format": FORMAT,
         "source": source,
-        "inputs": hashlib.sha256(repr([(s.names, s.rows, s.bytes) for s in shards]).encode()).hexdigest(),
+        "inputs": _hash_of_inputs(shards),
         "python": platform.python_version() if source == "python-stdlib" else None,
         "tokenizer": {
             "name": tokenizer_name,
@@ -127,7 +127,8 @@ def prepare(
                 f"script called prepare outside of `if __name__ == '__main__':`; what is finished is kept."
             ) from None
         except (UserError, OSError) as error:
-            if not isinstance(error, OSError) or error.errno not in NO_SPACE:
+            full = isinstance(error, OSError) and error.errno in NO_SPACE
+            if not (full and any(out.glob("shard-*.json"))):
                 _remove(out, "plan.json", "shard-*", "train-[0-9]*", "validation-[0-9]*", "unigram.npy")
             raise
         finally:
@@ -135,6 +136,27 @@ def prepare(
         for line in _summary(out, manifest):
             display.say(line)
     return out
+
+
+def _hash_of_inputs(shards: list[InputShard]) -> str:
+    """A hash of the names and sizes of a source's files."""
+    return hashlib.sha256(repr([(s.names, s.rows, s.bytes) for s in shards]).encode()).hexdigest()
+
+
+def check_source(source: str, directory: Path, manifest: dict) -> None:
+    """Raises UserError where `directory`, whose name is made of the last part of `source`, was made of another source.
+
+    Text that was moved since is the same source: nothing is left at its old place, names and sizes of files agree.
+    """
+    made_of, path = manifest["source"], Path(source)
+    if path == directory or same_source(made_of, source) or not (source.startswith("hf:") or path.exists()):
+        return
+    if path.exists() and not Path(made_of).exists() and _hash_of_inputs(find_shards(source)) == manifest.get("inputs"):
+        return
+    raise UserError(
+        f"data.source is {source!r}, and {directory} was made of {made_of!r}, which has the same name; prepare yours "
+        f"with gdn data prepare {source} --out DIR, and give that DIR as --data.source."
+    )
 
 
 def _tokenised(out: Path, plan: dict, shards: list[InputShard], workers: int | None, display: Progress) -> list[dict]:
@@ -159,7 +181,7 @@ def _tokenised(out: Path, plan: dict, shards: list[InputShard], workers: int | N
 def _moved(plan: dict, shards: list[InputShard], marks: list[dict]) -> dict:
     """The plan with the nearest threshold that holds out one text and keeps another; with none for a single text."""
     places = {
-        place(text) for shard in shards for text in documents(shard, plan["text_column"]) if isinstance(text, str)
+        split_hash(text) for shard in shards for text in documents(shard, plan["text_column"]) if isinstance(text, str)
     }
     if not places:
         reasons = [" (" + " ".join(mark["left_out"][0]) + ")" for mark in marks if mark["left_out"]]
@@ -181,7 +203,7 @@ def _finish(out: Path, plan: dict, marks: list[dict]) -> dict:
         parts = [mark[split] for mark in marks]
         totals = {key: sum(part[key] for part in parts) for key in ("tokens", "documents", "bytes", "words")}
         splits[split] = totals | {"shards": parts}
-    save_array(out / "unigram.npy", sum(np.load(path) for path in out.glob("shard-*.counts.npy")))
+    write_array(out / "unigram.npy", sum(np.load(path) for path in out.glob("shard-*.counts.npy")))
     left_out = [named for mark in marks for named in mark["left_out"]][:NAMED]
     manifest = plan | {"skipped": sum(mark["skipped"] for mark in marks), "left_out": left_out, "splits": splits}
     manifest["fingerprint"] = fingerprint(out, manifest)
@@ -202,7 +224,7 @@ def _check_agreement(path: Path, plan: dict) -> dict:
         group, _, key = field.partition(".")
         before, now = (tree.get(group, {}) for tree in (old, plan))
         before, now = (before.get(key), now[key]) if key else (before, now)
-        if before != now:
+        if before != now and not (field == "source" and same_source(before, now)):
             change = f"{field} {before!r}, now it is {now!r}"
             if field == "inputs":
                 change = f"other files in {plan['source']}"

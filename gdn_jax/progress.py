@@ -1,4 +1,4 @@
-"""The one way in which long work shows itself: a live line on a terminal, a plain line now and then elsewhere."""
+"""How long work shows its progress: a line that changes on a terminal, a plain line now and then elsewhere."""
 
 import sys
 import time
@@ -12,7 +12,7 @@ LINE_SECONDS = 10.0  # between plain lines of `show` where there is no terminal
 
 
 class Progress:
-    """What work in hand says of itself, on stderr; enter it around the work.
+    """Shows on stderr how far a piece of work has come; a context manager around the work.
 
     `show` gives the state of the work: it replaces the live line of a terminal, and elsewhere is a line of its own, at
     most one every `seconds`. `say` is a line that stays.

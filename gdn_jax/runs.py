@@ -77,7 +77,7 @@ def open_run(name: str | Path, *, step: int | None = None) -> OpenRun:
 
 
 def check_tokenizer(words: tokenizer.Tokenizer, trained_on: Identity, directory: Path) -> None:
-    """`words` is the tokenizer that the run was trained with, or a UserError."""
+    """Raises UserError unless `words` is the tokenizer that the run was trained with."""
     if words.hash8 != trained_on.tokenizer:
         raise UserError(
             f"The run {directory} was trained with a tokenizer of hash {trained_on.tokenizer}, and {words.name!r} has "
@@ -86,7 +86,7 @@ def check_tokenizer(words: tokenizer.Tokenizer, trained_on: Identity, directory:
 
 
 def prepared_data(experiment: Experiment, progress: Progress | None = None) -> data.Prepared:
-    """The experiment's prepared data; a built-in source prepares itself, other ones are asked for."""
+    """The experiment's prepared data. A built-in source is prepared if need be; any other one must be there."""
     group = experiment.data
     directory = prepare.default_directory(group, experiment.run.data_root)
     if group.source in BUILT_IN and not (directory / "manifest.json").exists():
@@ -99,6 +99,7 @@ def prepared_data(experiment: Experiment, progress: Progress | None = None) -> d
         )
     tokens = tokenizer.load(group.tokenizer)
     prepared = data.open_prepared(directory, tokenizer_hash=tokens.hash8)
+    prepare.check_source(group.source, directory, prepared.manifest)
     if prepared.vocab > experiment.model.vocab:
         raise UserError(
             f"model.vocab is {experiment.model.vocab}; it must be at least {prepared.vocab}, the tokens of "
@@ -113,17 +114,20 @@ def prepared_data(experiment: Experiment, progress: Progress | None = None) -> d
 
 
 def keep_compiled(run: Run) -> None:
-    """Compiled programs go to run.compile_cache and come from there, for later processes too.
+    """Keeps compiled programs in run.compile_cache, where later processes find them.
 
-    Not where a CPU stands in for several devices: jaxlib 0.10.2 was seen to crash while it wrote such a program.
+    Off where a CPU simulates several devices: jaxlib 0.10.2 was seen to crash while it wrote such a program.
     """
     if run.compile_cache and (jax.default_backend() != "cpu" or jax.device_count() == 1):
         jax.config.update("jax_compilation_cache_dir", str(Path(run.compile_cache).resolve()))
 
 
 @contextlib.contextmanager
-def own(directory: Path, experiment: Experiment) -> Iterator[Experiment]:
-    """The run's directory, made or checked, held by this process alone while it trains; yields what it began as."""
+def locked(directory: Path, experiment: Experiment) -> Iterator[Experiment]:
+    """Locks the run's directory for this process while it trains, after making or checking it.
+
+    Yields the experiment that the run was started as, which may differ from `experiment` in how it is computed.
+    """
     config = directory / "config.json"
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -146,7 +150,7 @@ def own(directory: Path, experiment: Experiment) -> Iterator[Experiment]:
         if config.exists():
             began = checkpoint.read_config(directory)
             checkpoint.check_same(began, experiment, directory)
-        elif {path.name for path in directory.iterdir()} - {"lock", "config.json.new"}:
+        elif any(path.name != "lock" and not path.match("config.json.*.tmp") for path in directory.iterdir()):
             raise _no_run(directory)
         else:
             checkpoint.write_config(directory, experiment)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.errors import UserError
@@ -30,8 +31,8 @@ class Sampling:
             raise UserError(
                 f"temperature is {temperature}; it must be 0 for the likeliest token, or at least {MIN_TEMPERATURE}."
             )
-        if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}; it must be positive, or left out for all tokens.")
+        if self.top_k is not None and not (isinstance(self.top_k, int | np.integer) and self.top_k >= 1):
+            raise UserError(f"top_k is {self.top_k}; it must be positive and whole, or left out for all tokens.")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p is {self.top_p}; it must be in (0, 1], 1 for all tokens.")
 

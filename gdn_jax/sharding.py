@@ -75,7 +75,7 @@ def split_tokens(x: jax.Array) -> jax.Array:
 
 
 def parameter_spec(name: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """The first axis that fsdp divides, never that of the model's repeats; else a copy.
+    """Splits the first axis that fsdp divides, never that of the model's repeats; without one, each device has a copy.
 
     The parts of the first axis follow each other in memory, so that a gathered parameter need not be transposed.
     """

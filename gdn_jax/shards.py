@@ -1,8 +1,8 @@
-"""One input shard of a source to one shard of each split, written under temporary names and then marked as finished."""
+"""Tokenises one input shard into one shard of each split, under temporary names until it is marked as finished."""
 
 import contextlib
 import hashlib
-import json
+import io
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gdn_jax import tokenizer
+from gdn_jax.files import temporary, write_bytes, write_json
 from gdn_jax.fingerprint import SPLITS, ends_path
 from gdn_jax.sources import InputShard, LeftOut, documents
 
@@ -49,7 +50,7 @@ class _SplitWriter:
         self._ends_path = ends_path(self._bin)
         self._dtype = np.dtype(job.plan["dtype"]).newbyteorder("<")
         self._eos = np.array([job.plan["tokenizer"]["eos"]], np.int32)
-        self._file = _temporary(self._bin).open("wb")
+        self._file = temporary(self._bin).open("wb")
         self._pending: list[np.ndarray] = []
         self._sha256 = hashlib.sha256()
         self._ends = array("q")
@@ -74,8 +75,8 @@ class _SplitWriter:
 
     def publish(self) -> dict[str, Any]:
         self._file.close()
-        save_array(self._ends_path, np.array(self._ends, np.int64))
-        os.replace(_temporary(self._bin), self._bin)
+        write_array(self._ends_path, np.array(self._ends, np.int64))
+        os.replace(temporary(self._bin), self._bin)
         return {
             "file": self._bin.name,
             "tokens": self.tokens,
@@ -112,20 +113,20 @@ def write_shard(job: Job, report: Report) -> None:
             for writer in writers.values():
                 writer.flush()
             report(len(batch) - len(strange), sum(writer.tokens for writer in writers.values()) - before, size)
-        save_array(job.counts, writers["train"].counts)
+        write_array(job.counts, writers["train"].counts)
         mark = {split: writer.publish() for split, writer in writers.items()}
         write_json(job.mark, mark | {"skipped": skipped, "left_out": left_out})
 
 
-def place(text: str) -> int:
-    """Of a text in [0, 2^64), a hash: a split by it does not depend on where the text is found."""
+def split_hash(text: str) -> int:
+    """Hash of a text in [0, 2^64): whether the text is held out depends on it alone, not on where the text lies."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _divided(text: str, plan: dict) -> list[tuple[str, str]]:
     """(split, text), or without a threshold the text's head to train on and its tail."""
     if plan["threshold"] is not None:
-        return [("validation" if place(text) < plan["threshold"] else "train", text)]
+        return [("validation" if split_hash(text) < plan["threshold"] else "train", text)]
     end = max(1, min(len(text) - 1, round(len(text) * (1 - plan["validation"]))))
     return [part for part in (("train", text[:end]), ("validation", text[end:])) if part[1]]
 
@@ -146,17 +147,8 @@ def _batches(texts: Iterable[str | LeftOut]) -> Iterator[list[str | LeftOut]]:
     yield batch
 
 
-def _temporary(path: Path) -> Path:
-    # The process id keeps a killed preparation's dying workers away from the files of the one that follows.
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-def save_array(path: Path, values: np.ndarray) -> None:
-    with _temporary(path).open("wb") as file:
-        np.save(file, values)
-    os.replace(_temporary(path), path)
-
-
-def write_json(path: Path, tree: dict) -> None:
-    _temporary(path).write_text(json.dumps(tree, indent=1) + "\n")
-    os.replace(_temporary(path), path)
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Replace `path` by an array as NumPy's .npy."""
+    content = io.BytesIO()
+    np.save(content, values)  # on a disk that fills up, NumPy's own write fails without saying why
+    write_bytes(path, content.getbuffer())

@@ -25,7 +25,7 @@ BUILT_IN = ("english-novels", "python-stdlib")  # sources that are everywhere: t
 
 
 class LeftOut(NamedTuple):
-    """What of a source is no document, and why."""
+    """A part of a source that is not read as a document, and the reason."""
 
     what: str  # a file, or a line or row of one
     why: str
@@ -78,13 +78,19 @@ def find_shards(source: str) -> list[InputShard]:
     return shards
 
 
+def same_source(one: str, other: str) -> bool:
+    """Whether two names mean one source: paths may be written differently."""
+    paths = not any(name in BUILT_IN or name.startswith("hf:") for name in (one, other))
+    return one == other or (paths and Path(one).resolve() == Path(other).resolve())
+
+
 def is_prepared(directory: Path) -> bool:
     """Whether `prepare` has written to this directory, its files whole or not."""
     return any(directory.glob("train-[0-9]*.bin"))
 
 
 def documents(shard: InputShard, column: str) -> Iterator[str | LeftOut]:
-    """The texts of a shard in order, none of them empty, and what is no text where it stands."""
+    """The texts of a shard in order, none of them empty; a LeftOut stands where something is not a text."""
     if shard.kind == "text":
         for path in shard.paths:
             yield _whole_file(path)
@@ -164,7 +170,7 @@ def _jsonl(path: Path, column: str) -> Iterator[str | LeftOut]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _text_of(json.loads(line), column, f"{path}, line {number}")
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, nested beyond all sense, or not UTF-8
         raise UserError(f"{path}, line {number}: not valid JSON ({error}); repair or remove the line.") from None
     except damage as error:
         raise UserError(f"{path} is damaged after line {number} ({error}); fetch it again.") from None

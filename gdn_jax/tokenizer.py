@@ -109,7 +109,7 @@ class JsonTokenizer:
             raise _not_installed(name, "tokenizers") from None
         try:
             tree = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(f"Tokenizer file {name} is no JSON or is damaged; restore it.") from None
         if not isinstance(tree, dict) or not isinstance(tree.get("model"), dict):
             raise UserError(f"Tokenizer file {name} holds no 'model'; give a file saved by the tokenizers library.")

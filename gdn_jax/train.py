@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from gdn_jax import data, distributed, fine_tuning, sharding
-from gdn_jax.checkpoint import Checkpoints, write_config
+from gdn_jax.checkpoint import Checkpoints, checkpoint_bytes, write_config
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
@@ -33,7 +33,7 @@ from gdn_jax.metrics import NoWriter, Writer, check_sinks, environment, peak_flo
 from gdn_jax.model import LM, init_model
 from gdn_jax.optim import optimizer, schedule
 from gdn_jax.progress import SILENT, Progress
-from gdn_jax.runs import keep_compiled, own, prepared_data, run_directory
+from gdn_jax.runs import keep_compiled, locked, prepared_data, run_directory
 
 
 class Interrupted(Exception):
@@ -164,7 +164,7 @@ def train(experiment: Experiment) -> Path:
     progress = Progress(seconds=0) if distributed.first() else SILENT
     with contextlib.ExitStack() as stack:
         began = distributed.on_every(
-            lambda: stack.enter_context(own(directory, experiment)) if distributed.first() else experiment
+            lambda: stack.enter_context(locked(directory, experiment)) if distributed.first() else experiment
         )
         keep_compiled(experiment.run)
         checkpoints = Checkpoints(directory / "checkpoints", experiment, writes=True, data=prepared.identity)
@@ -182,6 +182,8 @@ def train(experiment: Experiment) -> Path:
             checkpoints.check(start)
             progress.say(f"{experiment.id}: all {start} steps are done, in {directory}")
             return directory
+        size, saves = checkpoint_bytes(*trainer.abstract), saves_left(experiment, start)
+        distributed.on_every(lambda: checkpoints.check_space(size, saves))
         if start:
             model, opt_state = checkpoints.load(start, *trainer.abstract)
         else:
@@ -207,6 +209,12 @@ def train(experiment: Experiment) -> Path:
             distributed.end_if_left(error, checkpoints.latest)
             raise
     return directory
+
+
+def saves_left(experiment: Experiment, start: int) -> int:
+    """How many checkpoints a run writes after step `start`: one every run.save_every steps, and the last."""
+    steps, every = experiment.optim.steps, experiment.run.save_every
+    return steps // every - start // every + bool(steps % every)
 
 
 def _prepare(experiment: Experiment) -> tuple[Trainer, dict, data.Prepared, data.ValidationWindows]:

@@ -1,4 +1,4 @@
-"""A training state as a flat dict of named arrays: the form checkpoints, sharding rules and masks speak of."""
+"""A training state as a flat dict of named arrays, the form that checkpoints, sharding rules and masks use."""
 
 from typing import Any
 

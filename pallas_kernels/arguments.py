@@ -11,26 +11,26 @@ DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 def check_tokens(tokens: int, op: str) -> None:
-    """At least one; a batch of 0 is fine, and its result empty."""
+    """Raises ValueError where there is no token; a batch of 0 rows is fine, its result is empty."""
     if tokens == 0:
         raise ValueError(f"T is 0; {op} needs at least one token.")
 
 
 def check_sizes(**sizes: int) -> None:
-    """Axes that cannot be empty."""
+    """Raises ValueError where an axis is empty that must not be."""
     for name, size in sizes.items():
         if size == 0:
             raise ValueError(f"{name} is 0; it must be at least 1.")
 
 
 def check_chunk(chunk: int) -> None:
-    """Of tokens that a chunkwise op takes at once."""
+    """Raises ValueError unless `chunk`, the tokens that a chunkwise op takes at once, is one of the sizes it knows."""
     if chunk not in CHUNKS:
         raise ValueError(f"chunk is {chunk}; it must be one of {', '.join(map(str, CHUNKS))}.")
 
 
 def check_heads(heads: int, value_heads: int) -> None:
-    """Value heads in groups of one size, one group a key head."""
+    """Raises ValueError unless the value heads divide into equal groups, one for each key head."""
     if heads == 0 or value_heads % heads:
         raise ValueError(f"v has {value_heads} heads, not a multiple of the {heads} heads of q and k.")
 
@@ -41,7 +41,7 @@ def is_known(x: jax.Array | np.ndarray) -> bool:
 
 
 def outside(ids: jax.Array | np.ndarray, stop: int) -> int | None:
-    """An integer of `ids` that is not in [0, stop); None where there is none or they are not known."""
+    """An integer of `ids` that is not in [0, stop), or None where there is none or the values are not known."""
     if not is_known(ids) or not ids.size:
         return None
     values = np.asarray(ids)
@@ -49,14 +49,14 @@ def outside(ids: jax.Array | np.ndarray, stop: int) -> int | None:
 
 
 def check_range(name: str, ids: Any, stop: int, more: str = "") -> None:
-    """Integers that count from 0, where they are known."""
+    """Raises ValueError where integers, if their values are known, lie outside [0, stop)."""
     strange = outside(ids, stop)
     if strange is not None:
         raise ValueError(f"{name} holds {strange}; they must lie in [0, {stop}){more}.")
 
 
 def check_dtypes(**arrays: Any) -> None:
-    """What arithmetic is defined for; absent arrays (None) have none."""
+    """Raises ValueError for dtypes that the arithmetic is not defined for; None stands for an absent array."""
     for name, x in arrays.items():
         if x is not None and x.dtype not in DTYPES:
             raise ValueError(f"{name} is {x.dtype}; it must be bfloat16, float32 or float64.")

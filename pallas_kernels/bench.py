@@ -175,6 +175,12 @@ def run(todo: Sequence[Job]) -> dict[str, Any]:
     """
     rows: list[dict[str, Any]] = []
     stopped = 0
+    print(
+        f"{todo[0].op}: {len(todo)} to measure, at most {todo[0].timeout} s each. The named shapes are a GPU's; on a "
+        "CPU write small ones out with --shapes.",
+        file=sys.stderr,
+        flush=True,
+    )
     try:
         with workers.terminable():
             for job in todo:

@@ -61,7 +61,7 @@ def _say_once(line: str) -> None:
 def choose(
     op: str, impl: str, why_not: Callable[[str], str | None], admits: Callable[[], Refusal | None] | None = None
 ) -> Choice:
-    """A named `impl`, or CannotRun with the reason; for "auto" the first of AUTO_ORDER that can run.
+    """Chooses a named `impl`, or for "auto" the first of AUTO_ORDER that can run; CannotRun where none can.
 
     admits: asked before "auto" takes the kernels, and gives a refusal or None
     """
@@ -91,7 +91,7 @@ def choose_plain(op: str, impl: str) -> Choice:
 
 
 def taken(choice: Choice) -> str:
-    """The implementation of a choice that now runs: recorded, and said once a process where it is not the fastest."""
+    """Records the choice that now runs and returns its implementation; says once why it is not the fastest."""
     recorders = _recorders.get()
     for recorder in recorders:
         recorder.choices.append(choice)

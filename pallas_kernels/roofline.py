@@ -10,7 +10,7 @@ class Peak(NamedTuple):
     bandwidth: float
 
     def least_ms(self, flops: float, moved: float) -> float:
-        """Milliseconds that so many FLOPs and bytes take at least, where they overlap."""
+        """The least milliseconds for so many FLOPs and bytes, if arithmetic and memory traffic overlap."""
         return 1e3 * max(flops / self.flops, moved / self.bandwidth)
 
 

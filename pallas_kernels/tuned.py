@@ -22,7 +22,7 @@ WHOLE = "all"  # the timing of all kernels together
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """What a kernel took, or all of them together, and where that was measured."""
+    """How long a kernel, or all of them together, took, and where that was measured."""
 
     ms: float
     shape: str  # a name in benchmark.py, or written out
@@ -36,7 +36,7 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What a table has of one size on one kind of device."""
+    """The part of a table for one size on one kind of device."""
 
     configuration: Any
     admitted: bool  # "auto" takes the size: its configuration passed the float64 check; never said of few rows

@@ -136,7 +136,9 @@ def test_a_signal_ends_the_worker_too(tmp_path, name, code):
     out, err = process.communicate(timeout=60)
     assert process.returncode == code
     if name != "SIGKILL":
-        assert err == "Stopped; what was not measured says so.\n"
+        begun, stopped = err.splitlines()
+        assert begun.startswith(f"{OP}: 1 to measure, at most 300 s each.")
+        assert stopped == "Stopped; what was not measured says so."
         assert "| 4x8192,2,64,64 | chunked | not run | not run | not run | not run | not run |" in out
     (worker,) = started
     deadline = time.monotonic() + 30

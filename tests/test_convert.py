@@ -351,7 +351,7 @@ def test_refused_tokenizers_and_sources(here, monkeypatch):
         return str(error.value)
 
     assert "holds no tokenizer.model or tokenizer.json; name its tokenizer" in says(data=replace(BYTES, tokenizer=""))
-    assert "There is no nowhere" in says("nowhere")
+    assert "There is no file or directory 'nowhere'" in says("nowhere")
     assert "run is a run of ours already" in says("run")
     Path("weights.pth").write_bytes(b"\x80\x02")
     assert "weights.pth is a pickle" in says("weights.pth", like=FLA_MODELS["gated_deltanet"])

@@ -21,6 +21,7 @@ import experiments
 from experiments.run import main
 from gdn_jax import checkpoint
 from gdn_jax.errors import UserError
+from gdn_jax.files import temporary
 from gdn_jax.metrics import read_rows
 
 ID = "test/small"
@@ -93,11 +94,11 @@ def altered(path):
 
 
 def full(path):
-    """A file whose device has no space left; the newest checkpoint is gone, so that training goes on from step 2."""
+    """The file's disk has no space left; the newest checkpoint is gone, so that training goes on from step 2."""
 
     def link(*_):
         shutil.rmtree(RUN / "checkpoints" / "4")
-        Path(path).symlink_to("/dev/full")
+        temporary(path).symlink_to("/dev/full")
 
     return link
 
@@ -177,6 +178,23 @@ FAULTS = [
         f"{TRAIN} {ELSEWHERE} --data.source fineweb-edu",
         ("data.source 'fineweb-edu'", "run: gdn data prepare SOURCE --out data/fineweb-edu-b3838ac4"),
     ),
+    Fault(
+        "data of another text with the same name",
+        f"{TRAIN} {ELSEWHERE} --data.source b/text",
+        ("data.source is 'b/text', and data/text-b3838ac4 was made of 'text'", "gdn data prepare b/text --out DIR"),
+        file("b/text/1.txt", b"another text"),
+    ),
+    Fault(
+        "another text with the same name to prepare",
+        "data prepare b/text --validation 0.2",
+        ("was prepared with source 'text', now it is 'b/text'", "choose another --out"),
+        file("b/text/1.txt", b"another text"),
+    ),
+    Fault(
+        "another data set with the same name",
+        f"{TRAIN} {ELSEWHERE} --data.source hf:somebody/text",
+        ("data.source is 'hf:somebody/text'", "was made of 'text'", "gdn data prepare hf:somebody/text --out DIR"),
+    ),
     Fault("no tokenizer", f"{TRAIN} --data.tokenizer no.model", ("no.model", "give the path of an existing file")),
     Fault("tokenizer's suffix", f"{TRAIN} --data.tokenizer LICENSE", ("'LICENSE'", "'byte' nor the path of a .model")),
     Fault(
@@ -247,18 +265,18 @@ FAULTS = [
     Fault("run.dir below /proc", f"{TRAIN} --run.dir /proc/x", ("/proc/x", "choose another run.dir")),
     Fault("run.dir is no run", f"{TRAIN} --run.dir text", ("text holds files but no run", "another run.dir")),
     Fault("--out is no data", "data prepare text --out run", ("run holds files", "choose another --out")),
-    Fault("no space to train", TRAIN, ("No space left for run/env.json;", "free some"), full(RUN / "env.json.new")),
+    Fault("no space to train", TRAIN, ("No space left for run/env.json;", "free some"), full(RUN / "env.json")),
     Fault(
         "no space for metrics",
         TRAIN,
         ("No space left for run/metrics.jsonl;", "free some"),
-        full(RUN / "metrics.jsonl.new"),
+        full(RUN / "metrics.jsonl"),
     ),
     Fault(
         "no space to evaluate",
         EVAL,
         ("No space left for run/evaluation.json;", "free some"),
-        full(RUN / "evaluation.json.new"),
+        full(RUN / "evaluation.json"),
     ),
     Fault(
         "loss is not finite",

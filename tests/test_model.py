@@ -19,7 +19,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.flops import forward_flops_per_token, matmul_parameters, train_flops_per_token
 from gdn_jax.layers import Compute
 from gdn_jax.loss import next_token_loss
-from gdn_jax.model import CUDNN_ATTENTION, abstract_model, count_parameters, kept
+from gdn_jax.model import CUDNN_ATTENTION, abstract_model, count_parameters, remat_policy
 from gdn_jax.model import init_model as eager_init_model
 
 FP32 = Compute(dtype=jnp.float32, impl="reference")  # the smallest program to compile
@@ -191,7 +191,7 @@ def test_recurrences_are_kept_and_elementwise_kernels_run_again():
 
 def test_the_policy_keeps_cudnn_attention():
     attention = Primitive(CUDNN_ATTENTION)
-    assert kept("products+kernels")(attention) and not kept("products")(attention)
+    assert remat_policy("products+kernels")(attention) and not remat_policy("products")(attention)
 
 
 def test_dtypes_of_the_whole():

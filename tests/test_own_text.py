@@ -1,4 +1,4 @@
-"""docs/own-text.md: its blocks run in their order, as a stranger would run them, and give what the page says."""
+"""Own text: the blocks of docs/own-text.md run in their order and give what the page says; texts of one name."""
 
 import contextlib
 import re
@@ -7,8 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from test_prepare import manifest_of, run
 
 from experiments.run import main
+from gdn_jax import config, prepare
+from gdn_jax.errors import UserError
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "own-text.md").read_text()
 
@@ -36,3 +39,25 @@ def test_the_page_runs_from_top_to_bottom(tmp_path, capsys):
     assert "The " in written and len(written) > 120
     assert abs(float(re.search(r"(\S+) nats a byte", in_python)[1]) - model) < 1
     assert branched == "(3, 320)\n" and "runs/bpe/result.json" in own
+
+
+def test_sources_of_one_name_are_told_apart(tmp_path, monkeypatch):
+    """What was prepared is refused for another text, and taken for the same one, written otherwise or moved."""
+    monkeypatch.chdir(tmp_path)
+    for folder, text in (("a", "first"), ("b", "second")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "input.txt").write_text(f"the {text} text " * 50)
+    out = run("a/input.txt", prepare.default_directory(config.Data(source="a/input.txt"), "data"))
+    manifest = manifest_of(out)
+    for same in ("a/input.txt", "./a/input.txt", str(tmp_path / "a/input.txt"), str(out), "input.txt"):
+        prepare.check_source(same, out, manifest)
+    run("./a/input.txt", out)
+    with pytest.raises(UserError, match="data.source is 'b/input.txt', and data/input.txt-b3838ac4 was made of 'a/in"):
+        prepare.check_source("b/input.txt", out, manifest)
+    with pytest.raises(UserError, match="was prepared with source 'a/input.txt', now it is 'b/input.txt'; choose"):
+        run("b/input.txt", prepare.default_directory(config.Data(source="b/input.txt"), "data"))
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "a/input.txt").rename(tmp_path / "moved/input.txt")
+    prepare.check_source("moved/input.txt", out, manifest)
+    with pytest.raises(UserError, match="data.source is 'b/input.txt'"):
+        prepare.check_source("b/input.txt", out, manifest)

@@ -15,7 +15,7 @@ from test_tokenizer import save_json_tokenizer
 from gdn_jax import config, prepare, sources
 from gdn_jax.errors import UserError
 from gdn_jax.progress import SILENT, Progress
-from gdn_jax.shards import place
+from gdn_jax.shards import split_hash
 from gdn_jax.tokenizer import ByteTokenizer
 
 FRACTION = 0.2
@@ -225,7 +225,7 @@ def test_disagreement_names_the_field(tmp_path):
 def test_few_documents_leave_no_split_empty(tmp_path, fraction, workers):
     """The text whose hash is the nearest to the other split goes there, with all that equal it."""
     texts = make_texts(60)
-    texts += [min(texts, key=place), max(texts, key=place)]
+    texts += [min(texts, key=split_hash), max(texts, key=split_hash)]
     for file in range(4):
         write_jsonl(tmp_path / f"{file}.jsonl", texts[file::4])
     source, out = tmp_path, tmp_path / "out"
@@ -256,7 +256,7 @@ def test_a_single_text_is_cut_by_position(tmp_path):
 def test_a_moved_threshold_outlives_a_restart(tmp_path, monkeypatch, replaced):
     """Ended while the shards are written again: the rest follows the same rule."""
     texts = make_texts(20)
-    held = min(texts, key=place)
+    held = min(texts, key=split_hash)
     (tmp_path / "in").mkdir()
     for file in range(3):  # each holds a copy of the one text that is held out
         write_jsonl(tmp_path / "in" / f"{file}.jsonl", [*texts[file::3], held])

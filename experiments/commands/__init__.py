@@ -17,7 +17,7 @@ from gdn_jax.errors import UserError
 
 
 class Stopped(Exception):
-    """A signal stopped a command that has said what it kept."""
+    """A signal stopped a command; the message says what was kept."""
 
     def __init__(self, sentence: str, code: int):
         super().__init__(sentence)
@@ -25,7 +25,7 @@ class Stopped(Exception):
 
 
 def named(word: str) -> Experiment:
-    """The experiment that a word names: an ID, the directory of a run, whose run.dir it then is, or FILE:NAME.
+    """The experiment that a word names: an ID, the directory of a run (which becomes its run.dir), or FILE:NAME.
 
     NAME is an Experiment in the user's file, or the directory of a run that needs the file.
     """
@@ -53,7 +53,7 @@ def _of_directory(name: str) -> Experiment:
 
 
 def say_if_changed(experiment: Experiment) -> None:
-    """One sentence on stderr where a run's own mixers may not be those that it was trained with."""
+    """Warns on stderr where the file of a run's own mixers has changed since the run was trained."""
     if not (experiment.file and experiment.model.own):
         return
     from gdn_jax.checkpoint import changed_file, read_config
@@ -70,10 +70,10 @@ def say_if_changed(experiment: Experiment) -> None:
 
 
 def holds_foreign_config(directory: Path) -> bool:
-    """Whether its config.json is one of Hugging Face's, which name a model_type."""
+    """Whether the directory's config.json is one of Hugging Face's, which name a model_type."""
     try:
         tree = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(tree, dict) and "model_type" in tree
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskOptions:
-    """Which tasks are asked of a run, and how."""
+    """Which tasks a run is measured on, and how."""
 
     tasks: str = ""  # a suite (table2, table3, table4, table5, figure2), or tasks of one or of lm-eval: a,b
     task_data: str = ""  # folder of local files, <task>.jsonl or .jsonl.gz; without one tasks of lm-eval ask the hub
@@ -28,7 +28,7 @@ class TaskOptions:
 
 
 def checked(options: TaskOptions) -> tuple[Asked, list[tuple[Suite, list[str]]]]:
-    """How tasks are to be measured, and the suites and tasks that `options` name, or a UserError."""
+    """The checked options, and the suites and tasks that they name; UserError where they make no sense."""
     asked = Asked(
         folder=Path(options.task_data) if options.task_data else None,
         limit=options.limit,
@@ -67,7 +67,7 @@ def measure(experiment: Experiment, options: TaskOptions) -> list[dict[str, Any]
 
 
 def _there(suite: Suite, tasks: list[str], asked: Asked) -> list[str]:
-    """Of a figure's corpora those whose files are there; of a table all."""
+    """The tasks to measure: of a figure's corpora those whose files are there, of a table all."""
     if suite.name != "figure2" or len(tasks) == 1:
         return tasks
     from gdn_jax.evaluate.rows import SUFFIXES

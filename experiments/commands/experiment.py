@@ -1,4 +1,4 @@
-"""`gdn list`, `show`, `train`, `eval` and `run`: what one does with an experiment ID."""
+"""`gdn list`, `show`, `train`, `eval` and `run`: the commands that take an experiment ID."""
 
 import contextlib
 import dataclasses
@@ -19,8 +19,6 @@ from experiments.options import FromRun, Overrides, Switch
 from gdn_jax.config import Experiment, flat, to_dict
 from gdn_jax.errors import UserError
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # fp32 parameters and AdamW's two moments
-CHECKPOINT_REST = 1 << 16  # step, configuration, array metadata
 OF_KIND = {"evaluates": "the run of", "times": "a training step of"}
 
 
@@ -108,6 +106,17 @@ def _list_row(experiment: Experiment) -> dict[str, Any]:
     }
 
 
+def _checkpoint_bytes(experiment: Experiment) -> int:
+    import jax
+
+    from gdn_jax.checkpoint import checkpoint_bytes
+    from gdn_jax.model import abstract_model
+    from gdn_jax.optim import optimizer
+
+    model = abstract_model(experiment.model)
+    return checkpoint_bytes(model, jax.eval_shape(optimizer(experiment.optim).init, model))
+
+
 def _evaluation_row(one: experiments.Evaluation) -> dict[str, Any]:
     changed = {"id": one.id, "kind": "evaluates", "group": one.id.partition("/")[0]}
     return _list_row(one.experiment) | changed | {"of": one.experiment.id, "tasks": one.suite.tasks}
@@ -141,7 +150,7 @@ def show(experiment: Experiment, options: ShowOptions) -> None:
         "forward_flops_per_token": forward_flops_per_token(experiment.model, seq_len),
         "train_flops_per_token": train_flops_per_token(experiment.model, seq_len),
         "tokens": _tokens(experiment),
-        "checkpoint_bytes": CHECKPOINT_BYTES_PER_PARAMETER * parameters + CHECKPOINT_REST,
+        "checkpoint_bytes": _checkpoint_bytes(experiment),
         "run_directory": str(run_directory(experiment)),
     }
     if options.tasks:
@@ -186,6 +195,7 @@ def evaluate(experiment: Experiment, options: EvalOptions) -> None:
         raise UserError(f"--{asked[0]} and --{asked[1]} ask for two things; give one of them.")
     if options.requests and not options.tasks:
         raise UserError("--requests writes the requests of tasks; name them with --tasks.")
+    evaluation.checked(options)
     if options.text:
         evaluation.score_text(experiment, options.text, options.max_length, options.json)
     elif options.answer:

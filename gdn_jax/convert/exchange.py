@@ -1,7 +1,7 @@
 """Import: a checkpoint of another program becomes a run. Export: a run's parameters become such a checkpoint.
 
-Both go tensor by tensor. An import holds our parameters once and one stacked parameter more; an export our parameters
-and one file's tensors.
+Both go tensor by tensor. An import needs memory for our parameters and one stacked parameter more, an export for our
+parameters and the tensors of one file.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from gdn_jax.config import IMPORTED, Data, Experiment, Model, Optim
 from gdn_jax.convert import fla, lit
 from gdn_jax.convert.files import FLOATS, SHARD_BYTES, Shards, Tensors, whole
 from gdn_jax.convert.tables import Layout, Place, places, unused_keys
+from gdn_jax.disk import check_space
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
 from gdn_jax.fingerprint import Identity
@@ -39,7 +40,7 @@ DTYPES = {"fp32": (np.float32, "float32"), "bf16": (jnp.bfloat16, "bfloat16")}
 
 @dataclass(frozen=True)
 class Loaded:
-    """Another program's model in memory, with what belongs to it."""
+    """A model loaded from another program's checkpoint, with its tokenizer and arithmetic."""
 
     directory: Path
     model: LM  # fp32 parameters, on the default device
@@ -143,6 +144,8 @@ def export_checkpoint(
     with whole(out) as directory, progress or Progress() as display:
         _, model, step, trained_on = checkpoint.load(run_dir, step)
         check_tokenizer(words, trained_on, run_dir)
+        half = ", or write half of it with --dtype bf16" if dtype == "fp32" else ""
+        check_space(directory, _written_bytes(wanted, dtype), "The tensors", f"free some, choose another --out{half}")
         leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(model).items()}
         shards = Shards(directory, shard_bytes)
         for i, (key, place) in enumerate(wanted.items()):
@@ -169,6 +172,12 @@ def export_checkpoint(
     }
 
 
+def _written_bytes(wanted: dict[str, Place], dtype: Literal["fp32", "bf16"]) -> int:
+    """Bytes of an export's tensors; the files' headers add little."""
+    width = np.dtype(DTYPES[dtype][0]).itemsize
+    return sum(int(np.prod(place.shape)) * (4 if place.keeps_fp32 else width) for place in wanted.values())
+
+
 def _described(source: Path, like: Model | None) -> tuple[Layout, Model]:
     """The table and the model of a checkpoint."""
     path = source / "config.json"
@@ -183,7 +192,7 @@ def _described(source: Path, like: Model | None) -> tuple[Layout, Model]:
         )
     try:
         tree = json.loads(path.read_text(), object_hook=_special_float)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path} is no JSON or is damaged; download it again.") from None
     if isinstance(tree, dict) and {"model", "optim"} <= tree.keys():
         raise UserError(f"{source} is a run of ours already; `gdn eval` and `gdn generate` take it as it is.")
@@ -197,7 +206,7 @@ def _special_float(tree: dict) -> Any:
 
 
 def _check(source: Path, layout: Layout, cfg: Model, tensors: Tensors, wanted: dict[str, Place]) -> list[str]:
-    """The keys that are there in vain; a UserError lists every other difference."""
+    """The keys that the model does not need; a UserError lists every other difference."""
     shapes, unused = tensors.shapes, unused_keys(layout, cfg)
     dropped = sorted(key for key in shapes if key in unused)
     embedding = next(key for key, place in wanted.items() if place.ours == ("embed",))

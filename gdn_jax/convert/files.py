@@ -63,7 +63,9 @@ class Tensors:
 
 def _shards(source: Path) -> list[Path]:
     if not source.exists():
-        raise UserError(f"There is no {source}; give a .safetensors file or a directory that holds some.")
+        raise UserError(
+            f"There is no file or directory {str(source)!r}; give a .safetensors file or a directory that holds some."
+        )
     if source.is_file():
         if source.suffix in PICKLES:
             raise _pickle(source)

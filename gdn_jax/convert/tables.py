@@ -1,4 +1,4 @@
-"""A table says where a checkpoint's tensors lie in our model: (their key, our parameters, transform)."""
+"""Tables that map the tensors of a checkpoint format to our parameters: (their key, our parameters, transform)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ GROUP = "groups/blocks/{block}/"  # where a block's parameters lie; they are sta
 
 
 class Transform(NamedTuple):
-    """A bijection between one tensor of theirs and one or more parameters of ours."""
+    """Converts one tensor of the checkpoint to one or more of our parameters, and back."""
 
     read: Callable[[np.ndarray, Model], tuple[np.ndarray, ...]]
     write: Callable[[tuple[np.ndarray, ...], Model], np.ndarray]
@@ -41,7 +41,7 @@ QKV = Transform(_unpack_heads, _pack_heads)
 
 
 class Entry(NamedTuple):
-    """One row of a table; a row whose parameters a model does not have does not count for that model."""
+    """One row of a table; it is skipped for a model that does not have its parameters."""
 
     theirs: str  # below the layer's prefix, or the whole key outside the layers
     ours: tuple[str, ...]  # below GROUP, or the whole path outside the blocks
@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where one tensor of theirs belongs in a given model."""
+    """Where one tensor of the checkpoint belongs in a given model."""
 
     ours: tuple[str, ...]  # names of leaves
     repeat: int | None  # index on the leaves' leading axis; None: the whole leaf
@@ -107,5 +107,5 @@ def _place(entry: Entry, prefix: str, repeat: int | None, leaves: dict[str, jax.
 
 
 def unused_keys(layout: Layout, cfg: Model) -> set[str]:
-    """Keys that a file may hold in vain."""
+    """Keys that some files hold although no forward pass reads them."""
     return {layout.layer.format(layer=layer) + key for layer in range(cfg.layers) for key in layout.unused}

@@ -1,4 +1,4 @@
-"""A run answers requests in text: log-likelihoods, whole texts, continuations. Harness and tasks are built on it."""
+"""Answers of a run to requests in text: log-likelihoods, whole texts, continuations. Tasks and harness use them."""
 
 import json
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ LEAST_LENGTH = 2048  # tokens read at once where a model was trained on shorter 
 
 
 class Answers(Protocol):
-    """What tasks ask of a model."""
+    """The interface that tasks use to question a model."""
 
     tokenizer: Tokenizer
     max_length: int  # most tokens read at once
@@ -116,9 +116,9 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
 
 
 class RequestFile:
-    """Stands where an Answering stands and writes the requests to a file, for `answer_file` on another machine.
+    """Takes the place of an Answering and collects the requests in a file, for `answer_file` on another machine.
 
-    What it answers itself means nothing.
+    The values that it returns itself are placeholders.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, *, max_length: int):

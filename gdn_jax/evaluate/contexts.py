@@ -1,4 +1,4 @@
-"""Which continuations of one context share its reading: counted, a state's bytes against a token's operations.
+"""When several continuations of one context read that context only once: a cost model decides.
 
 Read alone, k continuations of m tokens after a context of n cost k (n + m) tokens. Read together, they cost n + k m,
 and for each continuation a copy of the state that the context leaves, which is read and written once for the copy and
@@ -47,7 +47,7 @@ class Pair(NamedTuple):
 
 
 class Size(NamedTuple):
-    """To what a group of pairs with one context is padded; groups of one size share their programs."""
+    """The padded lengths of a group of pairs with one context; groups of one size share a compiled program."""
 
     context: int  # tokens of the context without its last one, which is read before each continuation
     longest: int  # the same, or more where a continuation is longer
@@ -64,7 +64,7 @@ def padded(length: int) -> int:
 
 
 def power(value: int, *, up: bool) -> int:
-    """The next power of two: up to or above the value, or down to or below it."""
+    """The nearest power of two that is not below the value, or not above it."""
     return 1 << ((value - 1).bit_length() if up else value.bit_length() - 1)
 
 
@@ -74,13 +74,13 @@ def size_of(group: Sequence[Pair]) -> Size:
 
 
 def room_of(size: Size, cfg: Model) -> int:
-    """Of the caches of a group's batch (Model.init_cache)."""
+    """The max_len of the caches of a group's batch (see LM.init_cache)."""
     return cache_room(cfg, size.context + size.longest)
 
 
 @functools.cache
 def state_bytes(cfg: Model, room: int, compute: Compute) -> int:
-    """What one context leaves."""
+    """Bytes of the state that one context leaves behind."""
     return cache_bytes(cfg, 1, room, compute)
 
 

@@ -23,7 +23,7 @@ Truncation = Literal["left", "middle"]
 
 @runtime_checkable
 class Continues(Protocol):
-    """Whatever continues prompts: a model, or a script in its place."""
+    """Anything that continues prompts: a model, or a script that stands in for one."""
 
     identity: str  # with a request it decides the answer
 
@@ -34,7 +34,7 @@ class Continues(Protocol):
 
 @dataclass(frozen=True)
 class Greedy:
-    """A model's likeliest tokens."""
+    """Continues prompts by a model's likeliest tokens."""
 
     model: LM
     tokenizer: Tokenizer
@@ -42,7 +42,7 @@ class Greedy:
 
     @cached_property
     def identity(self) -> str:
-        """Of the parameters' bits, the tokenizer and the arithmetic."""
+        """A hash of the parameters, the tokenizer and the arithmetic, by which answers are kept."""
         return key_of(checksums(named_leaves(self.model)), self.model.config, self.tokenizer.hash8, self.compute)
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Answers kept as they come: an evaluation that was killed goes on, and may be answered on another machine."""
+"""Answers written to a file as they come, so that a killed evaluation goes on and another machine can answer."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from gdn_jax.errors import UserError
 
 
 def key_of(*parts: Any) -> str:
-    """What stands for a request in a file: a hash of all that decides its answer."""
+    """The key of a request in a file: a hash of everything that its answer depends on."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""Held-out perplexity: per token, and per byte and word of the text, which no tokenizer can flatter."""
+"""Held-out perplexity: per token, and per byte and word, which compare models with different tokenizers."""
 
 import functools
 import itertools
@@ -114,7 +114,7 @@ def perplexity(
 
 
 def check_scoring(seq_len: int, stride: int | None, windows: int | None) -> None:
-    """The stride and the number of windows are in range, or a UserError."""
+    """Raises UserError unless the stride and the number of windows are in range."""
     if stride is not None and not 1 <= stride <= seq_len:
         raise UserError(f"stride is {stride}; it must be between 1 and data.seq_len {seq_len}.")
     if windows is not None and windows < 1:

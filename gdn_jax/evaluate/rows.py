@@ -39,10 +39,12 @@ def load_rows(folder: Path, name: str, columns: Sequence[str], source: Source) -
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise UserError(f"{path}, line {number}: each line must be a JSON object; make it again.")
                     missing = [column for column in columns if column not in rows[-1]]
                     if missing:
                         raise UserError(f"{path}, line {number}: there is no column {missing[0]!r}; add it.")
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged after line {number} ({error}); make it again.") from None
     if not rows:
         raise UserError(f"{path} holds no rows; make it again.")

@@ -1,4 +1,4 @@
-"""Log-likelihoods of token sequences: the one core behind perplexity, tasks and tables.
+"""Log-likelihoods of token sequences, on which perplexity, tasks and tables are built.
 
 Requests of any lengths are sorted into buckets, one compiled program each, and padded on the right, which no causal
 model sees. A context that several continuations share is read once where that costs less (contexts.py). Logits exist
@@ -33,7 +33,7 @@ Tokens = Sequence[int] | np.ndarray
 
 
 class Score(NamedTuple):
-    """What a model says of a continuation."""
+    """The log-likelihood of a continuation, and whether greedy decoding would write it."""
 
     log_likelihood: float  # sum of log p(token | all before it), nats
     greedy: bool  # every token is the likeliest one

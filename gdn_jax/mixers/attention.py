@@ -121,7 +121,7 @@ class Attention(nnx.Module):
         return KVCache(put(cache.keys, k), put(cache.values, v), put(cache.positions, now), index=cache.index + lengths)
 
     def forgets_at(self, room: int) -> bool:
-        """Whether a ring of so many tokens would lose one that is still visible."""
+        """Whether a ring buffer for `room` tokens would overwrite one that is still visible."""
         return not self.windowed or room < self.config.window
 
     def check_room(

@@ -1,4 +1,4 @@
-"""A recurrence read by its training form or, one token after a state, by its step."""
+"""Runs a recurrence over a sequence, or by one token where a state is given."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from pallas_kernels import gated_delta_rule, linear_attention, selective_scan
 
 
 class Recurrence(NamedTuple):
-    """An op of pallas_kernels: of a sequence, of one token, and the names of its implementations."""
+    """An op of pallas_kernels: its form for a sequence, its form for one token, the names of its implementations."""
 
     sequence: Callable[..., tuple[Array, Array]]
     step: Callable[..., tuple[Array, Array]]

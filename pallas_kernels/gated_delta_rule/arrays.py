@@ -14,7 +14,7 @@ BLOCK = 128  # tokens of one program of outputs and gradients where states are k
 
 
 class Documents(NamedTuple):
-    """Packed documents, numbered along each row."""
+    """Which document each token belongs to, for packed rows."""
 
     numbers: jax.Array  # [B,T] int32: of every token
     entering: jax.Array  # [B,N] int32: of the token before each chunk, 0 before the first

@@ -90,7 +90,7 @@ class Back:
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """Of all four: what was fastest at 128 x 128 (LOG.md)."""
+    """Of all four: what was fastest at 128 x 128 (pallas_kernels/LOG.md, 2026-11-29)."""
 
     sums: Sums = Sums()
     carry: Carry = Carry()

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from gdn_jax import distributed
 from gdn_jax.checksums import checksums
 from gdn_jax.config import MIXER_FIELDS, Experiment, canonical, flat, from_dict, to_dict
 from gdn_jax.errors import UserError
@@ -59,10 +61,10 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
-    def save(self, step: int, model: Any, optimizer: Any = None) -> None:
+    def save(self, step: int, model: Any, optimizer: Any = None, spikes: dict | None = None) -> None:
         """Begins to write a checkpoint and returns; a write still going on is waited for first.
 
-        Without an optimizer state it can be evaluated, not trained on.
+        Without an optimizer state it can be evaluated, not trained on. `spikes` is what spikes.Watch records.
         """
         state = {MODEL: named_leaves(model)} | ({} if optimizer is None else {OPTIMIZER: named_leaves(optimizer)})
         metadata = {
@@ -71,6 +73,7 @@ class Checkpoints:
             "experiment": to_dict(self._experiment),
             "data": self._data._asdict(),
             "checksums": {name: checksums(leaves) for name, leaves in state.items()},
+            "spikes": spikes,
         }
         try:
             self._checkpointer.save_checkpointables_async(
@@ -82,6 +85,24 @@ class Checkpoints:
             )
         except (OSError, ValueError) as error:  # the write before it may be the one that failed
             raise self._no_write(error) from error
+
+    def back_from(self, step: int, every: int) -> int:
+        """The newest step before `step` that was saved because `every` divides it, or 0; later checkpoints are deleted.
+
+        One that a stop signal asked for is taken only where there is no other, so that a run that was stopped and went
+        on goes back as far as one that was not. All processes must call it.
+        """
+        self.wait()
+        usual, steps = (step - 1) // every * every, self._steps()
+        back = usual if usual == 0 or usual in steps else max((one for one in steps if one < step), default=0)
+        back = int(distributed.gathered(str(back))[0])
+        if distributed.first():
+            for one in steps:
+                if one > back:
+                    shutil.rmtree(self._directory / str(one))
+        distributed.gathered("")  # until it is done
+        self._checkpointer.reload()
+        return back
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong in it."""
@@ -146,6 +167,10 @@ class Checkpoints:
         """Name of every parameter of `step` -> its checksum."""
         return self._saved(step).checksums[MODEL]
 
+    def spikes(self, step: int) -> dict | None:
+        """What was recorded of spikes up to `step`; None in a checkpoint of before there was such a record."""
+        return self._saved(step).spikes
+
     def _saved(self, step: int) -> "_Saved":
         where = self._directory / str(step)
         try:
@@ -159,7 +184,8 @@ class Checkpoints:
             leaves = found.metadata[MODEL] or {}  # nothing of a damaged one
             shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
             experiment = from_dict(Experiment, metadata["experiment"])
-            saved = _Saved(experiment, Identity(**metadata["data"]), metadata["checksums"], shapes)
+            data, spikes = Identity(**metadata["data"]), metadata.get("spikes")
+            saved = _Saved(experiment, data, metadata["checksums"], shapes, spikes)
         except ocp.training.errors.StepNotFoundError:
             steps = ", ".join(map(str, self._steps())) or "none"
             raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.") from None
@@ -194,6 +220,7 @@ class _Saved(NamedTuple):
     data: Identity
     checksums: dict[str, dict[str, str]]
     shapes: dict[str, tuple[int, ...]]  # of its parameters
+    spikes: dict | None
 
 
 class OlderLayout(UserError):

@@ -119,7 +119,7 @@ def on_every(make: Callable[[], T]) -> T:
         value = make()
     except UserError as error:
         refused = str(error)
-    for index, sentence in enumerate(_gathered(refused)):
+    for index, sentence in enumerate(gathered(refused)):
         if sentence:
             raise UserError(sentence if index == jax.process_index() else f"Process {index} was refused: {sentence}")
     return value
@@ -129,7 +129,7 @@ def agree(facts: dict[str, Any]) -> None:
     """All processes have the same facts, or a UserError that names the first that differs."""
     if alone():
         return
-    every = [json.loads(text) for text in _gathered(json.dumps(facts))]
+    every = [json.loads(text) for text in gathered(json.dumps(facts))]
     for index, other in enumerate(every):
         for name, value in every[0].items():
             if other[name] != value:
@@ -139,7 +139,7 @@ def agree(facts: dict[str, Any]) -> None:
                 )
 
 
-def _gathered(text: str) -> list[str]:
+def gathered(text: str) -> list[str]:
     """The text of every process, in their order."""
     content = np.frombuffer(text.encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.array([content.size])))

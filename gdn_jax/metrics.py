@@ -79,11 +79,19 @@ class Writer:
 
     def __init__(self, directory: Path, experiment: Experiment, step: int):
         self.path = directory / "metrics.jsonl"
-        rows = read_rows(directory)
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-        self._file = self.path.open("a", buffering=1)
+        self._rewrite([row for row in read_rows(directory) if row["step"] <= step])
         self._tensorboard = _tensorboard(directory, step) if experiment.run.tensorboard else None
         self._wandb = _wandb(directory, experiment) if experiment.run.wandb else None
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = self.path.open("a", buffering=1)
+
+    def back_to(self, step: int) -> None:
+        """Takes back the rows after `step`, but for those of rewinds to it; the sinks keep theirs."""
+        self._file.close()
+        rows = read_rows(self.path.parent)
+        self._rewrite([row for row in rows if row["step"] <= step or row.get("event") == "rewind"])
 
     def write(self, row: dict[str, Any]) -> None:
         """One row; it has "step"."""
@@ -107,6 +115,8 @@ class NoWriter:
     """Of the processes that do not own the run."""
 
     def write(self, row: dict[str, Any]) -> None: ...
+
+    def back_to(self, step: int) -> None: ...
 
     def close(self) -> None: ...
 

@@ -207,7 +207,7 @@ def test_no_process_0(monkeypatch, capsys):
 
 def test_texts_of_any_length_reach_the_others():
     for text in ("", "é" * 5000):
-        assert distributed._gathered(text) == [text]
+        assert distributed.gathered(text) == [text]
 
 
 def test_run_evaluates_and_so_refuses_several(monkeypatch, capsys):

@@ -205,6 +205,7 @@ class Checkpoints:
         return f"move {self._directory / str(step)} away to {then}"
 
     def _no_write(self, error: Exception) -> UserError:
+        distributed.end_if_left(error, self.latest)
         reason = "no space left" if "RESOURCE_EXHAUSTED" in str(error) else getattr(error, "strerror", None)
         reason = reason or str(error).partition("\n")[0][:120]
         return UserError(

@@ -7,6 +7,7 @@ checkpoint holds parameters and optimizer state, and batch number n is a functio
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import time
 import zlib
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gdn_jax import data, distributed, fine_tuning, sharding
+from gdn_jax import alive, data, distributed, fine_tuning, sharding
 from gdn_jax.checkpoint import Checkpoints, write_config
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
@@ -163,12 +164,13 @@ def train(experiment: Experiment) -> Path:
     directory = run_directory(experiment)
     if not distributed.alone():
         Progress().say(distributed.described())
-    trainer, impls, prepared, windows = distributed.on_every(partial(_prepare, experiment))
-    env = environment() | {"impl": impls, "data": prepared.identity._asdict()}
-    same = ("python", "versions", "source", "backend", "impl", "data")
-    distributed.agree({"hash": experiment.hash8, "recipe": experiment.recipe8} | {name: env[name] for name in same})
-    progress = Progress(seconds=0) if distributed.first() else SILENT
     with contextlib.ExitStack() as stack:
+        watched = stack.enter_context(alive.watched(distributed.silence(os.environ)))
+        trainer, impls, prepared, windows = distributed.on_every(partial(_prepare, experiment))
+        env = environment() | {"impl": impls, "data": prepared.identity._asdict()}
+        same = ("python", "versions", "source", "backend", "impl", "data")
+        distributed.agree({"hash": experiment.hash8, "recipe": experiment.recipe8} | {name: env[name] for name in same})
+        progress = Progress(seconds=0) if distributed.first() else SILENT
         began = distributed.on_every(
             lambda: stack.enter_context(own(directory, experiment)) if distributed.first() else experiment
         )
@@ -210,7 +212,7 @@ def train(experiment: Experiment) -> Path:
         begins = "" if start or not source else f", with the parameters of {source.path} at step {source.step}"
         progress.say(f"{experiment.id}: step {start} of {experiment.optim.steps}, in {directory}{begins}")
         writer.write({"step": start, "event": "start"} | env)
-        loop = _Loop(trainer, prepared, windows, checkpoints, writer, progress, directory)
+        loop = _Loop(trainer, prepared, windows, checkpoints, writer, progress, directory, watched)
         try:
             loop.run(state, start, begin, stop)
         except (ValueError, RuntimeError) as error:
@@ -234,10 +236,11 @@ class _Loop:
 
     def __init__(
         self, trainer: Trainer, prepared: data.Prepared, windows: data.ValidationWindows, checkpoints: Checkpoints,
-        writer: Writer | NoWriter, progress: Progress, directory: Path,
+        writer: Writer | NoWriter, progress: Progress, directory: Path, watched: alive.Alive,
     ):  # fmt: skip
         self.trainer, self.prepared, self.windows, self.checkpoints = trainer, prepared, windows, checkpoints
         self.writer, self.progress, self.directory = writer, progress, directory
+        self.watched = watched
         self.experiment = experiment = trainer.experiment
         self.schedule = schedule(experiment.optim)
         self.tokens_per_step = experiment.optim.batch_size * experiment.data.seq_len
@@ -311,6 +314,7 @@ class _Loop:
         """The step to go back to because of this one."""
         run, optim = self.experiment.run, self.experiment.optim
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        self.watched.step = step
         done = step - 1 - self.watch.skipped  # updates before this one
         limit = self.watch.limit(step)
         if not (metrics["applied"] if self.trainer.skips else usual(loss, norm, limit)):

@@ -93,7 +93,7 @@ class Checkpoints:
         on goes back as far as one that was not. All processes must call it.
         """
         self.wait()
-        usual, steps = (step - 1) // every * every, self._steps()
+        usual, steps = (step - 1) // every * every, self.steps()
         back = usual if usual == 0 or usual in steps else max((one for one in steps if one < step), default=0)
         back = int(distributed.gathered(str(back))[0])
         if distributed.first():
@@ -129,6 +129,14 @@ class Checkpoints:
             )
         return tuple(self._load(step, {MODEL: model, OPTIMIZER: optimizer})[1].values())
 
+    def set_aside(self, step: int) -> Path:
+        """Moves the checkpoint of `step` out of the way, to where it is returned."""
+        aside = self._directory.parent / f"damaged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self._directory / str(step)).rename(aside)
+        self._checkpointer.reload()
+        return aside
+
     def load_model(self, step: int, model: LM) -> tuple[LM, Identity]:
         """The parameters alone, and the data they were trained on."""
         saved, found = self._load(step, {MODEL: model})
@@ -148,12 +156,12 @@ class Checkpoints:
                 found = self._checkpointer.load_checkpointables(step, names)
                 trees = {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
             except (ValueError, KeyError, TypeError, OSError):
-                raise UserError(f"The checkpoint {where} is damaged; {self._way_out(step)}.") from None
+                raise Damaged(f"The checkpoint {where} is damaged; {self._way_out(step)}.") from None
         for name, leaves in found.items():
             if name in wanted:
                 now, then = checksums(leaves), saved.checksums.get(name, {})
                 if altered := [leaf for leaf in now if now[leaf] != then.get(leaf)]:
-                    raise UserError(
+                    raise Damaged(
                         f"The checkpoint {where} is damaged: {name}/{altered[0]} is not what was written "
                         f"(checksum {now[altered[0]]}); {self._way_out(step)}."
                     )
@@ -172,11 +180,12 @@ class Checkpoints:
         return self._saved(step).spikes
 
     def _saved(self, step: int) -> "_Saved":
-        where = self._directory / str(step)
+        where, foreign = self._directory / str(step), False
         try:
             with _silent():
                 found = self._checkpointer.checkpointables_metadata(step)
             metadata = dict(found.custom_metadata or {})
+            foreign = not metadata and _json(where / "_CHECKPOINT_METADATA")
             if "experiment" in metadata and metadata.get("layout") != LAYOUT:
                 raise older(where, metadata.get("layout"))
             if metadata.pop("sha256") != _sha256(metadata):
@@ -187,20 +196,22 @@ class Checkpoints:
             data, spikes = Identity(**metadata["data"]), metadata.get("spikes")
             saved = _Saved(experiment, data, metadata["checksums"], shapes, spikes)
         except ocp.training.errors.StepNotFoundError:
-            steps = ", ".join(map(str, self._steps())) or "none"
+            steps = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.") from None
         except OlderLayout:
             raise
         except (ValueError, KeyError, TypeError, OSError, UserError):
-            raise UserError(f"{where} is another program's checkpoint or damaged; {self._way_out(step)}.") from None
+            kind = UserError if foreign else Damaged
+            raise kind(f"{where} is another program's checkpoint or damaged; {self._way_out(step)}.") from None
         check_same(saved.experiment, self._experiment, where)
         return saved
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Of all finished checkpoints."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def _way_out(self, step: int) -> str:
-        before = max((other for other in self._steps() if other < step), default=None)
+        before = max((other for other in self.steps() if other < step), default=None)
         then = "begin again" if before is None else f"go on from step {before}"
         return f"move {self._directory / str(step)} away to {then}"
 
@@ -224,6 +235,10 @@ class _Saved(NamedTuple):
     spikes: dict | None
 
 
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
+
+
 class OlderLayout(UserError):
     """A file of another version of this library: it is not misread, and it is not damaged."""
 
@@ -244,6 +259,12 @@ def _other_shape(there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, .
         then, now = ("no parameter" if shape is None else list(shape) for shape in (there.get(name), here.get(name)))
         return f"{name} is {then} there and {now} here"
     return None
+
+
+def _json(path: Path) -> bool:
+    with contextlib.suppress(ValueError, OSError):
+        return bool(json.loads(path.read_bytes()))
+    return False
 
 
 def _sha256(metadata: dict) -> str:

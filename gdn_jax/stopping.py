@@ -5,7 +5,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last one when a terminal closes
 
 
 class Interrupted(Exception):
@@ -18,7 +18,10 @@ class Interrupted(Exception):
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that SIGNALS add to: the loop stops after its step. A second SIGINT stops at once."""
+    """A list that SIGNALS add to: the loop stops after its step. A second SIGINT stops at once, others change nothing.
+
+    What the process was started to ignore, as by nohup, it ignores.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught  # only the main thread may handle signals
@@ -29,7 +32,8 @@ def stop_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(number)
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heeded}
     try:
         yield caught
     finally:

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from gdn_jax import alive, data, distributed, fine_tuning, sharding
-from gdn_jax.checkpoint import Checkpoints, write_config
+from gdn_jax.checkpoint import Checkpoints, Damaged, write_config
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 from gdn_jax.files import write_json
@@ -180,15 +180,14 @@ def train(experiment: Experiment) -> Path:
         stack.enter_context(jax.set_mesh(trainer.mesh))
         stack.enter_context(progress)
         stop = stack.enter_context(stop_signals())
-        start = checkpoints.latest or 0
         if checkpoints.latest == 0:
             raise UserError(
                 f"{directory} holds parameters that were not trained here, and no optimizer state to go on with; "
                 f"fine-tune them as a run of its own: gdn train ID --from {directory}."
             )
-        if start >= experiment.optim.steps:
-            checkpoints.check(start)
-            progress.say(f"{experiment.id}: all {start} steps are done, in {directory}")
+        if (checkpoints.latest or 0) >= experiment.optim.steps:
+            checkpoints.check(checkpoints.latest)
+            progress.say(f"{experiment.id}: all {checkpoints.latest} steps are done, in {directory}")
             return directory
 
         def state(step: int) -> tuple:
@@ -199,7 +198,7 @@ def train(experiment: Experiment) -> Path:
                 model = fine_tuning.parameters(experiment.start, trainer.abstract[0])
             return model, opt_state
 
-        begin = state(start)
+        start, begin = _newest(checkpoints, state, progress)
         writer = NoWriter()
         if distributed.first():
             origins = {"start": began.start or experiment.start, "file": began.file or experiment.file}
@@ -229,6 +228,22 @@ def _prepare(experiment: Experiment) -> tuple[Trainer, dict, data.Prepared, data
     data.check_length(prepared, experiment.data.seq_len, experiment.optim.batch_size)
     windows = data.validation_windows(prepared, experiment.data.seq_len, experiment.run.eval_windows)
     return trainer, impls, prepared, windows
+
+
+def _newest(checkpoints: Checkpoints, state: Callable[[int], tuple], progress: Progress) -> tuple[int, tuple]:
+    """(step, its state) of the newest checkpoint that is whole, or the beginning; a damaged one is set aside.
+
+    Not the only one: that would begin again. Nor by several processes, of which some may have read it whole.
+    """
+    while True:
+        step = checkpoints.latest or 0
+        try:
+            return step, state(step)
+        except Damaged:
+            if len(checkpoints.steps()) == 1 or not distributed.alone():
+                raise
+        aside = checkpoints.set_aside(step)
+        progress.say(f"The checkpoint of step {step} is damaged; it is now {aside}, and the one before it is taken.")
 
 
 class _Loop:
@@ -300,6 +315,11 @@ class _Loop:
                     pending = None
                     if evaluate:
                         self._validate(step + 1, model)
+                    if not (self.directory / "config.json").exists():
+                        raise UserError(
+                            f"The run's directory {self.directory} is gone, or its config.json, since training began; "
+                            f"bring it back and run the same command, which otherwise begins again."
+                        )
                     regular = (step + 1) % run.save_every == 0
                     if last or stopping or regular:
                         self.watch.rewinds *= not regular

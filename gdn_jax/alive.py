@@ -17,8 +17,11 @@ from collections.abc import Iterator
 import jax
 from jax._src.distributed import global_state  # the client that jax.distributed.initialize made has no public name
 
+from gdn_jax.errors import UserError
+from gdn_jax.files import explained
+
 KEY, VERDICT = "gdn_jax/alive/", "gdn_jax/ended"
-DONE = "done"
+DONE, REFUSED = "done", "refused "  # signs of a process that trains no more; the latter with its sentence
 
 
 class Alive:
@@ -42,6 +45,23 @@ class Alive:
         with contextlib.suppress(RuntimeError):
             self._write(DONE)
 
+    def refuse(self, sentence: str) -> None:
+        """This process cannot go on. Returns where all others have left too, of themselves; else ends it, and they end.
+
+        An orderly end would wait for them, and they for this process.
+        """
+        self._left.set()
+        until = time.monotonic() + 4 * self._every + 2
+        with contextlib.suppress(RuntimeError):
+            self._write(REFUSED + sentence)
+            while time.monotonic() < until:
+                signs = [sign for _, sign in global_state.client.key_value_dir_get(KEY)]
+                if sum(sign.startswith((DONE, REFUSED)) for sign in signs) == self._count:
+                    return
+                time.sleep(0.1)
+        print(sentence, file=sys.stderr, flush=True)
+        os._exit(2)
+
     def _write(self, sign: str) -> None:
         global_state.client.key_value_set(f"{KEY}{self._index}", sign, allow_overwrite=True)
 
@@ -56,8 +76,10 @@ class Alive:
                     self._end(sentence)
                 now = time.monotonic()
                 for index, sign in found.items():
-                    if sign == DONE or sign != self._signs.get(index):
+                    if sign != self._signs.get(index) or sign == DONE:
                         self._heard[index] = now
+                    elif sign.startswith(REFUSED) and now - self._heard[index] > 2 * self._every:
+                        self._end(f"Process {index} was refused: {sign.removeprefix(REFUSED)}")
                 self._signs |= found
                 self._heard[self._index] = now
 
@@ -79,7 +101,7 @@ class Alive:
 
     def _sentence(self, index: int, now: float) -> str:
         host, step = "", ""
-        if (sign := self._signs.get(index, DONE)) != DONE:
+        if not (sign := self._signs.get(index, DONE)).startswith((DONE, REFUSED)):
             name, reached, _ = json.loads(sign)
             host, step = f" on {name}", f", at step {reached}"
         return (
@@ -105,6 +127,10 @@ def watched(seconds: float) -> Iterator[Alive]:
         alive.start()
     try:
         yield alive
+    except (UserError, OSError) as error:
+        if jax.process_count() > 1:
+            alive.refuse(explained(error) if isinstance(error, OSError) else str(error))
+        raise
     finally:
         if jax.process_count() > 1:
             alive.leave()

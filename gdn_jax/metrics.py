@@ -1,5 +1,6 @@
 """What a run says of itself: its environment, one JSON line per logged step, and the optional sinks."""
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -8,6 +9,7 @@ import importlib.util
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,8 @@ class Writer:
 
     def write(self, row: dict[str, Any]) -> None:
         """One row; it has "step"."""
-        self._file.write(json.dumps(row) + "\n")
+        with self._named():
+            self._file.write(json.dumps(row) + "\n")
         scalars = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
         if self._tensorboard is not None:
             for key, value in scalars.items():
@@ -103,8 +106,17 @@ class Writer:
         if self._wandb is not None and scalars:
             self._wandb.log(scalars, step=row["step"])
 
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a failed write does not know its file
+            error.filename = error.filename or str(self.path)
+            raise
+
     def close(self) -> None:
-        self._file.close()
+        with self._named():  # it writes what is left
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

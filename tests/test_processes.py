@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -180,6 +181,22 @@ def test_a_hung_process_is_named_in_time_and_nothing_is_lost(alone, tmp_path, mo
     assert "F1" not in (tmp_path / f"{other}.err").read_text()  # jax's own words
     codes, _ = ended(tmp_path, started(tmp_path, [words(data_root, run)] * 2))
     assert codes == [0, 0]
+    check_equal(losses(run), wanted)
+
+
+@pytest.mark.slow
+def test_what_one_is_refused_while_it_trains_ends_both(alone, tmp_path, monkeypatch):
+    """Process 0's files may not grow any more, and so not its metrics."""
+    monkeypatch.setenv(distributed.SILENCE_VARIABLE, "10")
+    data_root, wanted = alone
+    run = tmp_path / "run"
+    processes = started(tmp_path, [words(data_root, run)] * 2)
+    reach(tmp_path, "step 5/", processes)
+    resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    codes, said = ended(tmp_path, processes)
+    assert codes == [2, 1] and said[0] == f"{run}/metrics.jsonl: File too large; check the path and its permissions."
+    assert said[1] == f"Process 0 was refused: {said[0]}"
+    assert ended(tmp_path, started(tmp_path, [words(data_root, run)] * 2))[0] == [0, 0]
     check_equal(losses(run), wanted)
 
 

@@ -36,24 +36,25 @@ class Alive:
         self._signs: dict[int, str] = {}
 
     def start(self) -> None:
-        for work in (self._exchange, self._judge):
-            threading.Thread(target=work, daemon=True).start()
+        self._exchanging = threading.Thread(target=self._exchange, daemon=True)
+        self._exchanging.start()
+        threading.Thread(target=self._judge, daemon=True).start()
 
-    def leave(self) -> None:
+    def leave(self, sign: str = DONE) -> None:
         """The work is done: silence from now on means nothing."""
         self._left.set()
+        self._exchanging.join(timeout=self._every)  # its sign must not come after this one
         with contextlib.suppress(RuntimeError):
-            self._write(DONE)
+            self._write(sign)
 
     def refuse(self, sentence: str) -> None:
         """This process cannot go on. Returns where all others have left too, of themselves; else ends it, and they end.
 
         An orderly end would wait for them, and they for this process.
         """
-        self._left.set()
+        self.leave(REFUSED + sentence)
         until = time.monotonic() + 4 * self._every + 2
         with contextlib.suppress(RuntimeError):
-            self._write(REFUSED + sentence)
             while time.monotonic() < until:
                 signs = [sign for _, sign in global_state.client.key_value_dir_get(KEY)]
                 if sum(sign.startswith((DONE, REFUSED)) for sign in signs) == self._count:

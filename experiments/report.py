@@ -55,6 +55,8 @@ def result_row(run_dir: Path) -> Row:
     experiment = read_config(run_dir)
     environment = _read(run_dir, "env.json", "train", dict, "devices", "impl")
     evaluation = published.preferred(_read(run_dir, EVALUATION, "eval", list, "step"))
+    rows = read_rows(run_dir)
+    events = [row.get("event") for row in rows]
     row = {
         "id": experiment.id,
         "hash8": experiment.hash8,
@@ -62,7 +64,8 @@ def result_row(run_dir: Path) -> Row:
         "parameters": parameters(experiment.model),
         "steps": evaluation["step"],
         "tokens": evaluation["step"] * experiment.optim.batch_size * experiment.data.seq_len,
-        "train_seconds": round(train_seconds(read_rows(run_dir)), 1),
+        "train_seconds": round(train_seconds(rows), 1),
+        "spikes": {"skipped": events.count("skip"), "rewinds": events.count("rewind")},
         "seq_len": experiment.data.seq_len,
         "precision": experiment.optim.precision,
         "seed": experiment.run.seed,

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,11 +80,11 @@ class Checkpoints:
             f"free some,{f' keep fewer with --run.keep {fewer[0]},' if fewer else ''} or choose another --run.dir",
         )
 
-    def save(self, step: int, model: Any, optimizer: Any = None) -> None:
+    def save(self, step: int, model: Any, optimizer: Any = None, spikes: dict | None = None) -> None:
         """Begins to write a checkpoint and returns; a write still going on is waited for first.
 
-        Without an optimizer state it can be evaluated, not trained on. Raises UserError, and writes nothing, where the
-        disk has no room for it.
+        Without an optimizer state it can be evaluated, not trained on. `spikes` is what spikes.Watch records. Raises
+        UserError, and writes nothing, where the disk has no room for it.
         """
         state = {MODEL: named_leaves(model)} | ({} if optimizer is None else {OPTIMIZER: named_leaves(optimizer)})
         metadata = {
@@ -92,6 +93,7 @@ class Checkpoints:
             "experiment": to_dict(self._experiment),
             "data": self._data._asdict(),
             "checksums": {name: checksums(leaves) for name, leaves in state.items()},
+            "spikes": spikes,
         }
         distributed.on_every(lambda: self._make_ready(step, checkpoint_bytes(*state.values())))
         try:
@@ -109,6 +111,24 @@ class Checkpoints:
         self.wait()
         way_out = f"free some and run the same command again: it goes on from {self._last()}"
         check_space(self._directory, size, f"The checkpoint of step {step}", way_out)
+
+    def back_from(self, step: int, every: int) -> int:
+        """The newest step before `step` that was saved because `every` divides it, or 0; later checkpoints are deleted.
+
+        One that a stop signal asked for is taken only where there is no other, so that a run that was stopped and went
+        on goes back as far as one that was not. All processes must call it.
+        """
+        self.wait()
+        usual, steps = (step - 1) // every * every, self.steps()
+        back = usual if usual == 0 or usual in steps else max((one for one in steps if one < step), default=0)
+        back = int(distributed.gathered(str(back))[0])
+        if distributed.first():
+            for one in steps:
+                if one > back:
+                    shutil.rmtree(self._directory / str(one))
+        distributed.gathered("")  # until it is done
+        self._checkpointer.reload()
+        return back
 
     def wait(self) -> None:
         """Returns when the last save is on disk; raises what went wrong in it."""
@@ -135,6 +155,14 @@ class Checkpoints:
             )
         return tuple(self._load(step, {MODEL: model, OPTIMIZER: optimizer})[1].values())
 
+    def set_aside(self, step: int) -> Path:
+        """Moves the checkpoint of `step` out of the way, to where it is returned."""
+        aside = self._directory.parent / f"damaged-{step}"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self._directory / str(step)).rename(aside)
+        self._checkpointer.reload()
+        return aside
+
     def load_model(self, step: int, model: LM) -> tuple[LM, Identity]:
         """The parameters alone, and the data they were trained on."""
         saved, found = self._load(step, {MODEL: model})
@@ -154,12 +182,12 @@ class Checkpoints:
                 found = self._checkpointer.load_checkpointables(step, names)
                 trees = {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
             except (ValueError, KeyError, TypeError, OSError):
-                raise UserError(f"The checkpoint {where} is damaged; {self._way_out(step)}.") from None
+                raise Damaged(f"The checkpoint {where} is damaged; {self._way_out(step)}.") from None
         for name, leaves in found.items():
             if name in wanted:
                 now, then = checksums(leaves), saved.checksums.get(name, {})
                 if altered := [leaf for leaf in now if now[leaf] != then.get(leaf)]:
-                    raise UserError(
+                    raise Damaged(
                         f"The checkpoint {where} is damaged: {name}/{altered[0]} is not what was written "
                         f"(checksum {now[altered[0]]}); {self._way_out(step)}."
                     )
@@ -173,12 +201,17 @@ class Checkpoints:
         """{name of a parameter: its checksum} for all parameters of `step`."""
         return self._saved(step).checksums[MODEL]
 
+    def spikes(self, step: int) -> dict | None:
+        """What was recorded of spikes up to `step`; None in a checkpoint of before there was such a record."""
+        return self._saved(step).spikes
+
     def _saved(self, step: int) -> "_Saved":
-        where = self._directory / str(step)
+        where, foreign = self._directory / str(step), False
         try:
             with _silent():
                 found = self._checkpointer.checkpointables_metadata(step)
             metadata = dict(found.custom_metadata or {})
+            foreign = not metadata and _json(where / "_CHECKPOINT_METADATA")
             if "experiment" in metadata and metadata.get("layout") != LAYOUT:
                 raise older(where, metadata.get("layout"))
             if metadata.pop("sha256") != _sha256(metadata):
@@ -186,26 +219,30 @@ class Checkpoints:
             leaves = found.metadata[MODEL] or {}  # nothing of a damaged one
             shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
             experiment = from_dict(Experiment, metadata["experiment"])
-            saved = _Saved(experiment, Identity(**metadata["data"]), metadata["checksums"], shapes)
+            data, spikes = Identity(**metadata["data"]), metadata.get("spikes")
+            saved = _Saved(experiment, data, metadata["checksums"], shapes, spikes)
         except ocp.training.errors.StepNotFoundError:
-            steps = ", ".join(map(str, self._steps())) or "none"
+            steps = ", ".join(map(str, self.steps())) or "none"
             raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.") from None
         except OlderLayout:
             raise
         except (ValueError, KeyError, TypeError, OSError, UserError):
-            raise UserError(f"{where} is another program's checkpoint or damaged; {self._way_out(step)}.") from None
+            kind = UserError if foreign else Damaged
+            raise kind(f"{where} is another program's checkpoint or damaged; {self._way_out(step)}.") from None
         check_same(saved.experiment, self._experiment, where)
         return saved
 
-    def _steps(self) -> list[int]:
+    def steps(self) -> list[int]:
+        """Of all finished checkpoints."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def _way_out(self, step: int) -> str:
-        before = max((other for other in self._steps() if other < step), default=None)
+        before = max((other for other in self.steps() if other < step), default=None)
         then = "begin again" if before is None else f"go on from step {before}"
         return f"move {self._directory / str(step)} away to {then}"
 
     def _no_write(self, error: Exception) -> UserError:
+        distributed.end_if_left(error, self.latest)
         reason = "no space left" if "RESOURCE_EXHAUSTED" in str(error) else getattr(error, "strerror", None)
         reason = reason or str(error).partition("\n")[0][:120]
         return UserError(
@@ -235,6 +272,11 @@ class _Saved(NamedTuple):
     data: Identity
     checksums: dict[str, dict[str, str]]
     shapes: dict[str, tuple[int, ...]]  # of its parameters
+    spikes: dict | None
+
+
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
 
 
 class OlderLayout(UserError):
@@ -257,6 +299,12 @@ def _other_shape(there: dict[str, tuple[int, ...]], here: dict[str, tuple[int, .
         then, now = ("no parameter" if shape is None else list(shape) for shape in (there.get(name), here.get(name)))
         return f"{name} is {then} there and {now} here"
     return None
+
+
+def _json(path: Path) -> bool:
+    with contextlib.suppress(ValueError, OSError):
+        return bool(json.loads(path.read_bytes()))
+    return False
 
 
 def _sha256(metadata: dict) -> str:

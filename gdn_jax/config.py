@@ -177,6 +177,9 @@ class Run:
     eval_windows: int = 64  # held-out windows per evaluation during training
     save_every: int = 500
     keep: int = 3  # checkpoints kept
+    # A step whose loss is far above those before it, or not finite (spikes.py has the numbers): stop the run, skip the
+    # update, or rewind to the newest checkpoint and go on past the batches since then.
+    on_spike: Literal["stop", "skip", "rewind"] = "stop"
     profile_at: int = -1  # first step of the profiler's window; -1: never
     profile_steps: int = 3
     tensorboard: bool = False

@@ -24,7 +24,11 @@ from gdn_jax.errors import UserError
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of `srun` and `mpirun`, whose rest jax reads itself
 PATIENCE = 300  # seconds in which processes must find each other
-SILENCE = 60  # seconds without a sign of life after which a process counts as dead, and the others end
+SILENCE = 60  # seconds without a sign of life after which a process counts as dead, and the others end (alive.py)
+SILENCE_VARIABLE, SHORTEST = "GDN_SILENCE", 5  # another number of seconds than SILENCE, SHORTEST at least
+LINGER = (
+    2  # seconds for which process 0 outlives its last word: without it jax aborts the others before they have theirs
+)
 STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 OF_ANOTHER = re.compile("gloo|nccl|connection|peer|heartbeat|coordination", re.IGNORECASE)
 
@@ -43,16 +47,26 @@ def start(environment: Mapping[str, str]) -> None:
         asked = {}
     else:
         return
+    later = 2 * silence(environment)  # jax aborts with words of its own, so it comes after alive.py
     if asked.get("process_id"):
         _wait_for_first(asked["coordinator_address"])
+    jax.config.update("jax_enable_preemption_service", False)  # nothing asks it, and it has a page for every death
     try:
-        jax.distributed.initialize(**asked, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=SILENCE)
+        jax.distributed.initialize(**asked, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=later)
     except (RuntimeError, ValueError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise UserError(
             f"The processes did not find each other ({reason}); look at {', '.join(VARIABLES)}, which must name one "
             f"reachable address and a number of its own for each process."
         ) from error
+
+
+def silence(environment: Mapping[str, str]) -> int:
+    """Seconds after which a process that gives no sign of life ends the others."""
+    value = environment.get(SILENCE_VARIABLE, str(SILENCE))
+    if not value.isdecimal() or int(value) < SHORTEST:
+        raise UserError(f"{SILENCE_VARIABLE} is {value!r}; it must be a whole number of seconds, {SHORTEST} at least.")
+    return int(value)
 
 
 def _named(environment: Mapping[str, str]) -> dict[str, Any]:
@@ -119,7 +133,7 @@ def on_every(make: Callable[[], T]) -> T:
         value = make()
     except UserError as error:
         refused = str(error)
-    for index, sentence in enumerate(_gathered(refused)):
+    for index, sentence in enumerate(gathered(refused)):
         if sentence:
             raise UserError(sentence if index == jax.process_index() else f"Process {index} was refused: {sentence}")
     return value
@@ -129,7 +143,7 @@ def agree(facts: dict[str, Any]) -> None:
     """Raises UserError, naming the first difference, unless all processes have the same facts."""
     if alone():
         return
-    every = [json.loads(text) for text in _gathered(json.dumps(facts))]
+    every = [json.loads(text) for text in gathered(json.dumps(facts))]
     for index, other in enumerate(every):
         for name, value in every[0].items():
             if other[name] != value:
@@ -139,7 +153,7 @@ def agree(facts: dict[str, Any]) -> None:
                 )
 
 
-def _gathered(text: str) -> list[str]:
+def gathered(text: str) -> list[str]:
     """The text of every process, in their order."""
     content = np.frombuffer(text.encode(), np.uint8)
     sizes = np.ravel(multihost_utils.process_allgather(np.array([content.size])))
@@ -185,4 +199,6 @@ def end_if_left(error: Exception, saved: int | None) -> None:
         file=sys.stderr,
         flush=True,
     )
+    if first():
+        time.sleep(LINGER)
     os._exit(1)

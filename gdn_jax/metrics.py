@@ -1,5 +1,6 @@
 """What a run records: its environment, one JSON line per logged step, and TensorBoard or Weights & Biases if asked."""
 
+import contextlib
 import datetime
 import functools
 import hashlib
@@ -8,6 +9,7 @@ import importlib.util
 import json
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +81,24 @@ class Writer:
 
     def __init__(self, directory: Path, experiment: Experiment, step: int):
         self.path = directory / "metrics.jsonl"
-        rows = read_rows(directory)
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
-        self._file = self.path.open("a", buffering=1)
+        self._rewrite([row for row in read_rows(directory) if row["step"] <= step])
         self._tensorboard = _tensorboard(directory, step) if experiment.run.tensorboard else None
         self._wandb = _wandb(directory, experiment) if experiment.run.wandb else None
 
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = self.path.open("a", buffering=1)
+
+    def back_to(self, step: int) -> None:
+        """Takes back the rows after `step`, but for those of rewinds to it; the sinks keep theirs."""
+        self._file.close()
+        rows = read_rows(self.path.parent)
+        self._rewrite([row for row in rows if row["step"] <= step or row.get("event") == "rewind"])
+
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row, which has the key "step"."""
-        self._file.write(json.dumps(row) + "\n")
+        with self._named():
+            self._file.write(json.dumps(row) + "\n")
         scalars = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
         if self._tensorboard is not None:
             for key, value in scalars.items():
@@ -95,8 +106,17 @@ class Writer:
         if self._wandb is not None and scalars:
             self._wandb.log(scalars, step=row["step"])
 
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # a failed write does not know its file
+            error.filename = error.filename or str(self.path)
+            raise
+
     def close(self) -> None:
-        self._file.close()
+        with self._named():  # it writes what is left
+            self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -107,6 +127,8 @@ class NoWriter:
     """Writes nothing: for the processes that do not own the run."""
 
     def write(self, row: dict[str, Any]) -> None: ...
+
+    def back_to(self, step: int) -> None: ...
 
     def close(self) -> None: ...
 

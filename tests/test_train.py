@@ -347,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_batch_saved(home):
     with pytest.raises(UserError, match="At step 2 the loss is") as stop:
         train(wild)
     assert "lower optim.lr" in str(stop.value)
-    saved = np.load(home / "nan" / "nonfinite-step-2.npz")
+    saved = np.load(home / "nan" / "spike-step-2.npz")
     assert saved["tokens"].shape == (8, 33)
     assert not (home / "nan" / "checkpoints" / "2").exists()
     assert max(losses(home / "nan")) == 1 and math.isfinite(losses(home / "nan")[1])

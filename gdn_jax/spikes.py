@@ -2,11 +2,12 @@
 
 A step is a spike where its loss or its gradient norm is not finite and, once KNOWN earlier losses are known, where
 
-    loss > median + max(DEVIATIONS * 1.4826 * MAD, RISE)        MAD: the median distance from the median
+    loss > max(median + DEVIATIONS * 1.4826 * MAD, highest + RISE)        MAD: the median distance from the median
 
 over the last WINDOW losses that were no spikes, without that of the step just before: it has not reached the host when
-the step is asked for, and no step waits for another's loss. A gradient norm that is large but finite is none: it comes
-and goes at a usual loss, and clipping is there for it.
+the step is asked for, and no step waits for another's loss. The highest is there for mixed text, where a batch of a
+rare kind has a loss of its own. A gradient norm that is large but finite is none: it comes and goes at a usual loss,
+and clipping is there for it.
 """
 
 import math
@@ -58,7 +59,7 @@ class Watch:
             return np.float32(np.inf)
         middle = np.median(losses)
         deviation = GAUSSIAN * np.median(np.abs(losses - middle))
-        return np.float32(middle + max(DEVIATIONS * deviation, RISE))
+        return np.float32(max(middle + DEVIATIONS * deviation, losses.max() + RISE))
 
     def too_often(self, on_spike: str) -> str:
         """Why the run stops at this spike; empty where it goes on."""

@@ -116,7 +116,7 @@ def test_a_state_that_is_not_finite_ends_with_its_document(name):
     assert not jnp.isfinite(o[0, :20]).any() and jnp.isfinite(o[0, 20:]).all() and jnp.isfinite(state).all()
 
 
-@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("pieces", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_kernels(monkeypatch, pieces):
     """In bf16, where the part's entering state is rounded once more than within a row; a part may itself be cut."""
     monkeypatch.setattr(triton_op, "pieces", lambda batch, tokens, *sizes: pieces)
@@ -130,8 +130,7 @@ def test_kernels(monkeypatch, pieces):
     compare(with_gradients(of_row, cotangents), (arrays, segments), {"context": 2}, tolerance=2e-2)
 
 
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+@pytest.mark.parametrize(("impl", "documents"), [("chunked", False), ("chunked", True), ("triton_interpret", True)])
 def test_convolution(impl, documents):
     """The inputs before a part are its neighbour's last ones, and a document's alone."""
     keys = jax.random.split(jax.random.key(0), 6)

@@ -125,6 +125,8 @@ def test_limits_by_hand():
     for step in range(1, 200):
         flat.add(step, 1.0 if step > 70 else 50.0)
     assert flat.limit(200) == 1.5  # 50 is out of the window of 128; a rise of 0.5 nats at least
+    flat.add(200, 3.0)
+    assert flat.limit(202) == 3.5  # a batch of another kind was seen before
 
 
 def test_what_is_recorded_judges_as_before():

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import fcntl
 import json
-import os
 import shutil
 import signal
 import subprocess

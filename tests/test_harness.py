@@ -13,6 +13,7 @@ from small import experiment, scripted_model
 from gdn_jax import tokenizer
 from gdn_jax.errors import UserError
 from gdn_jax.evaluate import answering as answering_module
+from gdn_jax.evaluate import harness
 from gdn_jax.evaluate.answering import Answering, RequestFile, answer_file, encode_pair, read_requests
 from gdn_jax.evaluate.harness import HarnessModel, evaluate_task
 from gdn_jax.evaluate.scoring import Scorer
@@ -189,11 +190,22 @@ def test_wrong_questions(uniform, task, options, sentence):
 
 
 def test_data_that_is_missing_is_asked_for(uniform, tmp_path, monkeypatch):
+    """At once where the hub does not answer: the library by itself tries again for half a minute."""
     import datasets
+    import huggingface_hub
 
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    asked = []
+    load = datasets.load_dataset
+    offline = lambda: (datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE)  # noqa: E731
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **more: asked.append(offline()) or load(*args, **more))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:1")
+    monkeypatch.delenv("HTTPS_PROXY", raising=False)
+    harness._hub_answers.cache_clear()
+    before = offline()
     with pytest.raises(UserError, match=r"The data of task mnli cannot be had here .* put it into .*/mnli.jsonl, rows"):
         evaluate_task(uniform, "mnli", data=tmp_path)
+    harness._hub_answers.cache_clear()
+    assert asked == [(True, True)] and offline() == before
 
 
 def test_a_length_of_its_own(tmp_path):

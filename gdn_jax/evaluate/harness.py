@@ -8,7 +8,9 @@ import contextlib
 import functools
 import logging
 import os
+import socket
 import tempfile
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from gdn_jax.evaluate.rows import SUFFIXES
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: the harness's bars would break up our lines
 try:
+    import datasets
+    import huggingface_hub
     import lm_eval
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
@@ -75,7 +79,7 @@ def evaluate_task(answers: Answers, task: str, *, data: Path | None = None, limi
     if task not in stock.all_tasks:
         raise UserError(f"There is no task {task!r}{nearest(task, stock.all_tasks)} in lm-eval {VERSION}.")
     path = _local(data, task)
-    with tempfile.TemporaryDirectory() as folder, _offline(path is not None):
+    with tempfile.TemporaryDirectory() as folder, _offline(path is not None or not _hub_answers()):
         manager = stock
         if path is not None:
             Path(folder, f"{task}.yaml").write_text(_override(task, stock.task_index[task], path))
@@ -135,12 +139,27 @@ def _override(task: str, entry: Any, path: Path) -> str:
 
 @contextlib.contextmanager
 def _offline(yes: bool):
-    """Keeps the data sets library from asking the network where local files were named."""
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1") if yes else {})
+    """Keeps the data sets library from asking the network, in vain for half a minute where there is none.
+
+    It reads the environment once, when it is imported; afterwards these two decide.
+    """
+    places = (huggingface_hub.constants, datasets.config)
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place, value in zip(places, before, strict=True):
+        place.HF_HUB_OFFLINE = value or yes
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+@functools.cache
+def _hub_answers() -> bool:
+    """Whether the Hugging Face hub takes a connection from here."""
+    where = urllib.parse.urlsplit(huggingface_hub.constants.ENDPOINT)
+    try:
+        socket.create_connection((where.hostname, where.port or 443), timeout=5).close()
+    except OSError:
+        return any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"))  # it may know a way
+    return True

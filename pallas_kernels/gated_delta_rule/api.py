@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped

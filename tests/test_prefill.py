@@ -51,7 +51,7 @@ def one_by_one(model, tokens, lengths, room):
 
 def together(model, tokens, lengths, room, piece):
     """The same in pieces that all rows share, each row with as many tokens of a piece as it has left."""
-    lengths, logits = np.array(lengths), None
+    lengths, logits, cache = np.array(lengths), None, None
     for start in range(0, tokens.shape[1], piece):
         count = jnp.asarray(np.clip(lengths - start, 0, piece), jnp.int32)
         part, past = tokens[:, start : start + piece], {"cache": cache} if start else {"room": room}

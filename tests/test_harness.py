@@ -10,6 +10,7 @@ import pytest
 from lm_eval.api.model import TemplateLM
 from small import experiment, scripted_model
 
+from experiments.commands import evaluation
 from gdn_jax import tokenizer
 from gdn_jax.errors import UserError
 from gdn_jax.evaluate import answering as answering_module
@@ -20,6 +21,7 @@ from gdn_jax.evaluate.scoring import Scorer
 from gdn_jax.fingerprint import Identity
 from gdn_jax.progress import SILENT
 from gdn_jax.runs import OpenRun
+from pallas_kernels import dispatch
 
 ROWS = Path(__file__).parent / "eval_rows" / "table3"
 BYTES = tokenizer.load("byte")
@@ -214,3 +216,18 @@ def test_a_length_of_its_own(tmp_path):
     assert answering(tmp_path, scripted_model({})).max_length == 2048
     long = replace(run, experiment=replace(run.experiment, data=short))
     assert Answering(long, progress=SILENT).max_length == 4096
+
+
+def test_devices_that_share_rows_give_the_same_answers(tmp_path, monkeypatch):
+    """`gdn eval --tasks --run.context` comes here."""
+    run, split, ask = answering(tmp_path, scripted_model({1: 2})).run, [], dispatch.splits_tokens
+    monkeypatch.setattr("gdn_jax.runs.open_run", lambda directory: run)
+    monkeypatch.setattr(dispatch, "splits_tokens", lambda tokens: split.append(ask(tokens)) or split[-1])
+    encoded = [encode_pair(BYTES, *pair) for pair in (("context", " ending"), ("", "b" * 70))]
+    found = {}
+    for context in (1, 4):
+        opened = evaluation.opened(experiment(tmp_path, context=context), None)
+        found[context] = opened._scorer.score(*zip(*encoded, strict=True), progress=SILENT)
+        assert any(split) == (context == 4)
+    for one, other in zip(found[1], found[4], strict=True):
+        assert one.log_likelihood == pytest.approx(other.log_likelihood, rel=1e-6) and one.greedy == other.greedy

@@ -88,7 +88,8 @@ def opened(experiment: Experiment, max_length: int | None) -> "Answering":
 
     run = runs.open_run(runs.run_directory(experiment))
     check_impl(experiment)
-    return Answering(run, compute=compute_for(experiment), max_length=max_length)
+    compute, context = compute_for(experiment), experiment.run.context
+    return Answering(run, compute=compute, max_length=max_length, context=context)
 
 
 def described(found: list[dict[str, Any]]) -> str:

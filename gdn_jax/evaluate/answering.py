@@ -43,13 +43,14 @@ class Answering:
     max_length    most tokens read at once; None: `default_length` of the training's data
     keep          the file; None: <run>/answers.jsonl. Answers are known by the parameters, the tokenizer, the
                   arithmetic and the request, so one file serves every checkpoint and may be copied between machines
+    context       local devices that share the tokens of each row; must divide their number
 
     Documents of the training data end in EOS and begin with nothing, so a text without a context is given EOS.
     """
 
     def __init__(
         self, run: OpenRun, *, compute: Compute | None = None, max_length: int | None = None, keep: Path | None = None,
-        batch_tokens: int = BATCH_TOKENS, progress: Progress | None = None,
+        batch_tokens: int = BATCH_TOKENS, context: int = 1, progress: Progress | None = None,
     ):  # fmt: skip
         self.run, self.tokenizer = run, run.tokenizer
         self.compute = compute_for(run.experiment) if compute is None else compute
@@ -58,13 +59,14 @@ class Answering:
         self.kept = Kept(run.directory / "answers.jsonl" if keep is None else keep)
         self._greedy = Greedy(run.model, self.tokenizer, self.compute)
         self.ask: Ask = partial(answers, self._greedy, self.tokenizer, keep=self.kept, progress=self.progress)
-        self._batch_tokens = batch_tokens
+        self._batch_tokens, self._context = batch_tokens, context
 
     @cached_property
     def _scorer(self) -> Scorer:
         return Scorer(
-            self._greedy.cast, compute=self.compute, max_length=self.max_length, batch_tokens=self._batch_tokens
-        )
+            self._greedy.cast, compute=self.compute, max_length=self.max_length, batch_tokens=self._batch_tokens,
+            context=self._context,
+        )  # fmt: skip
 
     def loglikelihood(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         keys = [self._key("loglikelihood", *pair) for pair in pairs]

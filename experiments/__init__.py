@@ -57,7 +57,8 @@ def get(id: str) -> Experiment:
         raise UserError(f"{id} times the training step of {one.of.id} and trains nothing; run: {command}.")
     if id not in EXPERIMENTS:
         known = [*EXPERIMENTS, *EVALUATIONS, *TIMINGS]
-        raise UserError(f"There is no experiment {id!r}{nearest(id, known)}; `gdn list` shows all.")
+        or_run = ", nor a run's directory of that name" if "/" in id and not nearest(id, known) else ""
+        raise UserError(f"There is no experiment {id!r}{nearest(id, known)}{or_run}; `gdn list` shows all.")
     return EXPERIMENTS[id]
 
 

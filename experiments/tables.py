@@ -183,8 +183,6 @@ def _protocols(suite: Suite, result: published.Result) -> Row:
 def described(name: str, scale: str, found: list[Row]) -> str:
     """Rows for a terminal; `*` after the best of a group, a letter where a number bears marks."""
     header, lines, notes = laid_out(name, found)
-    if any(cell.endswith("*") for line in lines for cell in line):
-        notes.insert(0, "* the best of its column among the paper's or our rows without marks, hybrid models apart.")
     return f"{name} at {scale}: {TABLES[name].title}\n{report.aligned([header, *lines])}\n" + "\n".join(notes)
 
 
@@ -218,6 +216,8 @@ def laid_out(name: str, found: list[Row], best: str = "{}*") -> tuple[Cells, lis
         )
     if name == "s1":
         notes.append("Avg-PPL is read as the mean of the Wiki and the LAMBADA perplexity; the paper does not say.")
+    if best == "{}*" and any(cell.endswith("*") for line in lines for cell in line):
+        notes.insert(0, "* the best of its column among the paper's or our rows without marks, hybrid models apart.")
     return ("model", "whose", *columns.values(), "from"), lines, notes
 
 

@@ -1,6 +1,7 @@
 """Signals that ask a training run to stop: it finishes its step, saves and ends."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,8 @@ def stop_signals() -> Iterator[list[int]]:
     def ask(number, _frame):
         if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not caught:
+            os.write(2, b"Stopping: the step in hand is finished and saved first.\n")
         caught.append(number)
 
     heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]

@@ -235,6 +235,27 @@ def test_a_checksum_sees_every_bit_and_place_on_any_mesh():
     assert len(set(checkpoint.checksums(small).values())) == 3
 
 
+SUMS_OF_MANY = """
+import os
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from gdn_jax.checksums import checksums
+mesh = jax.make_mesh((4,), ("fsdp",))
+x = jax.device_put(np.ones((256, 128), np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))
+for _ in range(20):
+    checksums({str(i): x for i in range(60)})
+"""
+
+
+def test_checksums_of_many_arrays_end_on_few_cores():
+    """All at once, four devices of two cores waited for each other until XLA gave up."""
+    flags = "--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=30"
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", SUMS_OF_MANY], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+
+
 def test_an_import_of_numbers_that_are_not_finite_is_refused(here, capfd):
     assert main(["convert", "export", ID, "--out", "lit", "--format", "lit"]) == 0
     path = Path("lit/model.safetensors")

@@ -1,5 +1,6 @@
 """Tasks, texts and files of requests put to a trained run: what `gdn eval` and `gdn run` do beside perplexity."""
 
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ def checked(options: TaskOptions) -> tuple[Asked, list[tuple[Suite, list[str]]]]
             found.append((experiments.SUITES[suite], [task] if task else of_suite))
         else:
             found.append((experiments.SUITES["table3"], [name]))  # any task of the harness
+    if any(suite is experiments.SUITES["table3"] for suite, _ in found):
+        importlib.import_module("gdn_jax.evaluate.harness")  # says before the training that its library is missing
     return asked, found
 
 

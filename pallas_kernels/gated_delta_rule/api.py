@@ -94,7 +94,8 @@ def gated_delta_rule(
     tokens and g = 0 a chunk's inverse has the entries -beta (1 - beta)^(i - j - 1): towards beta = 2 they alternate
     undamped, what is left of their rounded terms is rounding, and the state keeps it. Of o that is 1 % at beta = 1 (of
     dbeta 20 %) and 20 to 80 % at beta = 1.9; there 10 % at chunk 16, 2 % at g = -0.05, 1e-5 for float32 in "chunked".
-    Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
+    Raises ValueError for sizes, chunk or dtypes outside these rules, jaxtyping's TypeCheckError for other shapes and
+    types, NotImplementedError for an impl that cannot run here. The numbers in the arrays are not looked at.
     Source: arXiv 2412.06464, section 3.
     """
     check_heads(q.shape[2], v.shape[2])

@@ -73,7 +73,8 @@ def gated_norm(
 
     Returns y like x, in x's dtype; inside at least fp32, float64 for float64 inputs. The gradient reaches x, weight and
     gate.
-    Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
+    Raises ValueError for sizes or dtypes outside these rules, jaxtyping's TypeCheckError for other shapes and types,
+    NotImplementedError for an impl that cannot run here.
     Source: arXiv 2412.06464, section 3.4; gate first, groups: Mamba2, arXiv 2405.21060.
     """
     if groups < 1 or x.shape[-1] % groups:

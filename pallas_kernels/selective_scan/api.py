@@ -67,7 +67,8 @@ def selective_scan(
 
     Returns y [B, T, D] in x's dtype and the final state [B, D, N] in fp32 (float64 for float64 inputs). x, B and C are
     bfloat16, float32 or float64; all arithmetic is at least fp32.
-    Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
+    Raises ValueError for sizes, chunk or dtypes outside these rules, jaxtyping's TypeCheckError for other shapes and
+    types, NotImplementedError for an impl that cannot run here. The numbers in the arrays are not looked at.
     Source: Mamba, arXiv 2312.00752, section 3.2 with the simplified discretisation of B.
     """
     check_tokens(x.shape[1], "the selective scan")

@@ -73,7 +73,8 @@ def short_conv(
     Returns y [B, T, C] and the final state [B, W-1, C], the last W-1 inputs of the last segment with zeros where it is
     shorter; both in x's dtype. Inside at least fp32, float64 for float64 inputs. For one token at a time call it with
     T = 1. The gradient reaches x, weight, bias and initial_state.
-    Raises ValueError for arguments outside these rules and NotImplementedError for an impl that cannot run here.
+    Raises ValueError for sizes or dtypes outside these rules, jaxtyping's TypeCheckError for other shapes and types,
+    NotImplementedError for an impl that cannot run here.
     Source: arXiv 2412.06464, section 3.4; with bias: Mamba, arXiv 2312.00752.
     """
     check_tokens(x.shape[1], "the convolution")

@@ -238,7 +238,10 @@ def differences(model, layouts):
     [
         ("gated-deltanet", ["2 4"]),
         ("transformer", ["2 4"]),
-        *(pytest.param(model, list(LAYOUTS), marks=pytest.mark.slow) for model in PAPER_MODELS),
+        *(
+            pytest.param(model, list(LAYOUTS), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+            for model in PAPER_MODELS
+        ),
     ],
 )
 def test_a_model_over_eight_devices(model, layouts):

@@ -3,6 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+# The exponential of anything below is 0 in fp32, so that raising g to it changes no decay. It keeps the sums of a
+# chunk's log decays, whose differences are exponents there, small enough for fp32: a reset may be -1e9 or -inf.
+LEAST_LOG_DECAY = -104.0
+
 
 def document_starts(segment_ids):
     """[B, T] bool: True where a token's segment differs from the one before; the first token continues."""

@@ -160,7 +160,7 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
     if op not in (having := ops.names("tuning")):
         raise ValueError(f"There is no op {op!r} to tune; it must be one of {', '.join(having)}.")
     shapes, tuning = bench.shapes_of(op, options.shapes), _module(op, "tuning")
-    from pallas_kernels import triton_dialect
+    from pallas_kernels import triton_calls
 
     known = tuning.KERNELS
     names = known if options.stages == "all" else options.stages.split(",")
@@ -173,7 +173,7 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
     for name, shape in shapes.items():
         if reason := tuning.why_not(shape):
             raise ValueError(f"Shape {name!r} cannot be tuned: {reason}.")
-    reason = triton_dialect.why_not_here()
+    reason = triton_calls.why_not_here()
     if reason:
         raise NotImplementedError(f"{op} cannot be tuned here: {reason}.")
     import jax

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, triton_calls
 from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, triton_op
 from pallas_kernels.gated_delta_rule.conformance import Case
 from pallas_kernels.linear_attention import conformance as linear_attention_conformance
@@ -58,7 +58,7 @@ def test_a_fallback_is_one_line_on_stderr_of_a_process():
 
 def test_the_choice_is_made_for_the_part_that_a_device_has(monkeypatch):
     """Twice as many elements as the kernels can index, split over two devices."""
-    monkeypatch.setattr(triton_op, "MOST_ELEMENTS", 2 * triton_op.largest_array(2, 128, 1, 64, 64))
+    monkeypatch.setattr(triton_calls, "MOST_ELEMENTS", 2 * triton_op.largest_array(2, 128, 1, 64, 64))
     q, g = jax.ShapeDtypeStruct((4, 128, 1, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 128, 1), jnp.float32)
     op = partial(gated_delta_rule, impl="triton_interpret")
     with pytest.raises(dispatch.CannotRun, match="split the batch"):

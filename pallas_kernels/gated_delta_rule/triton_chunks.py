@@ -22,7 +22,7 @@ tiles is the one whose loads the compiler pipelines. Wider ones run over value c
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Gradients, Kept, Reversed
 from pallas_kernels.gated_delta_rule.triton_terms import (
@@ -33,7 +33,8 @@ from pallas_kernels.gated_delta_rule.triton_terms import (
     square,
     where_nonzero,
 )
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.tiles import Tiling
+from pallas_kernels.triton_calls import BlockSpec
 
 
 def make_gradients(
@@ -43,6 +44,7 @@ def make_gradients(
     tokens, prepared = kept.tokens, kept.prepared
     B, T, H, K = tokens.q.shape
     Hv, V = kept.rho.shape[2:]
+    value_tiles = Tiling(V, config.value_tile)
     dtype = jnp.bfloat16 if Hv == H else jnp.float32  # one a value head, until they are summed
 
     def gdn_chunks(refs):
@@ -63,7 +65,7 @@ def make_gradients(
             rho = values("rho", columns).T
             return m1 + triton.dot(values("do", columns), rho), m2 + triton.dot(values("dv", columns), rho)
 
-        m1, m2 = over_values(V, config.value_tile, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = over_values(value_tiles, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret) * b[None, :]
         for ref, m in ((refs.dq, scale * decay * m1), (refs.dk, jnp.where(after == 0, 0.0, -decay * m2))):
             ref[rows, rows] = m.astype(jnp.bfloat16).astype(dtype)
@@ -71,8 +73,7 @@ def make_gradients(
         m1, m2 = (ref[rows, rows].astype(jnp.bfloat16) for ref in (refs.dq, refs.dk))
 
         def key_columns(sums, tile):
-            start, width, _ = tile
-            columns = triton.ds(start, width)
+            columns = tile.place
             d_total, d_log_beta, d_last, inner = sums
 
             def states(values_at, asked, read, d_write, inner):
@@ -83,23 +84,23 @@ def make_gradients(
                 d_write = d_write + triton.dot(values("rho", values_at), d_state)
                 return asked, read, triton.finished(d_write, interpret), inner
 
-            key, query = triton.load_own(refs.k, rows, tile), triton.load_own(refs.q, rows, tile)
-            zero = jnp.zeros((CHUNK, width), jnp.float32)
-            asked, read, d_write, inner = over_values(V, config.value_tile, states, zero, zero, zero, inner)
+            key, query = tile.load_columns(refs.k, rows), tile.load_columns(refs.q, rows)
+            zero = jnp.zeros((CHUNK, tile.width), jnp.float32)
+            asked, read, d_write, inner = over_values(value_tiles, states, zero, zero, zero, inner)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
-            triton.store_own(refs.dq, rows, tile, dq)
+            tile.store_columns(refs.dq, rows, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
             d_total += jnp.sum(query.astype(jnp.float32) * dq + key.astype(jnp.float32) * read, axis=1)
             d_write = (b * leaving)[:, None] * d_write
             d_last += jnp.sum(key.astype(jnp.float32) * d_write, axis=1)
             d_write = d_write + triton.dot(m2.T, key) + triton.dot(m1.T, query)
             d_log_beta += jnp.sum(key.astype(jnp.float32) * d_write, axis=1)
-            triton.store_own(refs.dk, rows, tile, read + where_nonzero(b, d_write))
+            tile.store_columns(refs.dk, rows, read + where_nonzero(b, d_write))
             return d_total, d_log_beta, d_last, inner
 
         none = jnp.zeros((CHUNK,), jnp.float32)
-        sums = none, none, none, jnp.zeros((triton.full_and_rest(V, config.value_tile)[0],), jnp.float32)
-        d_total, d_log_beta, d_last, inner = triton.over_tiles(K, config.key_tile, key_columns, sums)
+        sums = none, none, none, jnp.zeros((value_tiles.width,), jnp.float32)
+        d_total, d_log_beta, d_last, inner = Tiling(K, config.key_tile).over(key_columns, sums)
         refs.dbeta[...] = d_log_beta / b
         d_total -= d_log_beta
         d_last = jnp.sum(d_last) + refs.gamma[CHUNK - 1] * jnp.sum(inner)

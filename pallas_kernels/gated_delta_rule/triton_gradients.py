@@ -8,7 +8,7 @@ through memory, since a transposed accumulator must not feed a product (some Tri
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Gradients, Kept, Pairs, Reversed, Sums
 from pallas_kernels.gated_delta_rule.triton_terms import (
@@ -19,7 +19,8 @@ from pallas_kernels.gated_delta_rule.triton_terms import (
     square,
     where_nonzero,
 )
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.tiles import Tile, Tiling
+from pallas_kernels.triton_calls import BlockSpec
 
 TILES = 3  # of pairs, numbered late half + early half
 
@@ -39,13 +40,11 @@ def pair_tokens(
         if refs.late_numbers is not None:
             allowed = allowed & (refs.late_numbers[...][:, None] == refs.early_numbers[...][None, :])
 
-        def products(sums, tile):
-            values = triton.ds(tile[0], tile[1])
-            early = refs.rho[rows, values].T
-            m1, m2 = sums
-            return m1 + triton.dot(refs.do[rows, values], early), m2 + triton.dot(refs.dv[rows, values], early)
+        def products(at, m1, m2):
+            early = refs.rho[rows, at].T
+            return m1 + triton.dot(refs.do[rows, at], early), m2 + triton.dot(refs.dv[rows, at], early)
 
-        m1, m2 = triton.over_tiles(V, config.value_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = over_values(Tiling(V, config.value_tile), products, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         until = refs.early_total[...] - jnp.where(same, 0.0, refs.early_total[CHUNK - 1])
         decay = pair_decay(refs.late_total[...], until, allowed, interpret) * nonzero(refs.beta[...])[None, :]
         late = triton.ds(triton.quotient(number + 1, 2) * CHUNK, CHUNK)
@@ -96,8 +95,8 @@ def sum_gradients(
     Hv, V = kept.rho.shape[2:]
     dtype = jnp.bfloat16 if Hv == H else jnp.float32  # one a value head, until they are summed
     pair_tile = config.pair_tile
-    full, _, rest = triton.full_and_rest(K, config.key_tile)
-    overlapping, tiles = len(rest) > 1, -(-K // full)
+    keys, values = Tiling(K, config.key_tile), Tiling(V, config.value_tile)
+    full, overlapping, tiles = keys.width, len(keys.rest) > 1, -(-K // keys.width)
 
     def gdn_tokens(refs):
         rows = triton.ds(0, BLOCK)
@@ -109,22 +108,20 @@ def sum_gradients(
             return jax.lax.fori_loop(0, BLOCK // pair_tile, with_part, sums)
 
         def body(tile):
-            start, width, _ = tile
-            columns = triton.ds(start, width)
-            zero = jnp.zeros((BLOCK, width), jnp.float32)
+            columns, zero = tile.place, jnp.zeros((BLOCK, tile.width), jnp.float32)
 
-            def states(values, read, d_write, inner):
-                state, d_state = refs.states[values, columns], refs.d_states[values, columns]
-                read = read + triton.dot(refs.dv[rows, values], state)
+            def states(at, read, d_write, inner):
+                state, d_state = refs.states[at, columns], refs.d_states[at, columns]
+                read = read + triton.dot(refs.dv[rows, at], state)
                 inner = inner + inner_product(state, d_state, tile, inner.size)
-                d_write = d_write + triton.dot(refs.rho[rows, values], d_state)
+                d_write = d_write + triton.dot(refs.rho[rows, at], d_state)
                 return read, triton.finished(d_write, interpret), inner
 
             def store(ref, x):
                 if overlapping:
                     ref[rows, columns] = x.astype(ref.dtype)
                 else:
-                    triton.store_own(ref, rows, tile, x)
+                    tile.store_columns(ref, rows, x)
 
             def key_pairs(part, read, d_write):
                 key = refs.k[part, columns]
@@ -132,8 +129,8 @@ def sum_gradients(
                 d_write = d_write + triton.dot(refs.m1[part, rows].T, refs.q[part, columns])
                 return read + triton.dot(refs.m2[rows, part], key), d_write
 
-            def asked_states(values, asked):
-                return (asked + triton.dot(refs.do[rows, values], refs.states[values, columns]),)
+            def asked_states(at, asked):
+                return (asked + triton.dot(refs.do[rows, at], refs.states[at, columns]),)
 
             def query_pairs(part, dq):
                 return (dq + triton.dot(refs.m1[rows, part], refs.k[part, columns]),)
@@ -141,16 +138,16 @@ def sum_gradients(
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = refs.gamma[CHUNK - 1], refs.gamma[BLOCK - 1]  # what each half leaves
             gamma = refs.gamma[...] * jnp.where(late, first, 1.0)
-            (asked,) = over_values(V, config.value_tile, asked_states, zero)
+            (asked,) = over_values(values, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
-            query = triton.own(refs.q[rows, columns].astype(jnp.float32), tile)
+            query = tile.own(refs.q[rows, columns].astype(jnp.float32))
             of_queries = jnp.sum(query * dq, axis=1)
             store(refs.dq, dq)
 
-            none = jnp.zeros((triton.full_and_rest(V, config.value_tile)[0],), jnp.float32)
-            read, d_write, inner = over_values(V, config.value_tile, states, zero, zero, none)
+            none = jnp.zeros((values.width,), jnp.float32)
+            read, d_write, inner = over_values(values, states, zero, zero, none)
             d_write *= (nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
-            key = triton.own(refs.k[rows, columns].astype(jnp.float32), tile)
+            key = tile.own(refs.k[rows, columns].astype(jnp.float32))
             refs.d_last[0] = jnp.sum(jnp.sum(key * d_write, axis=1)) + first * last * jnp.sum(inner)
             read, d_write = over_pairs(key_pairs, -gamma[:, None] * read, d_write)
             d_log_beta = jnp.sum(key * d_write, axis=1)
@@ -161,9 +158,9 @@ def sum_gradients(
         index = triton.remainder(triton.program_id(0), tiles)
         if overlapping:
             start = triton.aligned(jnp.minimum(index * full, K - full), 8, interpret)
-            body((start, full, full + start - index * full))
+            body(Tile(start, full, full + start - index * full))
         else:
-            triton.for_tile(index, K, config.key_tile, body)
+            keys.at(index, body)
 
     block = lambda x: triton.quotient(x, tiles)  # noqa: E731
     key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), triton.quotient(h, Hv // H), 0))

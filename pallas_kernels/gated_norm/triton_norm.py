@@ -12,11 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels import triton_calls as triton
+from pallas_kernels.tiles import power_of_two
+from pallas_kernels.triton_calls import BlockSpec
 
 LARGEST = 8192  # elements of a vector
-MOST_ELEMENTS = 1 << 31  # 32-bit indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,7 @@ def why_not(vectors: int, size: int, *, interpret: bool) -> str | None:
     """The reason the kernels cannot run on so many vectors of this size, or None."""
     if size > LARGEST:
         return f"a vector has {size} elements; the kernels hold at most {LARGEST}"
-    if vectors * size >= MOST_ELEMENTS:
-        return f"x has {vectors * size:,} elements, past the {MOST_ELEMENTS:,} that they are made for; split it"
-    return None if interpret else triton.why_not_here()
+    return triton.why_not(vectors * size, interpret)
 
 
 class _Static(NamedTuple):
@@ -66,7 +64,7 @@ class _Vectors(NamedTuple):
 
 def _held(config, size):
     """(vectors held at once, width of their tile)."""
-    wide = triton.power_of_two(size)
+    wide = power_of_two(size)
     return max(1, config.elements // wide), wide
 
 
@@ -88,7 +86,7 @@ class _Program(NamedTuple):
     def vectors(self, turn):
         """Those that it holds in its turn number `turn`."""
         count, _, size = self.shape
-        wide = triton.power_of_two(size)
+        wide = power_of_two(size)
         iota = partial(jax.lax.broadcasted_iota, jnp.int32)
         at, columns = self.first + turn * self.rows + iota((self.rows, 1), 0), iota((1, wide), 1)
         exists = None

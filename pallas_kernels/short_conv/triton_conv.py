@@ -18,14 +18,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.short_conv import chunked
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.tiles import power_of_two
+from pallas_kernels.triton_calls import BlockSpec
 
 LEAST_TOKENS = 16
 WIDEST = 8  # of the filter: it and the inputs under it are held in registers
 LARGEST_HEAD = 512
-MOST_ELEMENTS = 1 << 31  # 32-bit indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,7 @@ def why_not(shape: tuple[int, int, int], width: int, head: int | None, *, interp
         return f"the filter has {width} rows; the kernels hold at most {WIDEST}"
     if head is not None and head > LARGEST_HEAD:
         return f"l2norm is {head}; the kernels hold vectors of at most {LARGEST_HEAD}"
-    if B * T * C >= MOST_ELEMENTS:
-        return f"x has {B * T * C:,} elements, past the {MOST_ELEMENTS:,} that they are made for; split the batch"
-    return None if interpret else triton.why_not_here()
+    return triton.why_not(B * T * C, interpret)
 
 
 class _Static(NamedTuple):
@@ -96,9 +94,9 @@ class _Tiling(NamedTuple):
     @classmethod
     def of(cls, heads, size, normalised, tile):
         if not normalised:
-            return cls(heads, size, 1, min(tile, triton.power_of_two(size)))
-        wide = triton.power_of_two(size)
-        return cls(heads, size, max(1, min(tile // wide, triton.power_of_two(heads))), wide)
+            return cls(heads, size, 1, min(tile, power_of_two(size)))
+        wide = power_of_two(size)
+        return cls(heads, size, max(1, min(tile // wide, power_of_two(heads))), wide)
 
     @property
     def programs(self):

@@ -16,13 +16,6 @@ NAME = "gated_delta_rule"
 IMPLS = dispatch.WITH_KERNELS
 
 
-def why_not(impl: str, key_dim: int, value_dim: int, chunk: int = 64, elements: int = 0) -> str | None:
-    """The reason `impl` cannot run here at these sizes, or None when it can."""
-    if impl not in ("triton", "triton_interpret"):
-        return None
-    return triton_op.why_not(key_dim, value_dim, chunk, elements=elements, interpret=impl == "triton_interpret")
-
-
 def resolve(
     impl: str = "auto",
     *,
@@ -38,18 +31,15 @@ def resolve(
     "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for. And
     only where their configuration passed the float64 check on this kind of device.
     """
-    named = partial(why_not, key_dim=key_dim, value_dim=value_dim, chunk=chunk, elements=elements)
-    if impl != "auto":
-        return dispatch.choose(NAME, impl, named)
-    if dtype != jnp.bfloat16:
-        refusal = dispatch.Refusal(NAME, "triton", f"it would round {jnp.dtype(dtype)} to bfloat16")
-        return dispatch.Choice(NAME, "chunked", (refusal,))
+
+    def why_not(interpret):
+        return triton_op.why_not(key_dim, value_dim, chunk, elements=elements, interpret=interpret)
 
     def admits():
         listed = configurations.admitted(key_dim, value_dim, *admission.here())
         return admission.refusal(NAME, listed=listed, K=key_dim, V=value_dim)
 
-    return dispatch.choose(NAME, impl, named, admits)
+    return dispatch.choose(NAME, impl, why_not, admits, rounded=dtype)
 
 
 @jaxtyped(typechecker=beartype)
@@ -132,7 +122,7 @@ def _part(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
     q, k, v, g, beta = inputs
     (batch, tokens, _, K), Hv = q.shape, v.shape[2]
     choice = _choice(impl, q, k, v, chunk)
-    if choice.impl in ("triton", "triton_interpret") and batch:
+    if choice.impl in dispatch.KERNELS and batch:
         interpret = choice.impl == "triton_interpret"
         return triton_op.part(k, v, g, beta, segment_ids, configuration, interpret=interpret)
     values = jnp.concatenate([jnp.zeros((batch, tokens, Hv, K), v.dtype), v], axis=3)
@@ -161,7 +151,7 @@ def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl,
 
 def _run(impl, q, k, v, g, beta, initial_state, *, segment_ids, scale, chunk, residuals, configuration):
     (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    if impl in ("triton", "triton_interpret") and batch:  # a grid of no programs cannot be launched
+    if impl in dispatch.KERNELS and batch:  # a grid of no programs cannot be launched
         return triton_op.gated_delta_rule(
             q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration,
             interpret=impl == "triton_interpret",
@@ -210,4 +200,4 @@ def gated_delta_rule_step(
     return o.astype(v.dtype), state
 
 
-__all__ = ["IMPLS", "gated_delta_rule", "gated_delta_rule_step", "resolve", "why_not"]
+__all__ = ["IMPLS", "gated_delta_rule", "gated_delta_rule_step", "resolve"]

@@ -139,3 +139,30 @@ class Tiling(NamedTuple):
         triton.when(index < self.full)(lambda: body(self.full_tile(index)))
         for number, tile in enumerate(self.rest):
             triton.when(index == self.full + number)(partial(body, tile))
+
+
+def at_tile(index: Any, down: Tiling, along: Tiling, body: Callable[[Tile, Tile], None]) -> None:
+    """body(rows, columns) for tile number `index` of a matrix, counted along its rows."""
+    row, column = triton.quotient(index, along.number), triton.remainder(index, along.number)
+    down.at(row, lambda rows: along.at(column, lambda columns: body(rows, columns)))
+
+
+class Places(NamedTuple):
+    """Elements by their numbers along the last axes of an array, and which exist: a tile that reaches past the end."""
+
+    numbers: tuple[jax.Array, ...]  # of each axis; they broadcast against each other
+    exists: jax.Array | None  # None: all
+
+    def load(self, ref: Any, *leading: Any, only: jax.Array | None = None) -> jax.Array:
+        """ref[*leading, places] in fp32; zero where `only`, a scalar, is False."""
+        return triton.load_where(ref, (*leading, *self.numbers), self._mask(only)).astype(jnp.float32)
+
+    def store(self, ref: Any, value: jax.Array, *leading: Any, only: jax.Array | None = None) -> None:
+        """ref[*leading, places] = value where `only` is not False."""
+        triton.store_where(ref, (*leading, *self.numbers), value, self._mask(only))
+
+    def _mask(self, only):
+        if only is None:
+            return self.exists
+        whole = jnp.broadcast_to(only, jnp.broadcast_shapes(*(number.shape for number in self.numbers)))
+        return whole if self.exists is None else whole & self.exists

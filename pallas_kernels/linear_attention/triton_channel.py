@@ -40,7 +40,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import triton_calls as triton
 from pallas_kernels.chunkwise import LEAST_LOG_DECAY, document_numbers, pad_tokens
-from pallas_kernels.tiles import Tile, Tiling, owned
+from pallas_kernels.tiles import Tile, Tiling, at_tile, owned
 from pallas_kernels.triton_calls import BlockSpec
 
 CHUNK = 64
@@ -210,9 +210,7 @@ def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret
             state = jax.lax.fori_loop(jnp.int32(0), jnp.int32(N), step, state)
             triton.store_where(refs.final, (keys, values), state, mine)
 
-        number = triton.program_id(0)
-        number_down, number_along = triton.quotient(number, along.number), triton.remainder(number, along.number)
-        down.at(number_down, lambda rows: along.at(number_along, lambda columns: body(rows, columns)))
+        at_tile(triton.program_id(0), down, along, body)
 
     key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
     of_value_head = lambda size: BlockSpec((None, T, None, size), lambda i, h, b: (b, 0, h, 0))  # noqa: E731
@@ -513,7 +511,6 @@ def linear_attention(q, k, v, g, initial_state, *, segment_ids, scale, residuals
     padding = -tokens % CHUNK
     numbers = document_numbers(segment_ids, padding)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g.astype(jnp.float32)]
-    if padding:  # k = v = g = 0 writes nothing and keeps the state
-        given = [pad_tokens(x, padding) for x in given]
+    given = [pad_tokens(x, padding) for x in given]  # k = v = g = 0 writes nothing and keeps the state
     o, state = _op(_Static(scale, residuals, interpret, configuration), *given, initial_state, numbers)
     return o[:, :tokens].astype(dtype), state

@@ -32,7 +32,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import triton_calls as triton
 from pallas_kernels.chunkwise import LEAST_LOG_DECAY, document_numbers, pad_tokens
-from pallas_kernels.tiles import Tiling, owned
+from pallas_kernels.tiles import Tiling, at_tile, owned
 from pallas_kernels.triton_calls import BlockSpec
 
 LEAST_DIM, MOST_DIM = 16, 512
@@ -169,9 +169,7 @@ def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpr
             if not reverse:
                 triton.store_where(refs.states, (jnp.int32(N), keys, values), state, mine)
 
-        number = triton.program_id(0)
-        number_down, number_along = triton.quotient(number, along.number), triton.remainder(number, along.number)
-        down.at(number_down, lambda rows: along.at(number_along, lambda columns: body(rows, columns)))
+        at_tile(triton.program_id(0), down, along, body)
 
     tiles = down.number * along.number
     key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
@@ -387,9 +385,8 @@ def linear_attention(q, k, v, g, initial_state, *, segment_ids, scale, residuals
     padding = -tokens % chunk
     numbers = document_numbers(segment_ids, padding)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)]
-    if padding:  # k = v = g = 0 writes nothing and keeps the state
-        given = [pad_tokens(x, padding) for x in given]
-    q, k, v, g = given
+    # k = v = g = 0 writes nothing and keeps the state
+    q, k, v, g = (pad_tokens(x, padding) for x in given)
     static = _Static(chunk, scale, residuals, interpret, configuration)
     o, state = _op(static, q, k, v, jnp.swapaxes(g, 1, 2), initial_state, numbers)
     return o[:, :tokens].astype(dtype), state

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import triton_calls as triton
 from pallas_kernels.short_conv import chunked
-from pallas_kernels.tiles import power_of_two
+from pallas_kernels.tiles import Places, power_of_two
 from pallas_kernels.triton_calls import BlockSpec
 
 LEAST_TOKENS = 16
@@ -62,28 +62,7 @@ class _Static(NamedTuple):
     backward: Config
 
 
-class _Tile(NamedTuple):
-    """The channels of a program: places in the last two axes of an array [..., heads, size], and which exist."""
-
-    heads: jax.Array  # [G, 1]
-    columns: jax.Array  # [1, P]
-    exists: jax.Array | None  # [G, P]; None: all
-
-    def load(self, ref, *leading, only=None):
-        """ref[*leading, heads, columns] in fp32; zero where `only`, a scalar, is False."""
-        return triton.load_where(ref, (*leading, self.heads, self.columns), self._mask(only)).astype(jnp.float32)
-
-    def store(self, ref, value, *leading, only=None):
-        triton.store_where(ref, (*leading, self.heads, self.columns), value, self._mask(only))
-
-    def _mask(self, only):
-        if only is None:
-            return self.exists
-        whole = jnp.broadcast_to(only, (self.heads.shape[0], self.columns.shape[1]))
-        return whole if self.exists is None else whole & self.exists
-
-
-class _Tiling(NamedTuple):
+class _Channels(NamedTuple):
     """How channels [heads, size] are split among programs: `across` heads of `wide` columns each."""
 
     heads: int
@@ -103,7 +82,7 @@ class _Tiling(NamedTuple):
         return -(-self.heads // self.across) * -(-self.size // self.wide)
 
     def here(self):
-        """The tile of the program along grid axis 0."""
+        """Those of the program along grid axis 0, in the last two axes of an array [..., heads, size]."""
         along = -(-self.size // self.wide)
         index = triton.program_id(0)
         iota = partial(jax.lax.broadcasted_iota, jnp.int32)
@@ -112,7 +91,7 @@ class _Tiling(NamedTuple):
         exists = None
         if self.heads % self.across or self.size % self.wide:
             exists = (heads < self.heads) & (columns < self.size)
-        return _Tile(heads, columns, exists)
+        return Places((heads, columns), exists)
 
 
 def _met(x, reach, back):
@@ -132,7 +111,7 @@ def _forward(static, x, weight, bias, state, reach):
     """y like x [B,T,H,K]; weight [W,H,K]; bias [H,K], state [B,W-1,H,K] and reach [B,T] of int32 may be None."""
     (B, T, H, K), W = x.shape, weight.shape[0]
     config, interpret = static.forward, static.interpret
-    tiling = _Tiling.of(H, K, static.head is not None, config.tile)
+    tiling = _Channels.of(H, K, static.head is not None, config.tile)
     piece, ragged = config.piece, T % config.piece != 0
 
     def convolve(refs):
@@ -204,7 +183,7 @@ def _backward(static, x, weight, bias, state, reach, dy):
     """(dx like x, d weight, d bias or None) of `_forward`, the last two in fp32."""
     (B, T, H, K), W = x.shape, weight.shape[0]
     config, interpret = static.backward, static.interpret
-    tiling = _Tiling.of(H, K, static.head is not None, config.tile)
+    tiling = _Channels.of(H, K, static.head is not None, config.tile)
     piece, pieces = config.piece, -(-T // config.piece)
     parts = W + (bias is not None)
 

@@ -40,7 +40,7 @@ def confine(op, initial_state, segment_ids, bad, axis):
 
 def pad_tokens(x, padding):
     """Zeros after the last token of [B, T, ...]."""
-    return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+    return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) if padding else x
 
 
 def operand_dtype(*arrays):

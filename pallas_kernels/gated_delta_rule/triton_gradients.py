@@ -10,15 +10,8 @@ import jax.numpy as jnp
 
 from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule import configurations
+from pallas_kernels.gated_delta_rule import triton_terms as terms
 from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Gradients, Kept, Pairs, Reversed, Sums
-from pallas_kernels.gated_delta_rule.triton_terms import (
-    inner_product,
-    nonzero,
-    over_values,
-    pair_decay,
-    square,
-    where_nonzero,
-)
 from pallas_kernels.tiles import Tile, Tiling
 from pallas_kernels.triton_calls import BlockSpec
 
@@ -35,7 +28,7 @@ def pair_tokens(
         rows = triton.ds(0, CHUNK)
         number = triton.remainder(triton.program_id(0), TILES)
         same = number != 1
-        order = square(0) - square(1)  # how many tokens i is after j, in one half
+        order = terms.square(0) - terms.square(1)  # how many tokens i is after j, in one half
         allowed = jnp.logical_not(same) | (order >= 0)
         if refs.late_numbers is not None:
             allowed = allowed & (refs.late_numbers[...][:, None] == refs.early_numbers[...][None, :])
@@ -44,9 +37,13 @@ def pair_tokens(
             early = refs.rho[rows, at].T
             return m1 + triton.dot(refs.do[rows, at], early), m2 + triton.dot(refs.dv[rows, at], early)
 
-        m1, m2 = over_values(Tiling(V, config.value_tile), products, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = terms.over_values(
+            Tiling(V, config.value_tile), products, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2
+        )
         until = refs.early_total[...] - jnp.where(same, 0.0, refs.early_total[CHUNK - 1])
-        decay = pair_decay(refs.late_total[...], until, allowed, interpret) * nonzero(refs.beta[...])[None, :]
+        decay = (
+            terms.pair_decay(refs.late_total[...], until, allowed, interpret) * terms.nonzero(refs.beta[...])[None, :]
+        )
         late = triton.ds(triton.quotient(number + 1, 2) * CHUNK, CHUNK)
         early = triton.ds(triton.quotient(number, 2) * CHUNK, CHUNK)
         refs.m1[late, early] = (scale * decay * m1).astype(jnp.bfloat16)
@@ -63,8 +60,7 @@ def pair_tokens(
     value = lambda at: BlockSpec((None, CHUNK, None, V), lambda x, h, b: (b, at(x), h, 0))  # noqa: E731
     gate = lambda at: BlockSpec((None, None, CHUNK), lambda x, h, b: (b, h, at(x)))  # noqa: E731
     number = lambda at: BlockSpec((None, CHUNK), lambda x, h, b: (b, at(x)))  # noqa: E731
-    beta, total, documents = kept.tokens.beta, kept.prepared.total, kept.tokens.documents
-    numbers = None if documents is None else documents.numbers
+    beta, total, numbers = kept.tokens.beta, kept.prepared.total, kept.tokens.documents.numbers
     pair = BlockSpec((None, None, None, BLOCK, BLOCK), lambda x, h, b: (b, h, block(x), 0, 0))
     pair_shape = jax.ShapeDtypeStruct((B, Hv, T // BLOCK, BLOCK, BLOCK), jnp.bfloat16)
     made = triton.call(
@@ -113,7 +109,7 @@ def sum_gradients(
             def states(at, read, d_write, inner):
                 state, d_state = refs.states[at, columns], refs.d_states[at, columns]
                 read = read + triton.dot(refs.dv[rows, at], state)
-                inner = inner + inner_product(state, d_state, tile, inner.size)
+                inner = inner + terms.inner_product(state, d_state, tile, inner.size)
                 d_write = d_write + triton.dot(refs.rho[rows, at], d_state)
                 return read, triton.finished(d_write, interpret), inner
 
@@ -138,22 +134,22 @@ def sum_gradients(
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = refs.gamma[CHUNK - 1], refs.gamma[BLOCK - 1]  # what each half leaves
             gamma = refs.gamma[...] * jnp.where(late, first, 1.0)
-            (asked,) = over_values(values, asked_states, zero)
+            (asked,) = terms.over_values(values, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
             query = tile.own(refs.q[rows, columns].astype(jnp.float32))
             of_queries = jnp.sum(query * dq, axis=1)
             store(refs.dq, dq)
 
             none = jnp.zeros((values.width,), jnp.float32)
-            read, d_write, inner = over_values(values, states, zero, zero, none)
-            d_write *= (nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
+            read, d_write, inner = terms.over_values(values, states, zero, zero, none)
+            d_write *= (terms.nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
             key = tile.own(refs.k[rows, columns].astype(jnp.float32))
             refs.d_last[0] = jnp.sum(jnp.sum(key * d_write, axis=1)) + first * last * jnp.sum(inner)
             read, d_write = over_pairs(key_pairs, -gamma[:, None] * read, d_write)
             d_log_beta = jnp.sum(key * d_write, axis=1)
             refs.d_log_beta[...] = d_log_beta
             refs.d_total[...] = of_queries + jnp.sum(key * read, axis=1) - d_log_beta
-            store(refs.dk, read + where_nonzero(refs.beta[...], d_write))
+            store(refs.dk, read + terms.where_nonzero(refs.beta[...], d_write))
 
         index = triton.remainder(triton.program_id(0), tiles)
         if overlapping:
@@ -198,4 +194,4 @@ def gate_gradients(beta: jax.Array, sums: Sums) -> Gradients:
     blocks = (*beta.shape[:2], -1, BLOCK)
     later = jax.lax.cumsum(sums.d_total.sum(0).reshape(blocks), axis=3, reverse=True)
     dg = (later + sums.d_last.sum(0)[..., None]).reshape(beta.shape)
-    return Gradients(sums.dq, sums.dk, dg, sums.d_log_beta.sum(0) / nonzero(beta))
+    return Gradients(sums.dq, sums.dk, dg, sums.d_log_beta.sum(0) / terms.nonzero(beta))

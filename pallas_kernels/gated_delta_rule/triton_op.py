@@ -132,7 +132,7 @@ def _op_bwd(static, saved, cotangents):
     group = tokens.beta.shape[1] // tokens.k.shape[2]
     if group > 1:
         dq, dk = (x.reshape(*x.shape[:2], -1, group, x.shape[-1]).sum(3).astype(jnp.bfloat16) for x in (dq, dk))
-    return Tokens(dq, dk, backward.dv, dg, dbeta, None), _of_rows(backward.d_initial, static.pieces, 0)
+    return Tokens(dq, dk, backward.dv, dg, dbeta, Documents()), _of_rows(backward.d_initial, static.pieces, 0)
 
 
 _op.defvjp(_op_fwd, _op_bwd)
@@ -150,7 +150,7 @@ def _given(q, k, v, g, beta, segment_ids, scale, residuals, configuration, inter
     def cut(x):
         return x.reshape(batch * count, -1, *x.shape[2:])
 
-    documents = None
+    documents = Documents()
     if segment_ids is not None:
         numbers = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
         numbers = jnp.pad(numbers, ((0, 0), (0, padding)), mode="edge")
@@ -158,9 +158,8 @@ def _given(q, k, v, g, beta, segment_ids, scale, residuals, configuration, inter
         documents = Documents(cut(numbers), cut(before[:, : numbers.shape[1] : CHUNK]))
     g = jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g, beta.astype(jnp.float32)]
-    if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
-        given = [pad_tokens(x, padding) for x in given]
-    q, k, v, g, beta = (cut(x) for x in given)
+    # k = v = beta = g = 0 writes nothing and keeps the state
+    q, k, v, g, beta = (cut(pad_tokens(x, padding)) for x in given)
     given = Tokens(q, k, v, jnp.swapaxes(g, 1, 2), jnp.swapaxes(beta, 1, 2), documents)
     return _Static(scale, residuals, interpret, count, configuration), given
 

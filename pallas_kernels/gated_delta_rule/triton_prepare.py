@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule import configurations
-from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Prepared, Tokens
+from pallas_kernels.gated_delta_rule.arrays import CHUNK, Prepared, Tokens
 from pallas_kernels.gated_delta_rule.triton_terms import pair_decay, square
 from pallas_kernels.tiles import Tiling
 from pallas_kernels.triton_calls import BlockSpec
@@ -76,7 +76,7 @@ def solve_chunks(tokens: Tokens, *, scale: float, config: configurations.Prepare
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     pair = BlockSpec((None, None, None, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
     number, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
-    documents = tokens.documents or Documents(None, None)
+    documents = tokens.documents
     pair_shape = jax.ShapeDtypeStruct((B, Hv, N, CHUNK, CHUNK), jnp.bfloat16)
     gate_shape = jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
     made = triton.call(

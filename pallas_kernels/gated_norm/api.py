@@ -14,7 +14,6 @@ from pallas_kernels.gated_norm import chunked, reference, triton_norm
 
 NAME = "gated_norm"
 IMPLS = dispatch.WITH_KERNELS
-KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
 FEW_VECTORS = 128
 
 
@@ -35,8 +34,8 @@ def resolve(
         return dispatch.Choice(NAME, "chunked")
 
     def why_not(interpret):
-        if dtype not in KERNEL_DTYPES:
-            return f"it computes in float32, and x or gate is {jnp.dtype(dtype)}"
+        if dtype == jnp.float64:
+            return "it computes in float32, and x or gate is float64"
         return triton_norm.why_not(math.prod(shape[:-1]) * groups, shape[-1] // groups, interpret=interpret)
 
     return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, D=shape[-1], groups=groups))

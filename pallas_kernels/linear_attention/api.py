@@ -88,8 +88,7 @@ def linear_attention(
     g = (g[..., None] if g.ndim == 3 else g).astype(exact)
     if initial_state is not None:
         initial_state = initial_state.astype(exact)
-    static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
-    static["impl"] = impl
+    static = {"scale": scale, "impl": impl, "chunk": chunk, "residuals": residuals, "configuration": configuration}
     token, state = ("batch", "tokens", "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
         partial(_on_one_device, **static),

@@ -14,7 +14,6 @@ from pallas_kernels.short_conv.triton_conv import LEAST_TOKENS
 
 NAME = "short_conv"
 IMPLS = dispatch.WITH_KERNELS
-KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
 
 
 def resolve(
@@ -31,8 +30,8 @@ def resolve(
         return dispatch.Choice(NAME, "chunked")
 
     def why_not(interpret):
-        if dtype not in KERNEL_DTYPES:
-            return f"it computes in float32, and x is {jnp.dtype(dtype)}"
+        if dtype == jnp.float64:
+            return "it computes in float32, and x is float64"
         return triton_conv.why_not(shape, width, l2norm, interpret=interpret)
 
     return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, W=width, l2norm=l2norm))

@@ -120,27 +120,29 @@ def _across_devices(q, k, v, g, beta, initial_state, segment_ids, *, axis, **sta
 def _part(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
     """(M [B, Hv, K, K], F [B, Hv, K, V]) of S_T = M S_0 + F: the identity goes along as K more columns of values."""
     q, k, v, g, beta = inputs
-    (batch, tokens, _, K), Hv = q.shape, v.shape[2]
-    choice = _choice(impl, q, k, v, chunk)
-    if choice.impl in dispatch.KERNELS and batch:
-        interpret = choice.impl == "triton_interpret"
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    impl = resolve(
+        impl, key_dim=K, value_dim=V, chunk=chunk, dtype=jnp.result_type(q, k, v),
+        elements=triton_op.largest_array(batch, tokens, Hv, K, V),
+    ).impl  # fmt: skip
+    if impl in dispatch.KERNELS and batch:
+        interpret = impl == "triton_interpret"
         return triton_op.part(k, v, g, beta, segment_ids, configuration, interpret=interpret)
     values = jnp.concatenate([jnp.zeros((batch, tokens, Hv, K), v.dtype), v], axis=3)
     identity = jnp.broadcast_to(jnp.eye(K, values.shape[3], dtype=g.dtype), (batch, Hv, K, values.shape[3]))
     static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
-    _, state = _run(choice.impl, q, k, values, g, beta, identity, segment_ids=segment_ids, **static)
+    _, state = _run(impl, q, k, values, g, beta, identity, segment_ids=segment_ids, **static)
     return state[..., :K], state[..., K:]
-
-
-def _choice(impl, q, k, v, chunk):
-    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    sizes = {"key_dim": K, "value_dim": V, "elements": triton_op.largest_array(batch, tokens, Hv, K, V)}
-    return resolve(impl, **sizes, chunk=chunk, dtype=jnp.result_type(q, k, v))
 
 
 def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl, chunk, residuals, configuration):
     """The implementation that is right for the part of the arrays that one device has."""
-    impl = dispatch.taken(_choice(impl, q, k, v, chunk))
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    choice = resolve(
+        impl, key_dim=K, value_dim=V, chunk=chunk, dtype=jnp.result_type(q, k, v),
+        elements=triton_op.largest_array(batch, tokens, Hv, K, V),
+    )  # fmt: skip
+    impl = dispatch.taken(choice)
     static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
     if initial_state is not None and segment_ids is not None and impl != "reference":
         bad = ~jnp.isfinite(initial_state).all(2, keepdims=True)  # one reaches its whole value column

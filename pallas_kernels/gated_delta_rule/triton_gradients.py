@@ -91,8 +91,8 @@ def sum_gradients(
     Hv, V = kept.rho.shape[2:]
     dtype = jnp.bfloat16 if Hv == H else jnp.float32  # one a value head, until they are summed
     pair_tile = config.pair_tile
-    keys, values = Tiling(K, config.key_tile), Tiling(V, config.value_tile)
-    full, overlapping, tiles = keys.width, len(keys.rest) > 1, -(-K // keys.width)
+    key_tiles, value_tiles = Tiling(K, config.key_tile), Tiling(V, config.value_tile)
+    full, overlapping, tiles = key_tiles.width, len(key_tiles.rest) > 1, -(-K // key_tiles.width)
 
     def gdn_tokens(refs):
         rows = triton.ds(0, BLOCK)
@@ -134,14 +134,14 @@ def sum_gradients(
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = refs.gamma[CHUNK - 1], refs.gamma[BLOCK - 1]  # what each half leaves
             gamma = refs.gamma[...] * jnp.where(late, first, 1.0)
-            (asked,) = terms.over_values(values, asked_states, zero)
+            (asked,) = terms.over_values(value_tiles, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
             query = tile.own(refs.q[rows, columns].astype(jnp.float32))
             of_queries = jnp.sum(query * dq, axis=1)
             store(refs.dq, dq)
 
-            none = jnp.zeros((values.width,), jnp.float32)
-            read, d_write, inner = terms.over_values(values, states, zero, zero, none)
+            none = jnp.zeros((value_tiles.width,), jnp.float32)
+            read, d_write, inner = terms.over_values(value_tiles, states, zero, zero, none)
             d_write *= (terms.nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
             key = tile.own(refs.k[rows, columns].astype(jnp.float32))
             refs.d_last[0] = jnp.sum(jnp.sum(key * d_write, axis=1)) + first * last * jnp.sum(inner)
@@ -156,7 +156,7 @@ def sum_gradients(
             start = triton.aligned(jnp.minimum(index * full, K - full), 8, interpret)
             body(Tile(start, full, full + start - index * full))
         else:
-            keys.at(index, body)
+            key_tiles.at(index, body)
 
     block = lambda x: triton.quotient(x, tiles)  # noqa: E731
     key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), triton.quotient(h, Hv // H), 0))

@@ -77,7 +77,7 @@ def scan_forward(
     prediction errors and the state every `block` tokens where `keep`."""
     B, T, H, K = tokens.k.shape
     Hv, V = tokens.beta.shape[1], K if tokens.v is None else tokens.v.shape[3]
-    tiles, values, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
+    tiles, value_tiles, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
 
     def gdn_state(refs):
         def body(tile):
@@ -119,7 +119,7 @@ def scan_forward(
             for tile, state in zip(tiles, states, strict=True):
                 tile.store_rows(refs.final, columns, held.flip(state))
 
-        values.at(triton.program_id(0), body)
+        value_tiles.at(triton.program_id(0), body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     value_shape = jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16)
@@ -138,7 +138,7 @@ def scan_forward(
             "states": (kept_shape if keep else None, kept),
             "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
-        grid=(values.number, Hv, B),
+        grid=(value_tiles.number, Hv, B),
         warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Scanned(**made)
@@ -152,7 +152,7 @@ def scan_reverse(
     zeros; dv and the gradient of the state leaving every block where `keep`."""
     B, T, H, K = tokens.k.shape
     Hv, V = do.shape[2:]
-    tiles, values, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
+    tiles, value_tiles, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
 
     def gdn_reverse(refs):
         def body(tile):
@@ -194,7 +194,7 @@ def scan_reverse(
             for tile, state in zip(tiles, states, strict=True):
                 tile.store_rows(refs.d_initial, columns, held.flip(state))
 
-        values.at(triton.program_id(0), body)
+        value_tiles.at(triton.program_id(0), body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     value_shape = jax.ShapeDtypeStruct(do.shape, jnp.bfloat16)
@@ -211,7 +211,7 @@ def scan_reverse(
             "d_states": (kept_shape if keep else None, kept),
             "d_initial": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
-        grid=(values.number, Hv, B),
+        grid=(value_tiles.number, Hv, B),
         warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Reversed(**made)

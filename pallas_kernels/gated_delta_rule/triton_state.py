@@ -55,16 +55,16 @@ def _specs(T, K, V, group, block):
     return key, value, gate, pair, kept, state
 
 
-def _read_state(ref, columns, tiles, held):
+def _read_state(ref, columns, key_tiles, held):
     """The fp32 state of these value columns, held tile by tile along the keys."""
     if ref is None:
-        return tuple(held.flip(jnp.zeros((tile.width, columns.size), jnp.float32)) for tile in tiles)
-    return tuple(held.flip(tile.load_rows(ref, columns)) for tile in tiles)
+        return tuple(held.flip(jnp.zeros((tile.width, columns.size), jnp.float32)) for tile in key_tiles)
+    return tuple(held.flip(tile.load_rows(ref, columns)) for tile in key_tiles)
 
 
-def _keep(ref, number, columns, tiles, states, held):
+def _keep(ref, number, columns, key_tiles, states, held):
     """Store the state [V, K] of block `number`."""
-    for tile, state in zip(tiles, states, strict=True):
+    for tile, state in zip(key_tiles, states, strict=True):
         transposed = state if held is TRANSPOSED else state.T
         tile.store_columns(ref, columns, transposed, number)
 
@@ -77,7 +77,7 @@ def scan_forward(
     prediction errors and the state every `block` tokens where `keep`."""
     B, T, H, K = tokens.k.shape
     Hv, V = tokens.beta.shape[1], K if tokens.v is None else tokens.v.shape[3]
-    tiles, value_tiles, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
+    key_tiles, value_tiles, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
 
     def gdn_state(refs):
         def body(tile):
@@ -91,9 +91,9 @@ def scan_forward(
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == 0
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(refs.states, number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.states, number, columns, key_tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
-                keys = [tile.load_columns(refs.k, rows) for tile in tiles]
+                keys = [tile.load_columns(refs.k, rows) for tile in key_tiles]
                 rounded = [state.astype(jnp.bfloat16) for state in states]
                 seen = asked = held.flip(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(rounded, keys, strict=True):
@@ -106,7 +106,7 @@ def scan_forward(
                 if keep:
                     refs.rho[rows, columns] = held.flip(rho).astype(jnp.bfloat16)
                 if refs.q is not None:
-                    for state, tile in zip(rounded, tiles, strict=True):
+                    for state, tile in zip(rounded, key_tiles, strict=True):
                         asked += held.product(tile.load_columns(refs.q, rows), state)
                     o = scale * gamma * asked + held.product(refs.attention[chunk], rho.astype(jnp.bfloat16))
                     refs.o[rows, columns] = held.flip(o).astype(jnp.bfloat16)
@@ -114,9 +114,9 @@ def scan_forward(
                 new = (gamma_end * state + held.product(key.T, added) for state, key in zip(states, keys, strict=True))
                 return next_end, tuple(new)
 
-            states = _read_state(refs.initial_state, columns, tiles, held)
+            states = _read_state(refs.initial_state, columns, key_tiles, held)
             _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[CHUNK - 1], states))
-            for tile, state in zip(tiles, states, strict=True):
+            for tile, state in zip(key_tiles, states, strict=True):
                 tile.store_rows(refs.final, columns, held.flip(state))
 
         value_tiles.at(triton.program_id(0), body)
@@ -152,7 +152,7 @@ def scan_reverse(
     zeros; dv and the gradient of the state leaving every block where `keep`."""
     B, T, H, K = tokens.k.shape
     Hv, V = do.shape[2:]
-    tiles, value_tiles, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
+    key_tiles, value_tiles, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
 
     def gdn_reverse(refs):
         def body(tile):
@@ -166,9 +166,9 @@ def scan_reverse(
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == block // CHUNK - 1
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(refs.d_states, number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.d_states, number, columns, key_tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
-                keys = [tile.load_columns(refs.k, rows) for tile in tiles]
+                keys = [tile.load_columns(refs.k, rows) for tile in key_tiles]
                 do = triton.as_made(held.flip(refs.do[rows, columns]), interpret)
                 reached = held.flip(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(states, keys, strict=True):
@@ -184,14 +184,14 @@ def scan_reverse(
                 error = (-held.along_tokens(gamma) * dv).astype(jnp.bfloat16)
                 asked = (held.along_tokens(scale * gamma) * do.astype(jnp.float32)).astype(jnp.bfloat16)
                 new = []
-                for state, key, tile in zip(states, keys, tiles, strict=True):
+                for state, key, tile in zip(states, keys, key_tiles, strict=True):
                     entered = gamma_end * state + held.product(tile.load_columns(refs.q, rows).T, asked)
                     new.append(entered + held.product(key.T, error))
                 return next_end, tuple(new)
 
-            states = _read_state(refs.d_final, columns, tiles, held)
+            states = _read_state(refs.d_final, columns, key_tiles, held)
             _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[chunks * CHUNK - 1], states))
-            for tile, state in zip(tiles, states, strict=True):
+            for tile, state in zip(key_tiles, states, strict=True):
                 tile.store_rows(refs.d_initial, columns, held.flip(state))
 
         value_tiles.at(triton.program_id(0), body)

@@ -387,20 +387,20 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
 
             def member(m, sums):
                 def values(sums, inner):
-                    pairs, turned, read, written, both = sums
+                    pairs, turned, read, d_write, both = sums
                     columns = inner.place32(origin)
                     v = inner.own(refs.v[rows, m, columns])
                     do = inner.own(refs.do[rows, m, columns])
                     state, d_state = refs.states[m, keys, columns], refs.d_states[m, keys, columns]
                     met = inner.own(state.astype(jnp.float32) * d_state.astype(jnp.float32))
                     pairs, turned = pairs + triton.dot(do, v.T), turned + triton.dot(v, do.T)
-                    read, written = read + triton.dot(do, state.T), written + triton.dot(v, d_state.T)
+                    read, d_write = read + triton.dot(do, state.T), d_write + triton.dot(v, d_state.T)
                     # the states are not for products alone
-                    return pairs, turned, read, triton.finished(written, interpret), both + jnp.sum(met, axis=1)
+                    return pairs, turned, read, triton.finished(d_write, interpret), both + jnp.sum(met, axis=1)
 
                 of_pairs, of_keys = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros((CHUNK, keys.size), jnp.float32)
                 zero = of_pairs, of_pairs, of_keys, of_keys, jnp.zeros((keys.size,), jnp.float32)
-                pairs, turned, read, written, both = Tiling(V, config.value_tile).over(values, zero)
+                pairs, turned, read, d_write, both = Tiling(V, config.value_tile).over(values, zero)
                 # each made by its own product: a product turned for the next one is miscompiled (Triton 3.4 to 3.7)
                 diagonal = scale * jnp.sum(_diagonal(pairs), axis=1)[:, None]
                 pairs = _bf16(jnp.where(_apart(refs, late=True), scale * pairs, 0.0), interpret)
@@ -409,7 +409,7 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                 total, end = refs.total[rows, m, keys], refs.total[CHUNK - 1, m, keys]
                 q, k = refs.q[rows, keys].astype(jnp.float32), refs.k[rows, keys].astype(jnp.float32)
                 weight = partial(_weight, refs, rows, total, end, scale=scale, interpret=interpret)
-                dq, dk = weight(late=True) * read, weight(late=False) * written
+                dq, dk = weight(late=True) * read, weight(late=False) * d_write
                 behind = _kept(refs, CHUNK - 1, end, interpret) * both + jnp.sum(k * dk, axis=0)
 
                 def step(which, sums):

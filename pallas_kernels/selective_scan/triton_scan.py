@@ -175,10 +175,10 @@ def _inputs(tiling, x, dt, A, B, C, D, start):
     """The inputs of both kernels."""
     T = x.shape[1]
     token = BlockSpec((None, T, tiling.D), lambda c, b: (b, 0, 0))
-    shared = BlockSpec((None, T, tiling.N), lambda c, b: (b, 0, 0))
+    for_all = BlockSpec((None, T, tiling.N), lambda c, b: (b, 0, 0))
     return {
         "x": (x, token), "dt": (dt, token),
-        "B": (B.astype(jnp.float32), shared), "C": (C.astype(jnp.float32), shared),
+        "B": (B.astype(jnp.float32), for_all), "C": (C.astype(jnp.float32), for_all),
         "A": (tiling.to_lanes(A * LOG2_E), BlockSpec((None, LANES, tiling.spread), lambda c, b: (c, 0, 0))),
         "D": (D / tiling.shared, BlockSpec((tiling.D,), lambda c, b: (0,))),
         "start": (start, BlockSpec((None, T), lambda c, b: (b, 0))),

@@ -38,6 +38,11 @@ def drawn_documents(random: np.random.Generator, rows: int, tokens: int, chance:
     return np.cumsum(random.uniform(size=(rows, tokens)) < chance, axis=1).astype(np.int32) % 3
 
 
+def decay_floors(inputs: Inputs, want: dict[str, np.ndarray]) -> Errors:
+    """dg is measured against max(|dg|, |do . o|): under strong decay dg itself is pure cancellation."""
+    return {"dg": float(np.linalg.norm((inputs.cotangents[0] * want["o"]).sum(-1)))}
+
+
 @partial(jax.jit, static_argnames=("call", "impl", "configuration", "options"))
 def _run(call, inputs, impl, configuration, options):
     """(*results, *gradients of every array)."""

@@ -1,6 +1,5 @@
 """Checks this machine: versions, devices, each op against its float64 reference, and what `auto` picks."""
 
-import importlib
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
@@ -36,7 +35,7 @@ def examine() -> dict[str, Any]:
 
 def checks_of(op: str) -> Iterator[dict[str, Any]]:
     """Runs an op's quick cases with the implementation that "auto" takes here, against the op's float64 reference."""
-    suite = importlib.import_module(f"pallas_kernels.{op}.conformance")
+    suite = ops.module(op, "conformance")
     for case in suite.QUICK:
         for dtype in DTYPES:
             sized = replace(case, dtype=dtype)

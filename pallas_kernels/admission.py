@@ -7,7 +7,6 @@ seconds to a minute of compiling, and keeps the verdict for this device, jax and
 import datetime
 import functools
 import hashlib
-import importlib
 import json
 import os
 import sys
@@ -75,8 +74,8 @@ def refusal(op: str, *, listed: bool | None = None, **sizes: Any) -> Refusal | N
 
 def check(wanted: Check) -> Verdict:
     """Runs the check on this device and keeps what it found; "auto" heeds it in programs that are traced after it."""
-    suite = importlib.import_module(f"pallas_kernels.{wanted.op}.conformance")
-    verdict = Verdict(tuple(suite.check(**dict(wanted.sizes))), datetime.datetime.now(datetime.UTC).isoformat()[:19])
+    found = ops.module(wanted.op, "conformance").check(**dict(wanted.sizes))
+    verdict = Verdict(tuple(found), datetime.datetime.now(datetime.UTC).isoformat()[:19])
     _verdicts()[wanted.name] = verdict
     kept = _read() | {_prefix() + name: found._asdict() for name, found in _verdicts().items()}
     path = _path()

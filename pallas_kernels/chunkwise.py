@@ -3,6 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+# The exponential of anything below is 0 in fp32, so that raising g to it changes no decay. It keeps the sums of a
+# chunk's log decays, whose differences are exponents there, small enough for fp32: a reset may be -1e9 or -inf.
+LEAST_LOG_DECAY = -104.0
+
 
 def document_starts(segment_ids):
     """[B, T] bool: True where a token's segment differs from the one before; the first token continues."""
@@ -36,7 +40,7 @@ def confine(op, initial_state, segment_ids, bad, axis):
 
 def pad_tokens(x, padding):
     """Zeros after the last token of [B, T, ...]."""
-    return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)))
+    return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2))) if padding else x
 
 
 def operand_dtype(*arrays):

@@ -8,12 +8,13 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 Impl = Literal["auto", "chunked", "reference", "triton", "triton_interpret"]
-AUTO_ORDER = ("triton", "chunked")  # fastest first; triton_interpret and reference are only taken by name
 PLAIN = ("chunked", "reference")  # the implementations of an op that has no kernel
-WITH_KERNELS = ("triton", "triton_interpret", *PLAIN)
+KERNELS = ("triton", "triton_interpret")
+WITH_KERNELS = (*KERNELS, *PLAIN)
 # logical axis -> mesh axes that split it
 MESH_AXES = {"batch": ("data", "fsdp"), "heads": ("tensor",), "tokens": ("context",)}
 
@@ -59,35 +60,37 @@ def _say_once(line: str) -> None:
 
 
 def choose(
-    op: str, impl: str, why_not: Callable[[str], str | None], admits: Callable[[], Refusal | None] | None = None
+    op: str,
+    impl: str,
+    why_not: Callable[[bool], str | None],
+    admits: Callable[[], Refusal | None] | None = None,
+    *,
+    rounded: Any = jnp.bfloat16,
 ) -> Choice:
-    """Chooses a named `impl`, or for "auto" the first of AUTO_ORDER that can run; CannotRun where none can.
+    """Chooses a named `impl`, or for "auto" the kernels if they can run and may be taken; CannotRun where none can.
 
+    why_not: the reason that the kernels cannot run, or None; given whether they are interpreted
     admits: asked before "auto" takes the kernels, and gives a refusal or None
+    rounded: the dtype of what the kernels round to bf16; "auto" leaves it to the caller to ask for that
     """
-    if impl != "auto":
-        reason = why_not(impl)
-        if reason:
-            raise CannotRun(f"{op}: impl {impl!r} cannot run: {reason}.", (Refusal(op, impl, reason),))
-        return Choice(op, impl)
-    refused: tuple[Refusal, ...] = ()
-    for name in AUTO_ORDER:
-        reason = why_not(name)
-        refusal = None if reason is None else Refusal(op, name, reason)
-        if refusal is None and name == "triton" and admits is not None:
-            refusal = admits()
-        if refusal is None:
-            return Choice(op, name, refused)
-        refused += (refusal,)
-    raise CannotRun(f"{op}: no implementation can run: {'; '.join(map(str, refused))}.", refused)
+    if impl == "auto":
+        if rounded != jnp.bfloat16:
+            refusal = Refusal(op, "triton", f"it would round {jnp.dtype(rounded)} to bfloat16")
+        elif reason := why_not(False):
+            refusal = Refusal(op, "triton", reason)
+        else:
+            refusal = None if admits is None else admits()
+        return Choice(op, "triton") if refusal is None else Choice(op, "chunked", (refusal,))
+    if impl in KERNELS and (reason := why_not(impl == "triton_interpret")):
+        raise CannotRun(f"{op}: impl {impl!r} cannot run: {reason}.", (Refusal(op, impl, reason),))
+    return Choice(op, impl)
 
 
 def choose_plain(op: str, impl: str) -> Choice:
     """`choose` for an op that has no kernel, so that "auto" refuses nothing."""
     if impl == "auto":
         return Choice(op, "chunked")
-    reason = None if impl in PLAIN else "this version has no Triton kernel for it; use 'chunked' or 'auto'"
-    return choose(op, impl, {impl: reason}.get)
+    return choose(op, impl, lambda _: "this version has no Triton kernel for it; use 'chunked' or 'auto'")
 
 
 def taken(choice: Choice) -> str:

@@ -1,8 +1,8 @@
 """Which ops there are: every folder of this package that has an api.py. What an op brings is found by file names.
 
     api.py          NAME, the op, resolve(impl)
-    conformance.py  CASES and their limits; QUICK, choice(case), failures(case, impl) for `gdn doctor`, and with a
-                    configuration for `gdn tune`
+    conformance.py  CASES; QUICK, choice(case) and failures(case, impl) for `gdn doctor`; it takes a configuration too
+                    for `gdn tune`; check(sizes) for admission.py, where the op has kernels; SUITE (conformance.Suite)
     benchmark.py    for `gdn bench`: Shape, WRITTEN, SHAPES, inputs(shape, random), BF16, GRADIENTS, ours(impl, ...),
                     PEERS, cost(shape); imports neither jax nor torch at its top
     tuning.py       for `gdn tune`, where the op has kernels: KERNELS, KINDS of configurations (tuned.py); of a shape
@@ -13,6 +13,7 @@ tests/toy_op is a small one with all of them. Nothing here imports jax: the proc
 """
 
 import functools
+import importlib
 import importlib.util
 from pathlib import Path
 from types import ModuleType
@@ -34,3 +35,8 @@ def benchmark(op: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def module(op: str, name: str) -> ModuleType:
+    """The module `name` of an op."""
+    return importlib.import_module(f"pallas_kernels.{op}.{name}")

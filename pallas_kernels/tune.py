@@ -5,7 +5,6 @@ that does not agree with the default there is left out. The fastest of each go i
 only when the op then matches its float64 oracle; failing that the defaults are tried.
 """
 
-import importlib
 import statistics
 import sys
 import time
@@ -128,10 +127,10 @@ def _short(config: Any) -> str:
 def admitted(op: str, shape: Any, before: Any, times: Times, threads: int, say: Callable[[str], None]) -> Any | None:
     """The configuration with which the op passes its checks at these sizes: the fastest of each kernel that was timed,
     or else the defaults, and the rest as `before`. None when neither passes."""
-    cases = _module(op, "tuning").checks(shape)
+    cases = ops.module(op, "tuning").checks(shape)
 
     def failures(configuration):
-        check = partial(_module(op, "conformance").failures, impl="triton", configuration=configuration)
+        check = partial(ops.module(op, "conformance").failures, impl="triton", configuration=configuration)
         with ThreadPoolExecutor(threads) as pool:  # most of the time is compilation
             found = list(pool.map(check, cases))
         return [f"{case.name}: {error}" for case, wrong in zip(cases, found, strict=True) for error in wrong]
@@ -147,10 +146,6 @@ def admitted(op: str, shape: Any, before: Any, times: Times, threads: int, say: 
     return None
 
 
-def _module(op: str, name: str) -> ModuleType:
-    return importlib.import_module(f"pallas_kernels.{op}.{name}")
-
-
 def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -> Table:
     """Tune, write the table, return it.
 
@@ -159,8 +154,8 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
     """
     if op not in (having := ops.names("tuning")):
         raise ValueError(f"There is no op {op!r} to tune; it must be one of {', '.join(having)}.")
-    shapes, tuning = bench.shapes_of(op, options.shapes), _module(op, "tuning")
-    from pallas_kernels import triton_dialect
+    shapes, tuning = bench.shapes_of(op, options.shapes), ops.module(op, "tuning")
+    from pallas_kernels import triton_calls
 
     known = tuning.KERNELS
     names = known if options.stages == "all" else options.stages.split(",")
@@ -173,7 +168,7 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
     for name, shape in shapes.items():
         if reason := tuning.why_not(shape):
             raise ValueError(f"Shape {name!r} cannot be tuned: {reason}.")
-    reason = triton_dialect.why_not_here()
+    reason = triton_calls.why_not_here()
     if reason:
         raise NotImplementedError(f"{op} cannot be tuned here: {reason}.")
     import jax

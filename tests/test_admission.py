@@ -9,7 +9,7 @@ import pytest
 import experiments
 from gdn_jax import implementations
 from gdn_jax.progress import Progress
-from pallas_kernels import admission, ops, triton_dialect
+from pallas_kernels import admission, ops, triton_calls
 from pallas_kernels.gated_delta_rule import configurations
 
 WITH_KERNELS = ("gated_delta_rule", "gated_norm", "linear_attention", "selective_scan", "short_conv")
@@ -26,7 +26,7 @@ SIZES = {
 def hopper(monkeypatch, tmp_path):
     """A CPU that passes for a GPU of a kind and a jax that can be chosen, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    monkeypatch.setattr(triton_calls, "why_not_here", lambda: None)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     admission._verdicts.cache_clear()
     configurations.table.cache_clear()
@@ -124,7 +124,7 @@ def test_a_check_finds_what_is_wrong(monkeypatch, op, sizes):
         found = outputs(*arguments, impl=impl, **options)
         return {name: 1.05 * x for name, x in found.items()} if impl == "triton_interpret" else found
 
-    monkeypatch.setattr(module, "outputs_and_gradients", off)
+    monkeypatch.setattr(module.SUITE, "outputs_and_gradients", off)
     assert len(module.check(**sizes)) >= 4 and " > " in module.check(**sizes)[0]
 
 

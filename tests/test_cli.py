@@ -197,7 +197,7 @@ def test_doctor_exits_with_1_when_a_check_fails(capsys, monkeypatch):
     monkeypatch.setattr(ops, "names", lambda: ["linear_cross_entropy"])
     monkeypatch.setattr(doctor, "DTYPES", ("float32",))
     beyond_fp32 = dict.fromkeys(head_conformance.OUTPUTS, 1e-12)
-    monkeypatch.setattr(head_conformance, "limits", lambda case: beyond_fp32)
+    monkeypatch.setattr(head_conformance.SUITE, "limits", lambda case, impl: beyond_fp32)
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "FAILED: loss" in out and "Some checks FAILED" in out

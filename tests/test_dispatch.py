@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, triton_calls
 from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, triton_op
 from pallas_kernels.gated_delta_rule.conformance import Case
 from pallas_kernels.linear_attention import conformance as linear_attention_conformance
@@ -20,8 +20,7 @@ from pallas_kernels.selective_scan import selective_scan
 
 
 def test_auto_takes_the_first_that_can_run_and_says_why_once(capsys):
-    reasons = {"triton": "no CUDA device", "chunked": None}
-    choice = dispatch.choose("an_op", "auto", reasons.get)
+    choice = dispatch.choose("an_op", "auto", lambda interpret: None if interpret else "no CUDA device")
     assert choice == dispatch.Choice("an_op", "chunked", (dispatch.Refusal("an_op", "triton", "no CUDA device"),))
     with dispatch.record() as outer, dispatch.record() as inner:
         assert [dispatch.taken(choice) for _ in range(3)] == ["chunked"] * 3
@@ -35,10 +34,10 @@ def test_auto_takes_the_first_that_can_run_and_says_why_once(capsys):
 
 def test_a_named_implementation_never_falls_back():
     with pytest.raises(dispatch.CannotRun, match="an_op: impl 'triton' cannot run: no CUDA device") as caught:
-        dispatch.choose("an_op", "triton", {"triton": "no CUDA device"}.get)
+        dispatch.choose("an_op", "triton", lambda interpret: "no CUDA device")
     assert caught.value.refused == (dispatch.Refusal("an_op", "triton", "no CUDA device"),)
-    with pytest.raises(dispatch.CannotRun, match="no implementation can run: triton: a; chunked: b"):
-        dispatch.choose("an_op", "auto", {"triton": "a", "chunked": "b"}.get)
+    with pytest.raises(dispatch.CannotRun, match="impl 'triton' cannot run: this version has no Triton kernel for it"):
+        dispatch.choose_plain("an_op", "triton")
 
 
 def test_a_fallback_is_one_line_on_stderr_of_a_process():
@@ -58,7 +57,7 @@ def test_a_fallback_is_one_line_on_stderr_of_a_process():
 
 def test_the_choice_is_made_for_the_part_that_a_device_has(monkeypatch):
     """Twice as many elements as the kernels can index, split over two devices."""
-    monkeypatch.setattr(triton_op, "MOST_ELEMENTS", 2 * triton_op.largest_array(2, 128, 1, 64, 64))
+    monkeypatch.setattr(triton_calls, "MOST_ELEMENTS", 2 * triton_op.largest_array(2, 128, 1, 64, 64))
     q, g = jax.ShapeDtypeStruct((4, 128, 1, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 128, 1), jnp.float32)
     op = partial(gated_delta_rule, impl="triton_interpret")
     with pytest.raises(dispatch.CannotRun, match="split the batch"):

@@ -35,14 +35,14 @@ def test_interpreted_kernels_match_the_equation_in_bf16(name, x64):
 @pytest.mark.parametrize("gate_first", [False, True])
 def test_float64_is_exact_and_the_limits_can_fail(gate_first):
     case = Case(name="exact", dtype="float64", groups=2, gate_first=gate_first)
-    arrays, dy = conformance.inputs(case)
+    given = conformance.inputs(case)
     with jax.enable_x64(True):
-        got = conformance.outputs_and_gradients(case, arrays, dy, impl="chunked", dtype=jnp.float64)
-    want = conformance.oracle(case, arrays, dy)
+        got = conformance.outputs_and_gradients(case, *given, impl="chunked", dtype=jnp.float64)
+    want = conformance.oracle(case, *given)
     for name in conformance.OUTPUTS:
         assert np.linalg.norm(got[name] - want[name]) <= 1e-12 * np.linalg.norm(want[name]), name
     for change in ({"gate_first": not gate_first}, {"groups": 1}):
-        wrong = conformance.oracle(dataclasses.replace(case, **change), arrays, dy)
+        wrong = conformance.oracle(dataclasses.replace(case, **change), *given)
         assert np.linalg.norm(wrong["y"] - want["y"]) > 0.02 * np.linalg.norm(want["y"]), change
 
 
@@ -61,7 +61,7 @@ def test_numbers_by_hand():
 @pytest.mark.parametrize("gate_first", [False, True])
 def test_the_size_of_x_does_not_matter(gate_first):
     """norm(c x) = norm(x) without eps, so the gradient in x has no part along x in any group."""
-    (x, weight, gate), dy = conformance.inputs(Case(name="here"))
+    (x, weight, gate), _, (dy,) = conformance.inputs(Case(name="here"))
     x, weight, gate, dy = (jnp.asarray(y, jnp.float32) for y in (x, weight, gate, dy))
 
     def loss(x):
@@ -104,7 +104,7 @@ def test_no_vectors_give_empty_results_and_no_gradient(impl):
 @pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
 def test_sharded_calls_equal_the_plain_one(impl):
     """The weight's gradient is summed over the devices."""
-    (x, weight, gate), dy = conformance.inputs(Case(name="here", shape=(2, 50, 4, 24)))
+    (x, weight, gate), _, (dy,) = conformance.inputs(Case(name="here", shape=(2, 50, 4, 24)))
     x, weight, gate, dy = (jnp.asarray(y, jnp.float32) for y in (x, weight, gate, dy))
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 

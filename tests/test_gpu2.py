@@ -57,4 +57,7 @@ def test_a_convolution_split_over_two_devices_matches_float64():
     given = conv_conformance.inputs(case, seed=5)
     with jax.set_mesh(mesh_of({"context": 2})):
         got = conv_conformance.outputs_and_gradients(case, *given, impl="triton", dtype=jnp.bfloat16)
-    assert outside(relative_errors(got, conv_conformance.oracle(case, *given)), conv_conformance.limits(case)) == []
+    assert (
+        outside(relative_errors(got, conv_conformance.oracle(case, *given)), conv_conformance.limits(case, "triton"))
+        == []
+    )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from pallas_kernels import admission, triton_dialect
+from pallas_kernels import admission, triton_calls
 from pallas_kernels.linear_attention import (
     conformance,
     linear_attention,
@@ -91,7 +91,7 @@ def test_without_dg_the_other_gradients_are_the_same():
 
 def test_auto_takes_the_kernels_for_bf16(monkeypatch):
     assert resolve().impl == "chunked" and "not a CUDA device" in resolve().reason
-    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    monkeypatch.setattr(triton_calls, "why_not_here", lambda: None)
     monkeypatch.setattr(admission, "here", lambda: ("NVIDIA H200", "0.11"))
     assert resolve().impl == resolve(channels=True).impl == "triton"
     assert resolve(dtype=jnp.float32).impl == "chunked" and "would round float32" in resolve(dtype=jnp.float32).reason

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from pallas_kernels import admission, triton_dialect
+from pallas_kernels import admission, triton_calls
 from pallas_kernels.selective_scan import conformance, selective_scan, selective_scan_step, triton_scan
 from pallas_kernels.selective_scan.api import resolve
 from pallas_kernels.selective_scan.conformance import CASES, Case
@@ -75,7 +75,7 @@ def test_two_tokens_by_hand():
 
 def test_auto_takes_the_kernels_where_they_run(monkeypatch):
     assert resolve().impl == "chunked" and "not a CUDA device" in resolve().reason
-    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    monkeypatch.setattr(triton_calls, "why_not_here", lambda: None)
     monkeypatch.setattr(admission, "here", lambda: ("NVIDIA H200", "0.11"))
     assert resolve().impl == resolve(dtype=jnp.float32).impl == "triton"
     refused = {"N is 64": {"shape": (1, 64, 64, 64)}, "would round float64": {"dtype": jnp.float64}}

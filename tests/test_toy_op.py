@@ -14,7 +14,7 @@ import jax, jax.numpy as jnp
 from experiments.doctor import checks_of
 from experiments.run import main
 from gdn_jax.implementations import traced
-from pallas_kernels import ops, triton_dialect
+from pallas_kernels import ops, triton_calls
 
 def said(*words):
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -27,7 +27,7 @@ def recorded():
 
 found = {"names": ops.names(), "before": recorded()}
 found["bench"] = said("bench", "toy", "--repetitions", "1", "--impls", "auto,chunked", "--json")
-triton_dialect.why_not_here = lambda: None  # a CPU that passes for a Hopper device
+triton_calls.why_not_here = lambda: None  # a CPU that passes for a Hopper device
 found["tune"] = said("tune", "toy", "--repetitions", "1", "--json")
 found["doctor"], found["after"] = list(checks_of("toy")), recorded()
 print(json.dumps(found))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_cuda_lowering import hopper
 
-from pallas_kernels import triton_dialect, tuned
+from pallas_kernels import triton_calls, tuned
 from pallas_kernels.gated_delta_rule import (
     configurations,
     conformance,
@@ -20,6 +20,7 @@ from pallas_kernels.gated_delta_rule import (
 )
 from pallas_kernels.gated_delta_rule.configurations import BLOCKS, Every64, Every128, Reverse, Scan
 from pallas_kernels.gated_delta_rule.conformance import CASES
+from pallas_kernels.tiles import Tiling
 
 TABLE = tuned.read(tuned.of_package("gated_delta_rule"), BLOCKS)
 OTHER_SIZES = [size for size in triton_op.SIZES if size != (64, 64)]
@@ -82,7 +83,7 @@ def test_chained_pieces_match_float64(K, V, reverse):
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("kind,entry", [(kind, e) for kind, sizes in TABLE.items() for e in sizes])
 def test_every_entry_of_the_table_lowers_to_cuda(kind, entry, packed, monkeypatch):
-    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)  # lowering needs no device
+    monkeypatch.setattr(triton_calls, "why_not_here", lambda: None)  # lowering needs no device
     configuration = TABLE[kind][entry].configuration
     K, V = map(int, entry.removesuffix(" few").split("x"))
     array = jax.ShapeDtypeStruct
@@ -114,11 +115,11 @@ def test_every_entry_of_the_table_lowers_to_cuda(kind, entry, packed, monkeypatc
 def test_tiles_cover_every_column_once():
     for size in (64, 128, 192, 200, 256, 400):
         for widest in (64, 128, 256):
-            owned = [c for start, width, fresh in triton_dialect.tiles(size, widest)
+            owned = [c for start, width, fresh in Tiling(size, widest).tiles()
                      for c in range(start + width - fresh, start + width)]  # fmt: skip
             assert owned == list(range(size))
-            assert all(start >= 0 and width >= 16 for start, width, _ in triton_dialect.tiles(size, widest))
-            counts = triton_dialect.over_tiles(size, widest, owners, jnp.zeros(size, jnp.int32))
+            assert all(start >= 0 and width >= 16 for start, width, _ in Tiling(size, widest).tiles())
+            counts = Tiling(size, widest).over(owners, jnp.zeros(size, jnp.int32))
             assert counts.tolist() == [1] * size
 
 
@@ -144,7 +145,7 @@ def test_more_elements_than_indices_are_refused():
 
 
 def test_the_lowering_is_still_there():
-    assert triton_dialect.AVAILABLE, "this jax has no Triton lowering of Pallas: gated_delta_rule falls back to chunked"
+    assert triton_calls.AVAILABLE, "this jax has no Triton lowering of Pallas: gated_delta_rule falls back to chunked"
 
 
 HELD = Scan(transposed=True)

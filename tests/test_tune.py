@@ -10,7 +10,7 @@ import pytest
 
 from experiments.run import main
 from gdn_jax.metrics import environment
-from pallas_kernels import ops, triton_dialect, tune, tuned
+from pallas_kernels import ops, triton_calls, tune, tuned
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import configurations, conformance, resolve, tuning
 from pallas_kernels.gated_delta_rule.benchmark import Shape
@@ -25,7 +25,7 @@ SHAPE = Shape(1, 256, 1, 64, 64)
 def interpreted(monkeypatch):
     """A CPU that passes for a Hopper device: kernels are interpreted, and the check is one short case."""
     run, failures = tuning.run, conformance.failures
-    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    monkeypatch.setattr(triton_calls, "why_not_here", lambda: None)
     monkeypatch.setattr(tuning, "run", lambda *arguments, **options: run(*arguments, **options | {"interpret": True}))
     monkeypatch.setattr(
         conformance, "failures", lambda case, impl, **given: failures(case, "triton_interpret", **given)
@@ -133,7 +133,7 @@ def test_some_kernels_are_measured_under_the_block_of_the_table_that_is_written(
 
 
 def test_auto_takes_only_what_was_admitted_on_this_kind_of_device(monkeypatch):
-    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    monkeypatch.setattr(triton_calls, "why_not_here", lambda: None)
     kind = jax.devices()[0].device_kind
     measured = dataclasses.replace(timing(), jax=jax.__version__)
     entry = Entry(configuration=Every64(), admitted=True, timings={"chunks": measured})
@@ -217,7 +217,7 @@ def test_where_the_package_cannot_be_written_the_users_table_is_written_and_read
     kind, entries = next(iter(before.items()))
     own.write_text(tuned.written({"cpu": {"64x64": changed}, kind: {"64x64": changed}}))
     monkeypatch.setattr(configurations, "table", lambda: tuned.in_force(OP, BLOCKS))
-    monkeypatch.setattr(triton_dialect, "why_not_here", lambda: None)
+    monkeypatch.setattr(triton_calls, "why_not_here", lambda: None)
     both = configurations.table()
     assert both["cpu"] == {"64x64": changed} and both[kind] == entries | {"64x64": changed}
     assert resolve("auto", key_dim=64, value_dim=64).impl == "triton"  # the user's table admits it

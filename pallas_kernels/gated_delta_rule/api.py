@@ -17,13 +17,6 @@ NAME = "gated_delta_rule"
 IMPLS = dispatch.WITH_KERNELS
 
 
-def why_not(impl: str, key_dim: int, value_dim: int, chunk: int = 64, elements: int = 0) -> str | None:
-    """The reason `impl` cannot run here at these sizes, or None when it can."""
-    if impl not in ("triton", "triton_interpret"):
-        return None
-    return triton_op.why_not(key_dim, value_dim, chunk, elements=elements, interpret=impl == "triton_interpret")
-
-
 def resolve(
     impl: str = "auto",
     *,
@@ -39,18 +32,15 @@ def resolve(
     "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for. And
     only where their configuration passed the float64 check on this kind of device.
     """
-    named = partial(why_not, key_dim=key_dim, value_dim=value_dim, chunk=chunk, elements=elements)
-    if impl != "auto":
-        return dispatch.choose(NAME, impl, named)
-    if dtype != jnp.bfloat16:
-        refusal = dispatch.Refusal(NAME, "triton", f"it would round {jnp.dtype(dtype)} to bfloat16")
-        return dispatch.Choice(NAME, "chunked", (refusal,))
+
+    def why_not(interpret):
+        return triton_op.why_not(key_dim, value_dim, chunk, elements=elements, interpret=interpret)
 
     def admits():
         listed = configurations.admitted(key_dim, value_dim, *admission.here())
         return admission.refusal(NAME, listed=listed, K=key_dim, V=value_dim)
 
-    return dispatch.choose(NAME, impl, named, admits)
+    return dispatch.choose(NAME, impl, why_not, admits, rounded=dtype)
 
 
 @jaxtyped(typechecker=beartype)
@@ -132,27 +122,29 @@ def _across_devices(q, k, v, g, beta, initial_state, segment_ids, *, axis, **sta
 def _part(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
     """(M [B, Hv, K, K], F [B, Hv, K, V]) of S_T = M S_0 + F: the identity goes along as K more columns of values."""
     q, k, v, g, beta = inputs
-    (batch, tokens, _, K), Hv = q.shape, v.shape[2]
-    choice = _choice(impl, q, k, v, chunk)
-    if choice.impl in ("triton", "triton_interpret") and batch:
-        interpret = choice.impl == "triton_interpret"
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    impl = resolve(
+        impl, key_dim=K, value_dim=V, chunk=chunk, dtype=jnp.result_type(q, k, v),
+        elements=triton_op.largest_array(batch, tokens, Hv, K, V),
+    ).impl  # fmt: skip
+    if impl in dispatch.KERNELS and batch:
+        interpret = impl == "triton_interpret"
         return triton_op.part(k, v, g, beta, segment_ids, configuration, interpret=interpret)
     values = jnp.concatenate([jnp.zeros((batch, tokens, Hv, K), v.dtype), v], axis=3)
     identity = jnp.broadcast_to(jnp.eye(K, values.shape[3], dtype=g.dtype), (batch, Hv, K, values.shape[3]))
     static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
-    _, state = _run(choice.impl, q, k, values, g, beta, identity, segment_ids=segment_ids, **static)
+    _, state = _run(impl, q, k, values, g, beta, identity, segment_ids=segment_ids, **static)
     return state[..., :K], state[..., K:]
-
-
-def _choice(impl, q, k, v, chunk):
-    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    sizes = {"key_dim": K, "value_dim": V, "elements": triton_op.largest_array(batch, tokens, Hv, K, V)}
-    return resolve(impl, **sizes, chunk=chunk, dtype=jnp.result_type(q, k, v))
 
 
 def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl, chunk, residuals, configuration):
     """The implementation that is right for the part of the arrays that one device has."""
-    impl = dispatch.taken(_choice(impl, q, k, v, chunk))
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    choice = resolve(
+        impl, key_dim=K, value_dim=V, chunk=chunk, dtype=jnp.result_type(q, k, v),
+        elements=triton_op.largest_array(batch, tokens, Hv, K, V),
+    )  # fmt: skip
+    impl = dispatch.taken(choice)
     static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
     if initial_state is not None and segment_ids is not None and impl != "reference":
         bad = ~jnp.isfinite(initial_state).all(2, keepdims=True)  # one reaches its whole value column
@@ -163,7 +155,7 @@ def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl,
 
 def _run(impl, q, k, v, g, beta, initial_state, *, segment_ids, scale, chunk, residuals, configuration):
     (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    if impl in ("triton", "triton_interpret") and batch:  # a grid of no programs cannot be launched
+    if impl in dispatch.KERNELS and batch:  # a grid of no programs cannot be launched
         return triton_op.gated_delta_rule(
             q, k, v, g, beta, initial_state, segment_ids, scale, residuals, configuration,
             interpret=impl == "triton_interpret",
@@ -212,4 +204,4 @@ def gated_delta_rule_step(
     return o.astype(v.dtype), state
 
 
-__all__ = ["IMPLS", "gated_delta_rule", "gated_delta_rule_step", "resolve", "why_not"]
+__all__ = ["IMPLS", "gated_delta_rule", "gated_delta_rule_step", "resolve"]

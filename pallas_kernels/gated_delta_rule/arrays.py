@@ -14,10 +14,10 @@ BLOCK = 128  # tokens of one program of outputs and gradients where states are k
 
 
 class Documents(NamedTuple):
-    """Which document each token belongs to, for packed rows."""
+    """Which document each token belongs to, for packed rows; both None where a row is one document."""
 
-    numbers: jax.Array  # [B,T] int32: of every token
-    entering: jax.Array  # [B,N] int32: of the token before each chunk, 0 before the first
+    numbers: jax.Array | None = None  # [B,T] int32: of every token
+    entering: jax.Array | None = None  # [B,N] int32: of the token before each chunk, 0 before the first
 
 
 class Tokens(NamedTuple):
@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
     v: jax.Array | None  # [B,T,Hv,V]; None for zeros with V = K, and once the backward needs it no more
     g: jax.Array | None  # [B,Hv,T] log decays; None once the backward needs them no more
     beta: jax.Array  # [B,Hv,T] write strengths
-    documents: Documents | None  # None where a row is one document
+    documents: Documents
 
 
 class Prepared(NamedTuple):

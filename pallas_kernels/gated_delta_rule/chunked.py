@@ -220,7 +220,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, chunk,
     block = min(BLOCK, -(-length // chunk) * chunk)
     padding = -length % block
     runs = document_numbers(segment_ids, padding)
-    if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
-        q, k, v, g, beta = (pad_tokens(x, padding) for x in (q, k, v, g, beta))
+    # k = v = beta = g = 0 writes nothing and keeps the state
+    q, k, v, g, beta = (pad_tokens(x, padding) for x in (q, k, v, g, beta))
     o, state = _op(q, k, v, g, beta, initial_state, runs, scale, chunk, residuals)
     return o[:, :length], state

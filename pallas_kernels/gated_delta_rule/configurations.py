@@ -1,6 +1,7 @@
 """The kernels' configurations: a type for each, for the whole op, and which of those that `gdn tune` found is taken.
 
-Their table (pallas_kernels/tuned.py) has sizes by the name "KxV", or "KxV few" where rows are few.
+Their table is tuned.json beside this file, and the user's own over it: sizes by the name "KxV", or "KxV few" where rows
+are few. An entry says when and at which commit it was timed; before that it passed in float64 what tune.admitted asks.
 """
 
 import functools

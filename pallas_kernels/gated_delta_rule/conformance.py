@@ -4,19 +4,15 @@ Used by the tests, by `gdn doctor` on the machine at hand, and by tuning, which 
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.accuracy import outside, relative_errors
+from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, held
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule, resolve
-from pallas_kernels.gated_delta_rule.configurations import Configuration
-
-OUTPUTS = ("o", "state", "dq", "dk", "dv", "dg", "dbeta", "dinitial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +78,7 @@ def choice(case: Case) -> Choice:
     return resolve("auto", key_dim=case.K, value_dim=case.V, dtype=jnp.dtype(case.dtype))
 
 
-def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None, list[np.ndarray]]:
+def inputs(case: Case, seed: int = 0) -> Inputs:
     """(q, k, v, g, beta, initial state), segment ids and (do, d final state); float64 values that `dtype` holds."""
     random = np.random.default_rng(seed)
     normal = random.standard_normal
@@ -96,61 +92,20 @@ def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | No
     g = np.where(random.uniform(size=g.shape) < case.strong, case.reset, g)
     beta = random.uniform(*case.beta, size=value[:3])
     state = normal((case.B, case.Hv, case.K, case.V)) * case.carried
-    segments = None
-    if case.documents:
-        segments = np.cumsum(random.uniform(size=key[:2]) < case.documents, axis=1).astype(np.int32) % 3
+    segments = drawn_documents(random, case.B, case.T, case.documents)
     do, d_state = normal(value), normal(state.shape) * case.carried
-    hold = lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(np.float64)  # noqa: E731
-    q, k, v, do = (hold(x, case.dtype) for x in (q, k, normal(value), do))
-    g, beta, state, d_state = (hold(x, jnp.float32) for x in (g, beta, state, d_state))
-    return [q, k, v, g, beta, state], segments, [do, d_state]
+    q, k, v, do = (held(x, case.dtype) for x in (q, k, normal(value), do))
+    g, beta, state, d_state = (held(x, jnp.float32) for x in (g, beta, state, d_state))
+    return Inputs([q, k, v, g, beta, state], segments, [do, d_state])
 
 
-@partial(jax.jit, static_argnames=("impl", "chunk", "residuals", "configuration"))
-def _run(arrays, segments, cotangents, *, impl, chunk, residuals, configuration):
-    def op(q, k, v, g, beta, state):
-        return gated_delta_rule(
-            q, k, v, g, beta, initial_state=state, segment_ids=segments,
-            impl=impl, chunk=chunk, residuals=residuals, configuration=configuration,
-        )  # fmt: skip
-
-    outputs, vjp = jax.vjp(op, *arrays)
-    return *outputs, *vjp(tuple(cotangents))
-
-
-def outputs_and_gradients(
-    case: Case, arrays, segments, cotangents, *, impl: str, dtype, configuration: Configuration | None = None
-) -> dict[str, np.ndarray]:
-    """Every output and gradient of one call at `dtype` (g, beta and states at least fp32), as float64 arrays."""
-    exact = jnp.promote_types(jnp.float32, dtype)
-    dtypes = (dtype, dtype, dtype, exact, exact, exact)
-    arrays = [jnp.asarray(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
-    cotangents = [jnp.asarray(x, dtype) for x, dtype in zip(cotangents, (dtype, exact), strict=True)]
-    segments = None if segments is None else jnp.asarray(segments, jnp.int32)
-    static = {"impl": impl, "chunk": case.chunk, "residuals": case.residuals, "configuration": configuration}
-    results = _run(arrays, segments, cotangents, **static)
-    return {name: np.asarray(x).astype(np.float64) for name, x in zip(OUTPUTS, results, strict=True)}
-
-
-def oracle(case: Case, arrays, segments, cotangents) -> dict[str, np.ndarray]:
-    """The token recurrence and its gradients in float64."""
-    with jax.enable_x64(True):
-        return outputs_and_gradients(case, arrays, segments, cotangents, impl="reference", dtype=jnp.float64)
-
-
-def errors(
-    case: Case, impl: str, seed: int = 0, configuration: Configuration | None = None
-) -> dict[str, float]:  # fmt: skip
-    """Relative L2 error of every output and gradient of `impl` against float64.
-
-    dg is measured against max(|dg|, |do . o|): under strong decay dg itself is pure cancellation.
-    """
-    arrays, segments, cotangents = inputs(case, seed)
-    chosen = {"impl": impl, "dtype": jnp.dtype(case.dtype), "configuration": configuration}
-    got = outputs_and_gradients(case, arrays, segments, cotangents, **chosen)
-    want = oracle(case, arrays, segments, cotangents)
-    floors = {"dg": float(np.linalg.norm((cotangents[0] * want["o"]).sum(-1)))}
-    return relative_errors(got, want, floors)
+def call(arrays, segments, impl, configuration, chunk, residuals):
+    """The op as a case asks for it."""
+    q, k, v, g, beta, state = arrays
+    return gated_delta_rule(
+        q, k, v, g, beta, initial_state=state, segment_ids=segments,
+        impl=impl, chunk=chunk, residuals=residuals, configuration=configuration,
+    )  # fmt: skip
 
 
 def limits(case: Case, impl: str) -> dict[str, float]:
@@ -163,22 +118,24 @@ def limits(case: Case, impl: str) -> dict[str, float]:
     rounded = impl.startswith("triton") or case.dtype == "bfloat16"
     if not rounded:
         exact = 1e-12 if case.dtype == "float64" else 1e-5
-        return dict.fromkeys(OUTPUTS, 20 * exact if hard else exact)
+        return dict.fromkeys(SUITE.outputs, 20 * exact if hard else exact)
     if case.cosine == 1:
         if max(case.beta) <= 1:
-            return dict.fromkeys(OUTPUTS, 4e-2) | {"dg": 8e-2, "dbeta": 0.4}
+            return dict.fromkeys(SUITE.outputs, 4e-2) | {"dg": 8e-2, "dbeta": 0.4}
         if case.log_decay:
-            return dict.fromkeys(OUTPUTS, 7e-2) | {"dg": 0.14, "dbeta": 0.12}
-        return dict.fromkeys(OUTPUTS, 1.5) | {"dv": 2.5, "dbeta": 8.0}
+            return dict.fromkeys(SUITE.outputs, 7e-2) | {"dg": 0.14, "dbeta": 0.12}
+        return dict.fromkeys(SUITE.outputs, 1.5) | {"dv": 2.5, "dbeta": 8.0}
     if hard:
-        return dict.fromkeys(OUTPUTS, 5e-2)
-    return dict.fromkeys(OUTPUTS, 1e-2) | {"dg": 2.5e-2, "dbeta": 2.5e-2}
+        return dict.fromkeys(SUITE.outputs, 5e-2)
+    return dict.fromkeys(SUITE.outputs, 1e-2) | {"dg": 2.5e-2, "dbeta": 2.5e-2}
 
 
-def failures(case: Case, impl: str, seed: int = 0, configuration: Configuration | None = None) -> list[str]:
-    """`name error > limit` for everything outside its limit or not finite."""
-    return outside(errors(case, impl, seed, configuration), limits(case, impl))
-
+SUITE = Suite(
+    arrays=("q", "k", "v", "g", "beta", "initial"), results=("o", "state"), rounded=("q", "k", "v", "o"),
+    options=("chunk", "residuals"), inputs=inputs, call=call, limits=limits, floors=decay_floors,
+)  # fmt: skip
+OUTPUTS, outputs_and_gradients, oracle = SUITE.outputs, SUITE.outputs_and_gradients, SUITE.oracle
+errors, failures = SUITE.errors, SUITE.failures
 
 CHECKED = ("documents", "decay 0.3", "beta in (1,2)", "resets strewn in")  # of one length, so one compilation
 

@@ -22,18 +22,12 @@ tiles is the one whose loads the compiler pipelines. Wider ones run over value c
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule import configurations
-from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Gradients, Kept, Reversed
-from pallas_kernels.gated_delta_rule.triton_terms import (
-    inner_product,
-    nonzero,
-    over_values,
-    pair_decay,
-    square,
-    where_nonzero,
-)
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.gated_delta_rule import triton_terms as terms
+from pallas_kernels.gated_delta_rule.arrays import CHUNK, Gradients, Kept, Reversed
+from pallas_kernels.tiles import Tiling
+from pallas_kernels.triton_calls import BlockSpec
 
 
 def make_gradients(
@@ -43,15 +37,16 @@ def make_gradients(
     tokens, prepared = kept.tokens, kept.prepared
     B, T, H, K = tokens.q.shape
     Hv, V = kept.rho.shape[2:]
+    value_tiles = Tiling(V, config.value_tile)
     dtype = jnp.bfloat16 if Hv == H else jnp.float32  # one a value head, until they are summed
 
     def gdn_chunks(refs):
         rows = triton.ds(0, CHUNK)
         total, gamma, leaving, b = (ref[...] for ref in (refs.total, refs.gamma, refs.leaving, refs.beta))
-        b = nonzero(b)
+        b = terms.nonzero(b)
         sources = {"do": refs.do, "dv": refs.dv, "rho": refs.rho}
         held = {name: ref[...] for name, ref in sources.items()} if config.value_tile >= V else {}
-        after = square(0) - square(1)  # rows after columns
+        after = terms.square(0) - terms.square(1)  # rows after columns
         allowed = after >= 0
         if refs.numbers is not None:
             allowed = allowed & (refs.numbers[...][:, None] == refs.numbers[...][None, :])
@@ -63,43 +58,42 @@ def make_gradients(
             rho = values("rho", columns).T
             return m1 + triton.dot(values("do", columns), rho), m2 + triton.dot(values("dv", columns), rho)
 
-        m1, m2 = over_values(V, config.value_tile, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
-        decay = pair_decay(total, total, allowed, interpret) * b[None, :]
+        m1, m2 = terms.over_values(value_tiles, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        decay = terms.pair_decay(total, total, allowed, interpret) * b[None, :]
         for ref, m in ((refs.dq, scale * decay * m1), (refs.dk, jnp.where(after == 0, 0.0, -decay * m2))):
             ref[rows, rows] = m.astype(jnp.bfloat16).astype(dtype)
         triton.barrier(interpret)
         m1, m2 = (ref[rows, rows].astype(jnp.bfloat16) for ref in (refs.dq, refs.dk))
 
         def key_columns(sums, tile):
-            start, width, _ = tile
-            columns = triton.ds(start, width)
+            columns = tile.place
             d_total, d_log_beta, d_last, inner = sums
 
             def states(values_at, asked, read, d_write, inner):
                 state, d_state = refs.states[values_at, columns], refs.d_states[values_at, columns]
-                inner = inner + inner_product(state, d_state, tile, inner.size)
+                inner = inner + terms.inner_product(state, d_state, tile, inner.size)
                 asked = asked + triton.dot(values("do", values_at), state)
                 read = read + triton.dot(values("dv", values_at), state)
                 d_write = d_write + triton.dot(values("rho", values_at), d_state)
                 return asked, read, triton.finished(d_write, interpret), inner
 
-            key, query = triton.load_own(refs.k, rows, tile), triton.load_own(refs.q, rows, tile)
-            zero = jnp.zeros((CHUNK, width), jnp.float32)
-            asked, read, d_write, inner = over_values(V, config.value_tile, states, zero, zero, zero, inner)
+            key, query = tile.load_columns(refs.k, rows), tile.load_columns(refs.q, rows)
+            zero = jnp.zeros((CHUNK, tile.width), jnp.float32)
+            asked, read, d_write, inner = terms.over_values(value_tiles, states, zero, zero, zero, inner)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
-            triton.store_own(refs.dq, rows, tile, dq)
+            tile.store_columns(refs.dq, rows, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
             d_total += jnp.sum(query.astype(jnp.float32) * dq + key.astype(jnp.float32) * read, axis=1)
             d_write = (b * leaving)[:, None] * d_write
             d_last += jnp.sum(key.astype(jnp.float32) * d_write, axis=1)
             d_write = d_write + triton.dot(m2.T, key) + triton.dot(m1.T, query)
             d_log_beta += jnp.sum(key.astype(jnp.float32) * d_write, axis=1)
-            triton.store_own(refs.dk, rows, tile, read + where_nonzero(b, d_write))
+            tile.store_columns(refs.dk, rows, read + terms.where_nonzero(b, d_write))
             return d_total, d_log_beta, d_last, inner
 
         none = jnp.zeros((CHUNK,), jnp.float32)
-        sums = none, none, none, jnp.zeros((triton.full_and_rest(V, config.value_tile)[0],), jnp.float32)
-        d_total, d_log_beta, d_last, inner = triton.over_tiles(K, config.key_tile, key_columns, sums)
+        sums = none, none, none, jnp.zeros((value_tiles.width,), jnp.float32)
+        d_total, d_log_beta, d_last, inner = Tiling(K, config.key_tile).over(key_columns, sums)
         refs.dbeta[...] = d_log_beta / b
         d_total -= d_log_beta
         d_last = jnp.sum(d_last) + refs.gamma[CHUNK - 1] * jnp.sum(inner)
@@ -111,7 +105,7 @@ def make_gradients(
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     state = BlockSpec((None, None, None, V, K), lambda n, h, b: (b, h, n, 0, 0))
     number, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
-    documents = tokens.documents or Documents(None, None)
+    documents = tokens.documents
     key_shape, gate_shape = jax.ShapeDtypeStruct((B, T, Hv, K), dtype), jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
     made = triton.call(
         gdn_chunks,

@@ -8,18 +8,12 @@ through memory, since a transposed accumulator must not feed a product (some Tri
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule import configurations
+from pallas_kernels.gated_delta_rule import triton_terms as terms
 from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Gradients, Kept, Pairs, Reversed, Sums
-from pallas_kernels.gated_delta_rule.triton_terms import (
-    inner_product,
-    nonzero,
-    over_values,
-    pair_decay,
-    square,
-    where_nonzero,
-)
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.tiles import Tile, Tiling
+from pallas_kernels.triton_calls import BlockSpec
 
 TILES = 3  # of pairs, numbered late half + early half
 
@@ -34,20 +28,22 @@ def pair_tokens(
         rows = triton.ds(0, CHUNK)
         number = triton.remainder(triton.program_id(0), TILES)
         same = number != 1
-        order = square(0) - square(1)  # how many tokens i is after j, in one half
+        order = terms.square(0) - terms.square(1)  # how many tokens i is after j, in one half
         allowed = jnp.logical_not(same) | (order >= 0)
         if refs.late_numbers is not None:
             allowed = allowed & (refs.late_numbers[...][:, None] == refs.early_numbers[...][None, :])
 
-        def products(sums, tile):
-            values = triton.ds(tile[0], tile[1])
-            early = refs.rho[rows, values].T
-            m1, m2 = sums
-            return m1 + triton.dot(refs.do[rows, values], early), m2 + triton.dot(refs.dv[rows, values], early)
+        def products(at, m1, m2):
+            early = refs.rho[rows, at].T
+            return m1 + triton.dot(refs.do[rows, at], early), m2 + triton.dot(refs.dv[rows, at], early)
 
-        m1, m2 = triton.over_tiles(V, config.value_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = terms.over_values(
+            Tiling(V, config.value_tile), products, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2
+        )
         until = refs.early_total[...] - jnp.where(same, 0.0, refs.early_total[CHUNK - 1])
-        decay = pair_decay(refs.late_total[...], until, allowed, interpret) * nonzero(refs.beta[...])[None, :]
+        decay = (
+            terms.pair_decay(refs.late_total[...], until, allowed, interpret) * terms.nonzero(refs.beta[...])[None, :]
+        )
         late = triton.ds(triton.quotient(number + 1, 2) * CHUNK, CHUNK)
         early = triton.ds(triton.quotient(number, 2) * CHUNK, CHUNK)
         refs.m1[late, early] = (scale * decay * m1).astype(jnp.bfloat16)
@@ -64,8 +60,7 @@ def pair_tokens(
     value = lambda at: BlockSpec((None, CHUNK, None, V), lambda x, h, b: (b, at(x), h, 0))  # noqa: E731
     gate = lambda at: BlockSpec((None, None, CHUNK), lambda x, h, b: (b, h, at(x)))  # noqa: E731
     number = lambda at: BlockSpec((None, CHUNK), lambda x, h, b: (b, at(x)))  # noqa: E731
-    beta, total, documents = kept.tokens.beta, kept.prepared.total, kept.tokens.documents
-    numbers = None if documents is None else documents.numbers
+    beta, total, numbers = kept.tokens.beta, kept.prepared.total, kept.tokens.documents.numbers
     pair = BlockSpec((None, None, None, BLOCK, BLOCK), lambda x, h, b: (b, h, block(x), 0, 0))
     pair_shape = jax.ShapeDtypeStruct((B, Hv, T // BLOCK, BLOCK, BLOCK), jnp.bfloat16)
     made = triton.call(
@@ -96,8 +91,8 @@ def sum_gradients(
     Hv, V = kept.rho.shape[2:]
     dtype = jnp.bfloat16 if Hv == H else jnp.float32  # one a value head, until they are summed
     pair_tile = config.pair_tile
-    full, _, rest = triton.full_and_rest(K, config.key_tile)
-    overlapping, tiles = len(rest) > 1, -(-K // full)
+    key_tiles, value_tiles = Tiling(K, config.key_tile), Tiling(V, config.value_tile)
+    full, overlapping, tiles = key_tiles.width, len(key_tiles.rest) > 1, -(-K // key_tiles.width)
 
     def gdn_tokens(refs):
         rows = triton.ds(0, BLOCK)
@@ -109,22 +104,20 @@ def sum_gradients(
             return jax.lax.fori_loop(0, BLOCK // pair_tile, with_part, sums)
 
         def body(tile):
-            start, width, _ = tile
-            columns = triton.ds(start, width)
-            zero = jnp.zeros((BLOCK, width), jnp.float32)
+            columns, zero = tile.place, jnp.zeros((BLOCK, tile.width), jnp.float32)
 
-            def states(values, read, d_write, inner):
-                state, d_state = refs.states[values, columns], refs.d_states[values, columns]
-                read = read + triton.dot(refs.dv[rows, values], state)
-                inner = inner + inner_product(state, d_state, tile, inner.size)
-                d_write = d_write + triton.dot(refs.rho[rows, values], d_state)
+            def states(at, read, d_write, inner):
+                state, d_state = refs.states[at, columns], refs.d_states[at, columns]
+                read = read + triton.dot(refs.dv[rows, at], state)
+                inner = inner + terms.inner_product(state, d_state, tile, inner.size)
+                d_write = d_write + triton.dot(refs.rho[rows, at], d_state)
                 return read, triton.finished(d_write, interpret), inner
 
             def store(ref, x):
                 if overlapping:
                     ref[rows, columns] = x.astype(ref.dtype)
                 else:
-                    triton.store_own(ref, rows, tile, x)
+                    tile.store_columns(ref, rows, x)
 
             def key_pairs(part, read, d_write):
                 key = refs.k[part, columns]
@@ -132,8 +125,8 @@ def sum_gradients(
                 d_write = d_write + triton.dot(refs.m1[part, rows].T, refs.q[part, columns])
                 return read + triton.dot(refs.m2[rows, part], key), d_write
 
-            def asked_states(values, asked):
-                return (asked + triton.dot(refs.do[rows, values], refs.states[values, columns]),)
+            def asked_states(at, asked):
+                return (asked + triton.dot(refs.do[rows, at], refs.states[at, columns]),)
 
             def query_pairs(part, dq):
                 return (dq + triton.dot(refs.m1[rows, part], refs.k[part, columns]),)
@@ -141,29 +134,29 @@ def sum_gradients(
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = refs.gamma[CHUNK - 1], refs.gamma[BLOCK - 1]  # what each half leaves
             gamma = refs.gamma[...] * jnp.where(late, first, 1.0)
-            (asked,) = over_values(V, config.value_tile, asked_states, zero)
+            (asked,) = terms.over_values(value_tiles, asked_states, zero)
             (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
-            query = triton.own(refs.q[rows, columns].astype(jnp.float32), tile)
+            query = tile.own(refs.q[rows, columns].astype(jnp.float32))
             of_queries = jnp.sum(query * dq, axis=1)
             store(refs.dq, dq)
 
-            none = jnp.zeros((triton.full_and_rest(V, config.value_tile)[0],), jnp.float32)
-            read, d_write, inner = over_values(V, config.value_tile, states, zero, zero, none)
-            d_write *= (nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
-            key = triton.own(refs.k[rows, columns].astype(jnp.float32), tile)
+            none = jnp.zeros((value_tiles.width,), jnp.float32)
+            read, d_write, inner = terms.over_values(value_tiles, states, zero, zero, none)
+            d_write *= (terms.nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
+            key = tile.own(refs.k[rows, columns].astype(jnp.float32))
             refs.d_last[0] = jnp.sum(jnp.sum(key * d_write, axis=1)) + first * last * jnp.sum(inner)
             read, d_write = over_pairs(key_pairs, -gamma[:, None] * read, d_write)
             d_log_beta = jnp.sum(key * d_write, axis=1)
             refs.d_log_beta[...] = d_log_beta
             refs.d_total[...] = of_queries + jnp.sum(key * read, axis=1) - d_log_beta
-            store(refs.dk, read + where_nonzero(refs.beta[...], d_write))
+            store(refs.dk, read + terms.where_nonzero(refs.beta[...], d_write))
 
         index = triton.remainder(triton.program_id(0), tiles)
         if overlapping:
             start = triton.aligned(jnp.minimum(index * full, K - full), 8, interpret)
-            body((start, full, full + start - index * full))
+            body(Tile(start, full, full + start - index * full))
         else:
-            triton.for_tile(index, K, config.key_tile, body)
+            key_tiles.at(index, body)
 
     block = lambda x: triton.quotient(x, tiles)  # noqa: E731
     key = BlockSpec((None, BLOCK, None, K), lambda x, h, b: (b, block(x), triton.quotient(h, Hv // H), 0))
@@ -201,4 +194,4 @@ def gate_gradients(beta: jax.Array, sums: Sums) -> Gradients:
     blocks = (*beta.shape[:2], -1, BLOCK)
     later = jax.lax.cumsum(sums.d_total.sum(0).reshape(blocks), axis=3, reverse=True)
     dg = (later + sums.d_last.sum(0)[..., None]).reshape(beta.shape)
-    return Gradients(sums.dq, sums.dk, dg, sums.d_log_beta.sum(0) / nonzero(beta))
+    return Gradients(sums.dq, sums.dk, dg, sums.d_log_beta.sum(0) / terms.nonzero(beta))

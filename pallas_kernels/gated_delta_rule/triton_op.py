@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
-from pallas_kernels.chunkwise import document_starts, pad_tokens
+from pallas_kernels import triton_calls as triton
+from pallas_kernels.chunkwise import LEAST_LOG_DECAY, document_starts, pad_tokens
 from pallas_kernels.gated_delta_rule import (
     configurations,
     triton_chunks,
@@ -32,11 +32,6 @@ from pallas_kernels.gated_delta_rule.configurations import Configuration, Every6
 
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (192, 384), (200, 400), (256, 256), (256, 512))
 
-# The exponential of anything below is 0 in fp32, so that raising g to it changes no decay. It keeps the sums of 64 log
-# decays, whose differences are the exponents within a chunk, small enough for fp32: a reset may be -1e9 or -inf.
-LEAST_LOG_DECAY = -104.0
-
-MOST_ELEMENTS = 1 << 31  # 32-bit indices
 FEW_PROGRAMS, MANY_PROGRAMS = 32, 256  # of a serial pass: at most few, rows are cut into pieces, for at most many
 SHORTEST_PIECE = 1024
 
@@ -48,16 +43,12 @@ def largest_array(batch: int, tokens: int, value_heads: int, key_dim: int, value
 
 def why_not(key_dim: int, value_dim: int, chunk: int, *, elements: int = 0, interpret: bool) -> str | None:
     """The reason the kernels cannot run, or None; `elements` is that of `largest_array`."""
-    if elements >= MOST_ELEMENTS:
-        return (
-            f"an array of {elements:,} elements is past the {MOST_ELEMENTS:,} that they are made for; split the batch"
-        )
     if (key_dim, value_dim) not in SIZES:
         known = ", ".join(f"{k}x{v}" for k, v in SIZES)
         return f"there is no kernel for key x value dimensions {key_dim}x{value_dim} (there is for {known})"
     if chunk != CHUNK:
         return f"the kernels solve {CHUNK} tokens at once, not {chunk}"
-    return None if interpret else triton.why_not_here()
+    return triton.why_not(elements, interpret)
 
 
 def pieces(batch: int, tokens: int, value_heads: int, value_dim: int) -> int:
@@ -141,7 +132,7 @@ def _op_bwd(static, saved, cotangents):
     group = tokens.beta.shape[1] // tokens.k.shape[2]
     if group > 1:
         dq, dk = (x.reshape(*x.shape[:2], -1, group, x.shape[-1]).sum(3).astype(jnp.bfloat16) for x in (dq, dk))
-    return Tokens(dq, dk, backward.dv, dg, dbeta, None), _of_rows(backward.d_initial, static.pieces, 0)
+    return Tokens(dq, dk, backward.dv, dg, dbeta, Documents()), _of_rows(backward.d_initial, static.pieces, 0)
 
 
 _op.defvjp(_op_fwd, _op_bwd)
@@ -159,7 +150,7 @@ def _given(q, k, v, g, beta, segment_ids, scale, residuals, configuration, inter
     def cut(x):
         return x.reshape(batch * count, -1, *x.shape[2:])
 
-    documents = None
+    documents = Documents()
     if segment_ids is not None:
         numbers = jnp.cumsum(document_starts(segment_ids), axis=1, dtype=jnp.int32)
         numbers = jnp.pad(numbers, ((0, 0), (0, padding)), mode="edge")
@@ -167,9 +158,8 @@ def _given(q, k, v, g, beta, segment_ids, scale, residuals, configuration, inter
         documents = Documents(cut(numbers), cut(before[:, : numbers.shape[1] : CHUNK]))
     g = jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g, beta.astype(jnp.float32)]
-    if padding:  # k = v = beta = g = 0 writes nothing and keeps the state
-        given = [pad_tokens(x, padding) for x in given]
-    q, k, v, g, beta = (cut(x) for x in given)
+    # k = v = beta = g = 0 writes nothing and keeps the state
+    q, k, v, g, beta = (cut(pad_tokens(x, padding)) for x in given)
     given = Tokens(q, k, v, jnp.swapaxes(g, 1, 2), jnp.swapaxes(beta, 1, 2), documents)
     return _Static(scale, residuals, interpret, count, configuration), given
 

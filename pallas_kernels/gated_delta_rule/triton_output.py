@@ -10,10 +10,11 @@ leave of S.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Prepared, Scanned, Tokens
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.tiles import Tiling
+from pallas_kernels.triton_calls import BlockSpec
 
 
 def make_outputs(
@@ -23,22 +24,22 @@ def make_outputs(
     """o [B,T,Hv,V] bf16, from prediction errors and the state that enters each block of 128."""
     B, T, H, K = tokens.k.shape
     Hv, V = scanned.rho.shape[2:]
-    columns = triton.tiles(K, config.key_tile)
+    columns = Tiling(K, config.key_tile).tiles()
     first, last = triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)
 
     def gdn_output(refs):
-        queries = [[triton.load_own(refs.q, rows, tile) for tile in columns] for rows in (first, last)]
+        queries = [[tile.load_columns(refs.q, rows) for tile in columns] for rows in (first, last)]
         pairs = [refs.attention[number] for number in (0, 1)]
         reads = [scale * refs.gamma[rows] for rows in (first, last)]
         crossing = jnp.zeros((CHUNK, CHUNK), jnp.float32)
         for query, tile in zip(queries[1], columns, strict=True):
-            crossing += triton.dot(query, triton.load_own(refs.k, first, tile).T)
+            crossing += triton.dot(query, tile.load_columns(refs.k, first).T)
         crossing = (reads[1][:, None] * crossing * refs.write[first][None, :]).astype(jnp.bfloat16)
         gamma_end = refs.gamma[CHUNK - 1]
 
         def part(_, tile):
-            values = triton.ds(tile[0], tile[1])
-            states = [refs.states[values, triton.ds(start, width)].T for start, width, _ in columns]
+            values = tile.place
+            states = [refs.states[values, tile.place].T for tile in columns]
 
             def asked(half):
                 total = jnp.zeros((CHUNK, values.size), jnp.float32)
@@ -51,7 +52,7 @@ def make_outputs(
             late = gamma_end * asked(1) + triton.dot(pairs[1], refs.rho[last, values])
             refs.o[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
 
-        triton.over_tiles(V, config.value_tile, part, None)
+        Tiling(V, config.value_tile).over(part, None)
 
     key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, triton.quotient(h, Hv // H), 0))
     value = BlockSpec((None, BLOCK, None, V), lambda n, h, b: (b, n, h, 0))

@@ -8,8 +8,9 @@ head and tile of value columns, with products to 2^-16: each operand is two bf16
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels import triton_calls as triton
+from pallas_kernels.tiles import Tiling
+from pallas_kernels.triton_calls import BlockSpec
 
 VALUE_TILE, KEY_TILE = 32, 64
 
@@ -28,22 +29,25 @@ def chain_pieces(maps, local, outer, *, count, reverse, interpret):
     before the first piece, or the gradient of the one after the last. All fp32.
     """
     B, Hv, K, V = outer.shape
-    tiles = triton.tiles(K, KEY_TILE)
+    tiles = Tiling(K, KEY_TILE).tiles()
 
     def gdn_chain(refs):
-        columns = triton.own_columns(V, VALUE_TILE, interpret)
+        start = triton.program_id(0) * VALUE_TILE
+        if V % VALUE_TILE:  # the last program's columns overlap its neighbour's
+            start = triton.aligned(jnp.minimum(start, V - VALUE_TILE), 16, interpret)
+        columns = triton.ds(start, VALUE_TILE)
 
         def map_tile(piece, out, into):
             if not reverse:
-                return triton.load_own_rows(refs.maps, out, triton.ds(into[0], into[1]), (piece,))
-            return triton.load_own(refs.maps, triton.ds(into[0], into[1]), out, (piece,)).T
+                return out.load_rows(refs.maps, into.place, piece)
+            return out.load_columns(refs.maps, into.place, piece).T
 
         def step(i, states):
             piece = count - 1 - i if reverse else i
             new, operands = [], [_halves(state) for state in states]
             for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(refs.entering, tile, columns, state, (piece,))
-                total = triton.load_own_rows(refs.local, tile, columns, (piece,))
+                tile.store_rows(refs.entering, columns, state, piece)
+                total = tile.load_rows(refs.local, columns, piece)
                 for into, (leading, rest) in zip(tiles, operands, strict=True):
                     map_leading, map_rest = _halves(map_tile(piece, tile, into))
                     total += triton.dot(map_leading, leading)
@@ -51,7 +55,7 @@ def chain_pieces(maps, local, outer, *, count, reverse, interpret):
                 new.append(total)
             return tuple(new)
 
-        states = tuple(triton.load_own_rows(refs.outer, tile, columns) for tile in tiles)
+        states = tuple(tile.load_rows(refs.outer, columns) for tile in tiles)
         jax.lax.fori_loop(0, count, step, states)
 
     rows = lambda columns: BlockSpec((None, count, None, K, columns), lambda i, h, b: (b, 0, h, 0, 0))  # noqa: E731

@@ -13,11 +13,12 @@ with D_ij = gamma_i / gamma_j for i >= j in one document, else 0.
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule import configurations
-from pallas_kernels.gated_delta_rule.arrays import CHUNK, Documents, Prepared, Tokens
+from pallas_kernels.gated_delta_rule.arrays import CHUNK, Prepared, Tokens
 from pallas_kernels.gated_delta_rule.triton_terms import pair_decay, square
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.tiles import Tiling
+from pallas_kernels.triton_calls import BlockSpec
 
 
 def invert(lower):
@@ -62,10 +63,10 @@ def solve_chunks(tokens: Tokens, *, scale: float, config: configurations.Prepare
 
         def products(sums, tile):
             kk, qk = sums
-            query, key = triton.load_own(refs.q, rows, tile), triton.load_own(refs.k, rows, tile)
+            query, key = tile.load_columns(refs.q, rows), tile.load_columns(refs.k, rows)
             return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
 
-        kk, qk = triton.over_tiles(K, config.key_tile, products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        kk, qk = Tiling(K, config.key_tile).over(products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)
         refs.attention[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
         lower = jnp.where(square(0) > square(1), decay * kk * b[None, :], 0.0)
@@ -75,7 +76,7 @@ def solve_chunks(tokens: Tokens, *, scale: float, config: configurations.Prepare
     gate = BlockSpec((None, None, CHUNK), lambda n, h, b: (b, h, n))
     pair = BlockSpec((None, None, None, CHUNK, CHUNK), lambda n, h, b: (b, h, n, 0, 0))
     number, entered = BlockSpec((None, CHUNK), lambda n, h, b: (b, n)), BlockSpec((None, 1), lambda n, h, b: (b, n))
-    documents = tokens.documents or Documents(None, None)
+    documents = tokens.documents
     pair_shape = jax.ShapeDtypeStruct((B, Hv, N, CHUNK, CHUNK), jnp.bfloat16)
     gate_shape = jax.ShapeDtypeStruct((B, Hv, T), jnp.float32)
     made = triton.call(

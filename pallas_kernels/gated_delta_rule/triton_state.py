@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.arrays import CHUNK, Prepared, Reversed, Scanned, Tokens
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.tiles import Tiling
+from pallas_kernels.triton_calls import BlockSpec
 
 
 class _Held(NamedTuple):
@@ -54,18 +55,18 @@ def _specs(T, K, V, group, block):
     return key, value, gate, pair, kept, state
 
 
-def _read_state(ref, columns, tiles, held):
+def _read_state(ref, columns, key_tiles, held):
     """The fp32 state of these value columns, held tile by tile along the keys."""
     if ref is None:
-        return tuple(held.flip(jnp.zeros((width, columns.size), jnp.float32)) for _, width, _ in tiles)
-    return tuple(held.flip(triton.load_own_rows(ref, tile, columns)) for tile in tiles)
+        return tuple(held.flip(jnp.zeros((tile.width, columns.size), jnp.float32)) for tile in key_tiles)
+    return tuple(held.flip(tile.load_rows(ref, columns)) for tile in key_tiles)
 
 
-def _keep(ref, number, columns, tiles, states, held):
+def _keep(ref, number, columns, key_tiles, states, held):
     """Store the state [V, K] of block `number`."""
-    for tile, state in zip(tiles, states, strict=True):
+    for tile, state in zip(key_tiles, states, strict=True):
         transposed = state if held is TRANSPOSED else state.T
-        triton.store_own(ref, columns, tile, transposed, (number,))
+        tile.store_columns(ref, columns, transposed, number)
 
 
 def scan_forward(
@@ -76,11 +77,11 @@ def scan_forward(
     prediction errors and the state every `block` tokens where `keep`."""
     B, T, H, K = tokens.k.shape
     Hv, V = tokens.beta.shape[1], K if tokens.v is None else tokens.v.shape[3]
-    tiles, chunks = triton.tiles(K, config.key_tile), T // CHUNK
+    key_tiles, value_tiles, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
 
     def gdn_state(refs):
         def body(tile):
-            columns = triton.ds(tile[0], tile[1])
+            columns = tile.place
             held = TRANSPOSED if config.transposed and columns.size >= CHUNK else PLAIN
 
             def step(chunk, carry):
@@ -90,9 +91,9 @@ def scan_forward(
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == 0
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(refs.states, number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.states, number, columns, key_tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
-                keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
+                keys = [tile.load_columns(refs.k, rows) for tile in key_tiles]
                 rounded = [state.astype(jnp.bfloat16) for state in states]
                 seen = asked = held.flip(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(rounded, keys, strict=True):
@@ -105,20 +106,20 @@ def scan_forward(
                 if keep:
                     refs.rho[rows, columns] = held.flip(rho).astype(jnp.bfloat16)
                 if refs.q is not None:
-                    for state, tile in zip(rounded, tiles, strict=True):
-                        asked += held.product(triton.load_own(refs.q, rows, tile), state)
+                    for state, tile in zip(rounded, key_tiles, strict=True):
+                        asked += held.product(tile.load_columns(refs.q, rows), state)
                     o = scale * gamma * asked + held.product(refs.attention[chunk], rho.astype(jnp.bfloat16))
                     refs.o[rows, columns] = held.flip(o).astype(jnp.bfloat16)
                 added = (rho * held.along_tokens(refs.write[rows])).astype(jnp.bfloat16)
                 new = (gamma_end * state + held.product(key.T, added) for state, key in zip(states, keys, strict=True))
                 return next_end, tuple(new)
 
-            states = _read_state(refs.initial_state, columns, tiles, held)
+            states = _read_state(refs.initial_state, columns, key_tiles, held)
             _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[CHUNK - 1], states))
-            for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(refs.final, tile, columns, held.flip(state))
+            for tile, state in zip(key_tiles, states, strict=True):
+                tile.store_rows(refs.final, columns, held.flip(state))
 
-        triton.for_tile(triton.program_id(0), V, config.value_tile, body)
+        value_tiles.at(triton.program_id(0), body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     value_shape = jax.ShapeDtypeStruct((B, T, Hv, V), jnp.bfloat16)
@@ -137,7 +138,7 @@ def scan_forward(
             "states": (kept_shape if keep else None, kept),
             "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
-        grid=(triton.count_of_tiles(V, config.value_tile), Hv, B),
+        grid=(value_tiles.number, Hv, B),
         warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Scanned(**made)
@@ -151,11 +152,11 @@ def scan_reverse(
     zeros; dv and the gradient of the state leaving every block where `keep`."""
     B, T, H, K = tokens.k.shape
     Hv, V = do.shape[2:]
-    tiles, chunks = triton.tiles(K, config.key_tile), T // CHUNK
+    key_tiles, value_tiles, chunks = Tiling(K, config.key_tile).tiles(), Tiling(V, config.value_tile), T // CHUNK
 
     def gdn_reverse(refs):
         def body(tile):
-            columns = triton.ds(tile[0], tile[1])
+            columns = tile.place
             held = TRANSPOSED if config.transposed and columns.size >= CHUNK else PLAIN
 
             def step(i, carry):
@@ -165,9 +166,9 @@ def scan_reverse(
                 if keep:
                     boundary = triton.remainder(chunk, block // CHUNK) == block // CHUNK - 1
                     number = triton.quotient(chunk, block // CHUNK)
-                    triton.when(boundary)(lambda: _keep(refs.d_states, number, columns, tiles, states, held))
+                    triton.when(boundary)(lambda: _keep(refs.d_states, number, columns, key_tiles, states, held))
                 rows = triton.ds(chunk * CHUNK, CHUNK)
-                keys = [triton.load_own(refs.k, rows, tile) for tile in tiles]
+                keys = [tile.load_columns(refs.k, rows) for tile in key_tiles]
                 do = triton.as_made(held.flip(refs.do[rows, columns]), interpret)
                 reached = held.flip(jnp.zeros((CHUNK, columns.size), jnp.float32))
                 for state, key in zip(states, keys, strict=True):
@@ -183,17 +184,17 @@ def scan_reverse(
                 error = (-held.along_tokens(gamma) * dv).astype(jnp.bfloat16)
                 asked = (held.along_tokens(scale * gamma) * do.astype(jnp.float32)).astype(jnp.bfloat16)
                 new = []
-                for state, key, tile in zip(states, keys, tiles, strict=True):
-                    entered = gamma_end * state + held.product(triton.load_own(refs.q, rows, tile).T, asked)
+                for state, key, tile in zip(states, keys, key_tiles, strict=True):
+                    entered = gamma_end * state + held.product(tile.load_columns(refs.q, rows).T, asked)
                     new.append(entered + held.product(key.T, error))
                 return next_end, tuple(new)
 
-            states = _read_state(refs.d_final, columns, tiles, held)
+            states = _read_state(refs.d_final, columns, key_tiles, held)
             _, states = jax.lax.fori_loop(0, chunks, step, (refs.gamma[chunks * CHUNK - 1], states))
-            for tile, state in zip(tiles, states, strict=True):
-                triton.store_own_rows(refs.d_initial, tile, columns, held.flip(state))
+            for tile, state in zip(key_tiles, states, strict=True):
+                tile.store_rows(refs.d_initial, columns, held.flip(state))
 
-        triton.for_tile(triton.program_id(0), V, config.value_tile, body)
+        value_tiles.at(triton.program_id(0), body)
 
     key, value, gate, pair, kept, state = _specs(T, K, V, Hv // H, block)
     value_shape = jax.ShapeDtypeStruct(do.shape, jnp.bfloat16)
@@ -210,7 +211,7 @@ def scan_reverse(
             "d_states": (kept_shape if keep else None, kept),
             "d_initial": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
-        grid=(triton.count_of_tiles(V, config.value_tile), Hv, B),
+        grid=(value_tiles.number, Hv, B),
         warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return Reversed(**made)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule.arrays import CHUNK
 
 LEAST = 2.0**-40  # of beta here: far below what fp32 sees in a sum, far above what a quotient could not bear
@@ -32,16 +32,12 @@ def where_nonzero(beta, d_write):
 def inner_product(state, d_state, tile, size):
     """[size] that adds up to S . dS' over the key columns that a tile owns: by value columns, which needs no exchange
     between warps, where there are `size` of them."""
-    sums = jnp.sum(triton.own(state.astype(jnp.float32) * d_state.astype(jnp.float32), tile), axis=1)
+    sums = jnp.sum(tile.own(state.astype(jnp.float32) * d_state.astype(jnp.float32)), axis=1)
     if sums.size == size:
         return sums
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (size,), 0) == 0, jnp.sum(sums), 0.0)
 
 
-def over_values(V, value_tile, step, *zeros):
+def over_values(tiles, step, *zeros):
     """The sums that step(columns, *sums) returns, over all tiles of value columns."""
-
-    def with_columns(sums, tile):
-        return step(triton.ds(tile[0], tile[1]), *sums)
-
-    return triton.over_tiles(V, value_tile, with_columns, zeros)
+    return tiles.over(lambda sums, tile: step(tile.place, *sums), zeros)

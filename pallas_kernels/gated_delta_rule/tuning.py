@@ -19,6 +19,7 @@ from pallas_kernels.gated_delta_rule import (
 )
 from pallas_kernels.gated_delta_rule.arrays import (
     CHUNK,
+    Documents,
     Gradients,
     Kept,
     Pairs,
@@ -116,7 +117,7 @@ def inputs(shape: Shape, seed: int = 0) -> Work:
         beta = jax.nn.sigmoid(jax.random.normal(keys[5], (B, H, T)))
         q, k, v, do = (x.astype(jnp.bfloat16) for x in (q, k, v, do))
         state = jnp.zeros((B, H, K, V), jnp.float32)
-        return Work(Tokens(q, k, v, g, beta, None), state, do, state)
+        return Work(Tokens(q, k, v, g, beta, Documents()), state, do, state)
 
     return draw()
 

@@ -14,18 +14,7 @@ from pallas_kernels.gated_norm import chunked, reference, triton_norm
 
 NAME = "gated_norm"
 IMPLS = dispatch.WITH_KERNELS
-KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
 FEW_VECTORS = 128
-
-
-def why_not(impl: str, shape: tuple[int, ...], groups: int, dtype: Any) -> str | None:
-    """The reason `impl` cannot run here on x of this shape and the widest dtype of x and gate, or None when it can."""
-    if impl not in ("triton", "triton_interpret"):
-        return None
-    if dtype not in KERNEL_DTYPES:
-        return f"it computes in float32, and x or gate is {jnp.dtype(dtype)}"
-    vectors, size = math.prod(shape[:-1]) * groups, shape[-1] // groups
-    return triton_norm.why_not(vectors, size, interpret=impl == "triton_interpret")
 
 
 def resolve(
@@ -36,14 +25,20 @@ def resolve(
     groups: int = 1,
     dtype: Any = jnp.bfloat16,
 ) -> dispatch.Choice:
-    """Which implementation `impl` means on this machine for x of this shape, and why a faster one was refused.
+    """Which implementation `impl` means on this machine for x of this shape and the widest dtype of x and gate, and why
+    a faster one was refused.
 
     Without a gate, and for few vectors, "auto" takes "chunked": XLA joins it with what stands around it.
     """
     if impl == "auto" and (not gated or math.prod(shape[:-1]) < FEW_VECTORS):
         return dispatch.Choice(NAME, "chunked")
-    named = partial(why_not, shape=shape, groups=groups, dtype=dtype)
-    return dispatch.choose(NAME, impl, named, partial(admission.refusal, NAME, D=shape[-1], groups=groups))
+
+    def why_not(interpret):
+        if dtype == jnp.float64:
+            return "it computes in float32, and x or gate is float64"
+        return triton_norm.why_not(math.prod(shape[:-1]) * groups, shape[-1] // groups, interpret=interpret)
+
+    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, D=shape[-1], groups=groups))
 
 
 @jaxtyped(typechecker=beartype)
@@ -94,10 +89,10 @@ def _on_one_device(x, weight, gate, *, eps, gate_first, groups, impl):
     """The implementation that is right for the part of the arrays that one device has."""
     widest = x.dtype if gate is None else jnp.promote_types(x.dtype, gate.dtype)
     impl = dispatch.taken(resolve(impl, shape=x.shape, gated=gate is not None, groups=groups, dtype=widest))
-    if x.size and impl in ("triton", "triton_interpret"):
+    if x.size and impl in dispatch.KERNELS:
         return triton_norm.gated_norm(x, weight, gate, eps, gate_first, groups, interpret=impl == "triton_interpret")
     op = reference if impl == "reference" else chunked
     return op.gated_norm(x, weight, gate, eps, gate_first, groups)
 
 
-__all__ = ["IMPLS", "gated_norm", "resolve", "why_not"]
+__all__ = ["IMPLS", "gated_norm", "resolve"]

@@ -1,17 +1,13 @@
 """What makes an implementation of the gated norm correct: cases, float64 oracle, errors and their limits."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.accuracy import outside, relative_errors
+from pallas_kernels.conformance import Inputs, Suite, held
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_norm.api import gated_norm, resolve
-
-OUTPUTS = ("y", "dx", "dweight", "dgate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,57 +52,37 @@ def choice(case: Case) -> Choice:
     return resolve("auto", shape=case.shape, gated=case.gated, groups=case.groups, dtype=widest)
 
 
-def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray | None], np.ndarray]:
+def inputs(case: Case, seed: int = 0) -> Inputs:
     """(x, weight, gate or None) and dy; float64 values that their dtypes hold. One vector of x is zero."""
     normal = np.random.default_rng(seed).standard_normal
-    hold = lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(np.float64)  # noqa: E731
     x, gate, dy = case.size * normal(case.shape), case.gate_size * normal(case.shape), normal(case.shape)
     if len(case.shape) > 1:
         x[(0,) * (x.ndim - 1)] = 0.0
-    weight = hold(1 + 0.5 * normal(case.shape[-1]), jnp.float32)
-    gate = hold(gate, case.gate_dtype or case.dtype) if case.gated else None
-    return [hold(x, case.dtype), weight, gate], hold(dy, case.dtype)
+    weight = held(1 + 0.5 * normal(case.shape[-1]), jnp.float32)
+    gate = held(gate, case.gate_dtype or case.dtype) if case.gated else None
+    return Inputs([held(x, case.dtype), weight, gate], None, [held(dy, case.dtype)])
 
 
-@partial(jax.jit, static_argnames=("eps", "gate_first", "groups", "impl"))
-def _run(arrays, dy, *, eps, gate_first, groups, impl):
-    def op(x, weight, gate):
-        return gated_norm(x, weight, gate, eps=eps, gate_first=gate_first, groups=groups, impl=impl)
-
-    y, vjp = jax.vjp(op, *arrays)
-    return y, *vjp(dy)
+def call(arrays, _, impl, __, eps, gate_first, groups, gate_dtype):
+    """The op as a case asks for it; a gate of no dtype of its own has x's."""
+    x, weight, gate = arrays
+    gate = gate if gate is None or gate_dtype else gate.astype(x.dtype)
+    return (gated_norm(x, weight, gate, eps=eps, gate_first=gate_first, groups=groups, impl=impl),)
 
 
-def outputs_and_gradients(case: Case, arrays, dy, *, impl: str, dtype) -> dict[str, np.ndarray]:
-    """Output and every gradient of one call at `dtype` (weight at least fp32), as float64 arrays."""
-    exact = jnp.promote_types(jnp.float32, dtype)
-    gate_dtype = exact if case.gate_dtype else dtype
-    arrays = [
-        None if x is None else jnp.asarray(x, kind) for x, kind in zip(arrays, (dtype, exact, gate_dtype), strict=True)
-    ]
-    options = {"eps": case.eps, "gate_first": case.gate_first, "groups": case.groups}
-    results = _run(arrays, jnp.asarray(dy, dtype), impl=impl, **options)
-    return {n: np.asarray(x).astype(np.float64) for n, x in zip(OUTPUTS, results, strict=True) if x is not None}
-
-
-def oracle(case: Case, arrays, dy) -> dict[str, np.ndarray]:
-    """The equation and JAX's gradients of it in float64."""
-    with jax.enable_x64(True):
-        return outputs_and_gradients(case, arrays, dy, impl="reference", dtype=jnp.float64)
-
-
-def limits(case: Case) -> dict[str, float]:
+def limits(case: Case, impl: str) -> dict[str, float]:
     """The accuracy that is asked of each output (relative L2): bf16 rounds y, dx and dgate once, and nothing inside."""
     if case.dtype == "bfloat16":
-        return dict.fromkeys(OUTPUTS, 4e-3) | {"dweight": 1e-5}
-    return dict.fromkeys(OUTPUTS, 1e-12 if case.dtype == "float64" else 1e-5)
+        return dict.fromkeys(SUITE.outputs, 4e-3) | {"dweight": 1e-5}
+    return dict.fromkeys(SUITE.outputs, 1e-12 if case.dtype == "float64" else 1e-5)
 
 
-def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
-    """`name error > limit` for everything of `impl` that is outside its limit or not finite."""
-    arrays, dy = inputs(case, seed)
-    got = outputs_and_gradients(case, arrays, dy, impl=impl, dtype=jnp.dtype(case.dtype))
-    return outside(relative_errors(got, oracle(case, arrays, dy)), limits(case))
+SUITE = Suite(
+    arrays=("x", "weight", "gate"), results=("y",), rounded=("x", "y"),
+    options=("eps", "gate_first", "groups", "gate_dtype"), inputs=inputs, call=call, limits=limits,
+)  # fmt: skip
+OUTPUTS, outputs_and_gradients, oracle = SUITE.outputs, SUITE.outputs_and_gradients, SUITE.oracle
+errors, failures = SUITE.errors, SUITE.failures
 
 
 def check(D: int, groups: int) -> list[str]:

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels import triton_calls as triton
+from pallas_kernels.tiles import Places, power_of_two
+from pallas_kernels.triton_calls import BlockSpec
 
 LARGEST = 8192  # elements of a vector
-MOST_ELEMENTS = 1 << 31  # 32-bit indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,7 @@ def why_not(vectors: int, size: int, *, interpret: bool) -> str | None:
     """The reason the kernels cannot run on so many vectors of this size, or None."""
     if size > LARGEST:
         return f"a vector has {size} elements; the kernels hold at most {LARGEST}"
-    if vectors * size >= MOST_ELEMENTS:
-        return f"x has {vectors * size:,} elements, past the {MOST_ELEMENTS:,} that they are made for; split it"
-    return None if interpret else triton.why_not_here()
+    return triton.why_not(vectors * size, interpret)
 
 
 class _Static(NamedTuple):
@@ -50,60 +48,44 @@ class _Static(NamedTuple):
 
 
 class _Vectors(NamedTuple):
-    """The vectors that a program holds: places in an array [vectors, groups, size], and which elements exist."""
+    """How vectors [count, groups, size] are split: a program takes `rows` neighbours of one group `turns` times."""
 
-    rows: jax.Array  # [R, 1]
-    group: jax.Array
-    columns: jax.Array  # [1, P]
-    exists: jax.Array | None  # [R, P]; None: all
-
-    def load(self, ref):
-        return triton.load_where(ref, (self.rows, self.group, self.columns), self.exists).astype(jnp.float32)
-
-    def store(self, ref, value):
-        triton.store_where(ref, (self.rows, self.group, self.columns), value, self.exists)
-
-
-def _held(config, size):
-    """(vectors held at once, width of their tile)."""
-    wide = triton.power_of_two(size)
-    return max(1, config.elements // wide), wide
-
-
-class _Program(NamedTuple):
-    """The vectors of one program in an array [vectors, groups, size]: `turns` times `rows` neighbours of one group."""
-
-    shape: tuple[int, int, int]
-    turns: int
+    count: int
+    size: int
     rows: int
-    first: jax.Array
-    group: jax.Array
+    turns: int
 
     @classmethod
-    def here(cls, config, shape):
-        rows, _ = _held(config, shape[2])
-        first = triton.program_id(0) * (config.turns * rows)
-        return cls(shape, config.turns, rows, first, triton.program_id(1))
+    def of(cls, shape, config):
+        count, _, size = shape
+        return cls(count, size, max(1, config.elements // power_of_two(size)), config.turns)
 
-    def vectors(self, turn):
-        """Those that it holds in its turn number `turn`."""
-        count, _, size = self.shape
-        wide = triton.power_of_two(size)
+    @property
+    def wide(self):
+        """The width of a tile of them."""
+        return power_of_two(self.size)
+
+    @property
+    def programs(self):
+        return -(-self.count // (self.rows * self.turns))
+
+    def of_program(self):
+        """(number of its first one, number of its group)."""
+        return triton.program_id(0) * (self.turns * self.rows), triton.program_id(1)
+
+    def held(self, first, group, turn):
+        """Those that a program holds in its turn number `turn`."""
         iota = partial(jax.lax.broadcasted_iota, jnp.int32)
-        at, columns = self.first + turn * self.rows + iota((self.rows, 1), 0), iota((1, wide), 1)
+        at, columns = first + turn * self.rows + iota((self.rows, 1), 0), iota((1, self.wide), 1)
         exists = None
-        if count % (self.rows * self.turns) or size != wide:
-            exists = (at < count) & (columns < size)
-        return _Vectors(at, self.group, columns, exists)
+        if self.count % (self.rows * self.turns) or self.size != self.wide:
+            exists = (at < self.count) & (columns < self.size)
+        return Places((at, group, columns), exists)
 
-
-def _programs(config, count, size):
-    return -(-count // (_held(config, size)[0] * config.turns))
-
-
-def _weight(ref, size, wide):
-    columns = jax.lax.broadcasted_iota(jnp.int32, (1, wide), 1)
-    return triton.load_where(ref, (triton.program_id(1), columns), None if size == wide else columns < size)
+    def weight(self, ref):
+        columns = jax.lax.broadcasted_iota(jnp.int32, (1, self.wide), 1)
+        exists = None if self.size == self.wide else columns < self.size
+        return triton.load_where(ref, (triton.program_id(1), columns), exists)
 
 
 def _mean(x, size):
@@ -123,15 +105,14 @@ def _whole(x):
 def _forward(static, x, weight, gate):
     """y like x [vectors, groups, size]; weight [groups, size] in fp32; gate like x, or None."""
     config, interpret = static.forward, static.interpret
-    count, groups, size = x.shape
-    _, wide = _held(config, size)
+    (_, groups, size), vectors = x.shape, _Vectors.of(x.shape, config)
 
     def norm(refs):
-        program = _Program.here(config, x.shape)
-        w = _weight(refs.weight, size, wide)
+        first, group = vectors.of_program()
+        w = vectors.weight(refs.weight)
 
         def turn(i, carry):
-            here = program.vectors(i)
+            here = vectors.held(first, group, i)
             u = here.load(refs.x)
             opened = None if gate is None else _gate(here.load(refs.gate), interpret)[1]
             if gate is not None and static.gate_first:
@@ -148,7 +129,7 @@ def _forward(static, x, weight, gate):
         norm,
         {"x": (x, _whole(x)), "weight": (weight, _whole(weight)), "gate": (gate, _whole(gate))},
         {"y": (jax.ShapeDtypeStruct(x.shape, x.dtype), _whole(x))},
-        grid=(_programs(config, count, size), groups), warps=config.warps, num_stages=1, interpret=interpret,
+        grid=(vectors.programs, groups), warps=config.warps, num_stages=1, interpret=interpret,
     )  # fmt: skip
     return made["y"]
 
@@ -156,15 +137,14 @@ def _forward(static, x, weight, gate):
 def _backward(static, x, weight, gate, dy):
     """(dx, d weight [groups, size] in fp32, d gate or None) of `_forward`."""
     config, interpret = static.backward, static.interpret
-    count, groups, size = x.shape
-    rows, wide = _held(config, size)
+    (_, groups, size), vectors = x.shape, _Vectors.of(x.shape, config)
 
     def reverse_norm(refs):
-        program = _Program.here(config, x.shape)
-        w = _weight(refs.weight, size, wide)
+        first, group = vectors.of_program()
+        w = vectors.weight(refs.weight)
 
         def turn(i, total):
-            here = program.vectors(i)
+            here = vectors.held(first, group, i)
             u, d_scaled = here.load(refs.x), here.load(refs.dy)  # the latter of weight n, once the gate is taken in
             if gate is not None:
                 z = here.load(refs.gate)
@@ -189,14 +169,13 @@ def _backward(static, x, weight, gate, dy):
                 here.store(refs.dgate, d_out * w * n * slope)
             return total + d_scaled * n
 
-        total = jnp.zeros((rows, wide), jnp.float32)
+        total = jnp.zeros((vectors.rows, vectors.wide), jnp.float32)
         total = jax.lax.fori_loop(jnp.int32(0), jnp.int32(config.turns), turn, total)
-        columns = jax.lax.broadcasted_iota(jnp.int32, (wide,), 0)
+        columns = jax.lax.broadcasted_iota(jnp.int32, (vectors.wide,), 0)
         part = jnp.sum(total, axis=0)
-        triton.store_where(refs.parts, (columns,), part, None if size == wide else columns < size)
+        triton.store_where(refs.parts, (columns,), part, None if size == vectors.wide else columns < size)
 
     like = lambda y: None if y is None else jax.ShapeDtypeStruct(y.shape, y.dtype)  # noqa: E731
-    programs = _programs(config, count, size)
     made = triton.call(
         reverse_norm,
         {"x": (x, _whole(x)), "dy": (dy, _whole(dy)), "weight": (weight, _whole(weight)), "gate": (gate, _whole(gate))},
@@ -204,11 +183,11 @@ def _backward(static, x, weight, gate, dy):
             "dx": (like(x), _whole(x)),
             "dgate": (like(gate), _whole(gate)),
             "parts": (
-                jax.ShapeDtypeStruct((programs, groups, size), jnp.float32),
+                jax.ShapeDtypeStruct((vectors.programs, groups, size), jnp.float32),
                 BlockSpec((None, None, size), lambda p, g: (p, g, 0)),
             ),
         },
-        grid=(programs, groups), warps=config.warps, num_stages=1, interpret=interpret,
+        grid=(vectors.programs, groups), warps=config.warps, num_stages=1, interpret=interpret,
     )  # fmt: skip
     return made["dx"], made["parts"].sum(0), made["dgate"]
 

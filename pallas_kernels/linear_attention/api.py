@@ -16,18 +16,6 @@ NAME = "linear_attention"
 IMPLS = dispatch.WITH_KERNELS
 
 
-def why_not(impl: str, shape: tuple[int, int, int, int, int], channels: bool, dtype: Any) -> str | None:
-    """The reason `impl` cannot run here on [B, T, Hv, K, V], or None when it can.
-
-    channels: g has a decay for each key channel; `dtype` is the widest of q, k and v.
-    """
-    if impl not in ("triton", "triton_interpret"):
-        return None
-    if dtype == jnp.float64:
-        return "it would round float64 to bfloat16"
-    return triton_head.why_not(shape, interpret=impl == "triton_interpret")
-
-
 def resolve(
     impl: str = "auto",
     *,
@@ -37,14 +25,17 @@ def resolve(
 ) -> dispatch.Choice:
     """Which implementation `impl` means on this machine for these sizes, and why a faster one was refused.
 
+    shape is [B, T, Hv, K, V], channels whether g has a decay for each key channel, `dtype` the widest of q, k and v.
     "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for.
     """
-    named = partial(why_not, shape=shape, channels=channels, dtype=dtype)
-    if impl == "auto" and dtype != jnp.bfloat16:
-        refusal = dispatch.Refusal(NAME, "triton", f"it would round {jnp.dtype(dtype)} to bfloat16")
-        return dispatch.Choice(NAME, "chunked", (refusal,))
-    *_, K, V = shape
-    return dispatch.choose(NAME, impl, named, partial(admission.refusal, NAME, K=K, V=V, channels=channels))
+
+    def why_not(interpret):
+        if dtype == jnp.float64:
+            return "it would round float64 to bfloat16"
+        return triton_head.why_not(shape, interpret=interpret)
+
+    admits = partial(admission.refusal, NAME, K=shape[3], V=shape[4], channels=channels)
+    return dispatch.choose(NAME, impl, why_not, admits, rounded=dtype)
 
 
 @jaxtyped(typechecker=beartype)
@@ -98,8 +89,7 @@ def linear_attention(
     g = (g[..., None] if g.ndim == 3 else g).astype(exact)
     if initial_state is not None:
         initial_state = initial_state.astype(exact)
-    static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
-    static["impl"] = impl
+    static = {"scale": scale, "impl": impl, "chunk": chunk, "residuals": residuals, "configuration": configuration}
     token, state = ("batch", "tokens", "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
         partial(_on_one_device, **static),
@@ -130,7 +120,7 @@ def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk
     shape, channels = (B, T, Hv, K, V), g.shape[3] > 1
     choice = resolve(impl, shape=shape, channels=channels, dtype=jnp.result_type(q, k, v))
     impl = dispatch.taken(choice)
-    kernels = impl in ("triton", "triton_interpret") and v.size
+    kernels = impl in dispatch.KERNELS and v.size
     if not carried and not kernels:
         initial_state = jnp.zeros((B, Hv, K, V), g.dtype)
     if impl == "reference":

@@ -248,7 +248,7 @@ def linear_attention(q, k, v, g, initial_state, segment_ids, scale, chunk, resid
     length = q.shape[1]
     padding = -length % chunk
     runs = document_numbers(segment_ids, padding)
-    if padding:  # k = v = g = 0 writes nothing and keeps the state
-        q, k, v, g = (pad_tokens(x, padding) for x in (q, k, v, g))
+    # k = v = g = 0 writes nothing and keeps the state
+    q, k, v, g = (pad_tokens(x, padding) for x in (q, k, v, g))
     o, state = _op(q, k, v, g, initial_state, runs, scale, chunk, residuals)
     return o[:, :length], state

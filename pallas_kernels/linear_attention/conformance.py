@@ -1,18 +1,13 @@
 """What makes an implementation of linear attention correct: cases, float64 oracle, errors and their limits."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.accuracy import outside, relative_errors
+from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, held
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.linear_attention.api import linear_attention, resolve
-from pallas_kernels.linear_attention.triton_head import Configuration
-
-OUTPUTS = ("o", "state", "dq", "dk", "dv", "dg", "dinitial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +66,7 @@ def choice(case: Case) -> Choice:
     return resolve("auto")
 
 
-def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None, list[np.ndarray]]:
+def inputs(case: Case, seed: int = 0) -> Inputs:
     """(q, k, v, g, initial state), segment ids and (do, d final state); float64 values that `dtype` holds."""
     random = np.random.default_rng(seed)
     normal = random.standard_normal
@@ -80,72 +75,35 @@ def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | No
     g = case.log_decay * np.exp(case.spread * normal((*value[:3], case.K) if case.channels else value[:3]))
     g = np.where(random.uniform(size=g.shape) < case.strong, case.reset, g)
     state = normal((case.B, case.Hv, case.K, case.V)) * case.carried
-    segments = None
-    if case.documents:
-        segments = np.cumsum(random.uniform(size=key[:2]) < case.documents, axis=1).astype(np.int32) % 3
+    segments = drawn_documents(random, case.B, case.T, case.documents)
     do, d_state = normal(value), normal(state.shape) * case.carried
-    hold = lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(np.float64)  # noqa: E731
-    q, k, v, do = (hold(x, case.dtype) for x in (q, k, normal(value), do))
-    g, state, d_state = (hold(x, jnp.float32) for x in (g, state, d_state))
-    return [q, k, v, g, state], segments, [do, d_state]
+    q, k, v, do = (held(x, case.dtype) for x in (q, k, normal(value), do))
+    g, state, d_state = (held(x, jnp.float32) for x in (g, state, d_state))
+    return Inputs([q, k, v, g, state], segments, [do, d_state])
 
 
-@partial(jax.jit, static_argnames=("impl", "chunk", "residuals", "configuration"))
-def _run(arrays, segments, cotangents, *, impl, chunk, residuals, configuration):
-    def op(q, k, v, g, state):
-        return linear_attention(
-            q, k, v, g, initial_state=state, segment_ids=segments,
-            impl=impl, chunk=chunk, residuals=residuals, configuration=configuration,
-        )  # fmt: skip
-
-    outputs, vjp = jax.vjp(op, *arrays)
-    return *outputs, *vjp(tuple(cotangents))
-
-
-def outputs_and_gradients(
-    case: Case, arrays, segments, cotangents, *, impl: str, dtype, configuration=None
-) -> dict[str, np.ndarray]:
-    """Every output and gradient of one call at `dtype` (g and states at least fp32), as float64 arrays."""
-    exact = jnp.promote_types(jnp.float32, dtype)
-    dtypes = (dtype, dtype, dtype, exact, exact)
-    arrays = [jnp.asarray(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
-    cotangents = [jnp.asarray(x, dtype) for x, dtype in zip(cotangents, (dtype, exact), strict=True)]
-    segments = None if segments is None else jnp.asarray(segments, jnp.int32)
-    static = {"impl": impl, "chunk": case.chunk, "residuals": case.residuals, "configuration": configuration}
-    results = _run(arrays, segments, cotangents, **static)
-    return {name: np.asarray(x).astype(np.float64) for name, x in zip(OUTPUTS, results, strict=True)}
-
-
-def oracle(case: Case, arrays, segments, cotangents) -> dict[str, np.ndarray]:
-    """The token recurrence and its gradients in float64."""
-    with jax.enable_x64(True):
-        return outputs_and_gradients(case, arrays, segments, cotangents, impl="reference", dtype=jnp.float64)
-
-
-def errors(case: Case, impl: str, seed: int = 0, configuration: Configuration | None = None) -> dict[str, float]:
-    """Relative L2 error of every output and gradient of `impl` against float64.
-
-    dg is measured against max(|dg|, |do . o|): under strong decay dg itself is pure cancellation.
-    """
-    arrays, segments, cotangents = inputs(case, seed)
-    got = outputs_and_gradients(
-        case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype), configuration=configuration
-    )
-    want = oracle(case, arrays, segments, cotangents)
-    return relative_errors(got, want, {"dg": float(np.linalg.norm((cotangents[0] * want["o"]).sum(-1)))})
+def call(arrays, segments, impl, configuration, chunk, residuals):
+    """The op as a case asks for it."""
+    q, k, v, g, state = arrays
+    return linear_attention(
+        q, k, v, g, initial_state=state, segment_ids=segments,
+        impl=impl, chunk=chunk, residuals=residuals, configuration=configuration,
+    )  # fmt: skip
 
 
 def limits(case: Case, impl: str) -> dict[str, float]:
     """The accuracy that is asked of each output (relative L2)."""
     if case.dtype == "bfloat16" or impl.startswith("triton"):
-        return dict.fromkeys(OUTPUTS, 1e-2) | {"dg": 2.5e-2}
-    return dict.fromkeys(OUTPUTS, 1e-12 if case.dtype == "float64" else 1e-5)
+        return dict.fromkeys(SUITE.outputs, 1e-2) | {"dg": 2.5e-2}
+    return dict.fromkeys(SUITE.outputs, 1e-12 if case.dtype == "float64" else 1e-5)
 
 
-def failures(case: Case, impl: str, seed: int = 0, configuration: Configuration | None = None) -> list[str]:
-    """`name error > limit` for everything outside its limit or not finite."""
-    return outside(errors(case, impl, seed, configuration), limits(case, impl))
-
+SUITE = Suite(
+    arrays=("q", "k", "v", "g", "initial"), results=("o", "state"), rounded=("q", "k", "v", "o"),
+    options=("chunk", "residuals"), inputs=inputs, call=call, limits=limits, floors=decay_floors,
+)  # fmt: skip
+OUTPUTS, outputs_and_gradients, oracle = SUITE.outputs, SUITE.outputs_and_gradients, SUITE.oracle
+errors, failures = SUITE.errors, SUITE.failures
 
 CHECKED = ("documents", "decay 0.3", "decay 0 strewn in")  # of one length, so one compilation
 

@@ -38,10 +38,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
-from pallas_kernels.chunkwise import document_numbers, pad_tokens
-from pallas_kernels.linear_attention.triton_head import LEAST_LOG_DECAY, span
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels import triton_calls as triton
+from pallas_kernels.chunkwise import LEAST_LOG_DECAY, document_numbers, pad_tokens
+from pallas_kernels.tiles import Tile, Tiling, at_tile, owned
+from pallas_kernels.triton_calls import BlockSpec
 
 CHUNK = 64
 BLOCKS = (6, 4)  # log2 of the tokens of blocks that may be one product; single tokens always may
@@ -146,17 +146,17 @@ def _sums(g, *, config, interpret):
         rows = triton.ds(0, CHUNK)
 
         def body(tile):
-            each = jnp.maximum(refs.g[rows, span(tile, origin)], LEAST_LOG_DECAY)
-            triton.store_own(refs.total, rows, tile, jnp.cumsum(each, axis=0))
+            each = jnp.maximum(refs.g[rows, tile.place32(origin)], LEAST_LOG_DECAY)
+            tile.store_columns(refs.total, rows, jnp.cumsum(each, axis=0))
 
-        triton.for_tile(triton.program_id(0), size, config.column_tile, body)
+        Tiling(size, config.column_tile).at(triton.program_id(0), body)
 
     block = BlockSpec((None, CHUNK, size), lambda i, n, b: (b, n, 0))
     made = triton.call(
         lin_sums,
         {"g": (g.reshape(B, T, size), block)},
         {"total": (jax.ShapeDtypeStruct((B, T, size), jnp.float32), block)},
-        grid=(triton.count_of_tiles(size, config.column_tile), T // CHUNK, B),
+        grid=(Tiling(size, config.column_tile).number, T // CHUNK, B),
         warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return made["total"].reshape(g.shape)
@@ -184,14 +184,14 @@ def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret
     """
     (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
     N, group = T // CHUNK, Hv // H
-    across = triton.count_of_tiles(V, config.value_tile)
+    down, along = Tiling(K, config.key_tile), Tiling(V, config.value_tile)
 
     def lin_carry(refs):
         origin = 0 * triton.program_id(0)
 
         def body(rows, columns):
-            keys, values = span(rows, origin), span(columns, origin)
-            mine = triton.owned(rows, columns)
+            keys, values = rows.place32(origin), columns.place32(origin)
+            mine = owned(rows, columns)
 
             def step(i, state):
                 n = N - 1 - i if reverse else i
@@ -210,12 +210,7 @@ def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret
             state = jax.lax.fori_loop(jnp.int32(0), jnp.int32(N), step, state)
             triton.store_where(refs.final, (keys, values), state, mine)
 
-        number = triton.program_id(0)
-        down, along = triton.quotient(number, across), triton.remainder(number, across)
-        triton.for_tile(
-            down, K, config.key_tile,
-            lambda rows: triton.for_tile(along, V, config.value_tile, lambda columns: body(rows, columns)),
-        )  # fmt: skip
+        at_tile(triton.program_id(0), down, along, body)
 
     key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
     of_value_head = lambda size: BlockSpec((None, T, None, size), lambda i, h, b: (b, 0, h, 0))  # noqa: E731
@@ -234,7 +229,7 @@ def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret
             ),
             "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
         },
-        grid=(across * triton.count_of_tiles(K, config.key_tile), Hv, B),
+        grid=(down.number * along.number, Hv, B),
         warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
     return made["states"], made["final"]
@@ -331,9 +326,9 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
         rows = triton.ds(0, CHUNK)
 
         def pairs_of(pairs, inner):
-            keys = span(inner, origin)
+            keys = inner.place32(origin)
             total = refs.total[rows, keys]
-            x, z = triton.own(refs.x[rows, keys], inner), refs.z[rows, keys]
+            x, z = inner.own(refs.x[rows, keys]), refs.z[rows, keys]
             x, z = x.astype(jnp.float32), z.astype(jnp.float32)
 
             def step(which, pairs):
@@ -343,24 +338,24 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
 
             return _over_pairs(step, _largest_blocks(total, refs.total, (keys,)), pairs)
 
-        pairs = triton.over_tiles(K, config.pair_tile, pairs_of, jnp.zeros((CHUNK, CHUNK), jnp.float32))
+        pairs = Tiling(K, config.pair_tile).over(pairs_of, jnp.zeros((CHUNK, CHUNK), jnp.float32))
         pairs = _bf16(jnp.where(_allowed(refs, late), scale * pairs, 0.0), interpret)
 
         def columns(done, tile):
-            values = span(tile, origin)
+            values = tile.place32(origin)
 
             def of_state(out, inner):
-                keys = span(inner, origin)
+                keys = inner.place32(origin)
                 total, end = refs.total[rows, keys], refs.total[CHUNK - 1, keys]
                 weight = _weight(refs, rows, total, end, late=late, scale=scale, interpret=interpret)
-                x = weight * triton.own(refs.x[rows, keys], inner).astype(jnp.float32)
+                x = weight * inner.own(refs.x[rows, keys]).astype(jnp.float32)
                 return out + triton.dot(_bf16(x, interpret), refs.states[keys, values])
 
             out = triton.dot(pairs, refs.y[rows, values])
-            triton.store_own(refs.out, rows, tile, triton.over_tiles(K, config.key_tile, of_state, out))
+            tile.store_columns(refs.out, rows, Tiling(K, config.key_tile).over(of_state, out))
             return done
 
-        triton.over_tiles(V, config.value_tile, columns, ())
+        Tiling(V, config.value_tile).over(columns, ())
 
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
     of_value_head = lambda size: BlockSpec((None, CHUNK, None, size), lambda n, h, b: (b, n, h, 0))  # noqa: E731
@@ -381,31 +376,31 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
 def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, interpret):
     """dq, dk [B,T,H,K] bf16, summed in fp32 over the value heads of a key head, and dg [B,T,Hv,K] fp32."""
     (B, T, H, K), (Hv, V) = q.shape, v.shape[2:]
-    members, tiles = Hv // H, triton.count_of_tiles(K, config.key_tile)
+    members, tiles = Hv // H, Tiling(K, config.key_tile).number
 
     def lin_back(refs):
         origin = 0 * triton.program_id(0)
         rows = triton.ds(0, CHUNK)
 
         def body(tile):
-            keys = span(tile, origin)
+            keys = tile.place32(origin)
 
             def member(m, sums):
                 def values(sums, inner):
-                    pairs, turned, read, written, both = sums
-                    columns = span(inner, origin)
-                    v = triton.own(refs.v[rows, m, columns], inner)
-                    do = triton.own(refs.do[rows, m, columns], inner)
+                    pairs, turned, read, d_write, both = sums
+                    columns = inner.place32(origin)
+                    v = inner.own(refs.v[rows, m, columns])
+                    do = inner.own(refs.do[rows, m, columns])
                     state, d_state = refs.states[m, keys, columns], refs.d_states[m, keys, columns]
-                    met = triton.own(state.astype(jnp.float32) * d_state.astype(jnp.float32), inner)
+                    met = inner.own(state.astype(jnp.float32) * d_state.astype(jnp.float32))
                     pairs, turned = pairs + triton.dot(do, v.T), turned + triton.dot(v, do.T)
-                    read, written = read + triton.dot(do, state.T), written + triton.dot(v, d_state.T)
+                    read, d_write = read + triton.dot(do, state.T), d_write + triton.dot(v, d_state.T)
                     # the states are not for products alone
-                    return pairs, turned, read, triton.finished(written, interpret), both + jnp.sum(met, axis=1)
+                    return pairs, turned, read, triton.finished(d_write, interpret), both + jnp.sum(met, axis=1)
 
                 of_pairs, of_keys = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros((CHUNK, keys.size), jnp.float32)
                 zero = of_pairs, of_pairs, of_keys, of_keys, jnp.zeros((keys.size,), jnp.float32)
-                pairs, turned, read, written, both = triton.over_tiles(V, config.value_tile, values, zero)
+                pairs, turned, read, d_write, both = Tiling(V, config.value_tile).over(values, zero)
                 # each made by its own product: a product turned for the next one is miscompiled (Triton 3.4 to 3.7)
                 diagonal = scale * jnp.sum(_diagonal(pairs), axis=1)[:, None]
                 pairs = _bf16(jnp.where(_apart(refs, late=True), scale * pairs, 0.0), interpret)
@@ -414,7 +409,7 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                 total, end = refs.total[rows, m, keys], refs.total[CHUNK - 1, m, keys]
                 q, k = refs.q[rows, keys].astype(jnp.float32), refs.k[rows, keys].astype(jnp.float32)
                 weight = partial(_weight, refs, rows, total, end, scale=scale, interpret=interpret)
-                dq, dk = weight(late=True) * read, weight(late=False) * written
+                dq, dk = weight(late=True) * read, weight(late=False) * d_write
                 behind = _kept(refs, CHUNK - 1, end, interpret) * both + jnp.sum(k * dk, axis=0)
 
                 def step(which, sums):
@@ -427,9 +422,9 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                 dq, dk = _over_pairs(step, _largest_blocks(total, refs.total, (m, keys)), (dq, dk))
                 each = q * dq - k * dk  # a decay has those of its own token and later ones
                 dg = each - jnp.cumsum(each, axis=0) + (jnp.sum(each, axis=0) + behind)[None, :]
-                every = (0, CHUNK, CHUNK)
-                at = (span(every, origin), m + 0 * origin, keys)
-                triton.store_where(refs.dg, at, dg, triton.owned(every, tile))
+                every = Tile(0, CHUNK, CHUNK)
+                at = (every.place32(origin), m + 0 * origin, keys)
+                triton.store_where(refs.dg, at, dg, owned(every, tile))
                 return sums[0] + dq + diagonal * k, sums[1] + dk + diagonal * q
 
             sums = (jnp.zeros((CHUNK, keys.size), jnp.float32),) * 2
@@ -437,10 +432,10 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
                 sums = member(0, sums)
             else:
                 sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), member, sums)
-            triton.store_own(refs.dq, rows, tile, sums[0])
-            triton.store_own(refs.dk, rows, tile, sums[1])
+            tile.store_columns(refs.dq, rows, sums[0])
+            tile.store_columns(refs.dk, rows, sums[1])
 
-        triton.for_tile(triton.remainder(triton.program_id(0), tiles), K, config.key_tile, body)
+        Tiling(K, config.key_tile).at(triton.remainder(triton.program_id(0), tiles), body)
 
     chunk_of = lambda i: triton.quotient(i, tiles)  # noqa: E731
     key = BlockSpec((None, CHUNK, None, K), lambda i, h, b: (b, chunk_of(i), h, 0))
@@ -516,7 +511,6 @@ def linear_attention(q, k, v, g, initial_state, *, segment_ids, scale, residuals
     padding = -tokens % CHUNK
     numbers = document_numbers(segment_ids, padding)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), g.astype(jnp.float32)]
-    if padding:  # k = v = g = 0 writes nothing and keeps the state
-        given = [pad_tokens(x, padding) for x in given]
+    given = [pad_tokens(x, padding) for x in given]  # k = v = g = 0 writes nothing and keeps the state
     o, state = _op(_Static(scale, residuals, interpret, configuration), *given, initial_state, numbers)
     return o[:, :tokens].astype(dtype), state

@@ -30,13 +30,12 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import triton_dialect as triton
-from pallas_kernels.chunkwise import document_numbers, pad_tokens
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels import triton_calls as triton
+from pallas_kernels.chunkwise import LEAST_LOG_DECAY, document_numbers, pad_tokens
+from pallas_kernels.tiles import Tiling, at_tile, owned
+from pallas_kernels.triton_calls import BlockSpec
 
 LEAST_DIM, MOST_DIM = 16, 512
-LEAST_LOG_DECAY = -104.0  # the exponential of anything below is 0 in fp32
-MOST_ELEMENTS = 1 << 31  # 32-bit indices
 BLOCK = 64  # tokens whose rows a program of join makes
 
 
@@ -89,12 +88,7 @@ def why_not(shape: tuple[int, int, int, int, int], *, interpret: bool) -> str | 
     for name, size in (("K", K), ("V", V)):
         if not LEAST_DIM <= size <= MOST_DIM:
             return f"{name} is {size}; the kernels take {LEAST_DIM} to {MOST_DIM}"
-    elements = B * Hv * max(T, 64) * max(K, V, K * V // 64)
-    if elements >= MOST_ELEMENTS:
-        return (
-            f"an array of {elements:,} elements is past the {MOST_ELEMENTS:,} that they are made for; split the batch"
-        )
-    return None if interpret else triton.why_not_here()
+    return triton.why_not(B * Hv * max(T, 64) * max(K, V, K * V // 64), interpret)
 
 
 class _Static(NamedTuple):
@@ -132,13 +126,6 @@ def _decays(g, numbers, chunk):
     return _Decays(*(x.reshape(g.shape) for x in (total, gamma, leaving)), gamma[..., -1], own)
 
 
-def span(tile, origin):
-    """Where a tile lies, in 32 bits like all other indices, where jax_enable_x64 would give it 64. `origin`, 0 times a
-    program's number, makes such an index of a Python number; the compiler folds it."""
-    start, width, _ = tile
-    return triton.ds(start + origin if isinstance(start, int) else start.astype(jnp.int32), width)
-
-
 def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpret):
     """The state before each chunk on the way, from initial [B,Hv,K,V] fp32 or None for zeros, and the last one:
     S' = end S + X^T (weight Y).
@@ -149,15 +136,15 @@ def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpr
     """
     (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
     N, group = T // chunk, Hv // H
-    across = triton.count_of_tiles(V, config.value_tile)
+    down, along = Tiling(K, config.key_tile), Tiling(V, config.value_tile)
     token_tile = BLOCK if chunk % config.token_tile else config.token_tile
 
     def lin_carry(refs):
         origin = 0 * triton.program_id(0)
 
         def body(rows, columns):
-            keys, values = span(rows, origin), span(columns, origin)
-            mine = triton.owned(rows, columns)
+            keys, values = rows.place32(origin), columns.place32(origin)
+            mine = owned(rows, columns)
 
             def step(i, state):
                 n = N - 1 - i if reverse else i
@@ -182,14 +169,9 @@ def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpr
             if not reverse:
                 triton.store_where(refs.states, (jnp.int32(N), keys, values), state, mine)
 
-        number = triton.program_id(0)
-        down, along = triton.quotient(number, across), triton.remainder(number, across)
-        triton.for_tile(
-            down, K, config.key_tile,
-            lambda rows: triton.for_tile(along, V, config.value_tile, lambda columns: body(rows, columns)),
-        )  # fmt: skip
+        at_tile(triton.program_id(0), down, along, body)
 
-    tiles = across * triton.count_of_tiles(K, config.key_tile)
+    tiles = down.number * along.number
     key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
     value = BlockSpec((None, T, None, V), lambda i, h, b: (b, 0, h, 0))
     gate = BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
@@ -231,7 +213,7 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
     x, z, y, w, states, turned, late, other = operands
     (B, T), Hv, size = y.shape[:2], w.shape[1], y.shape[3]
     N, blocks, members = T // chunk, chunk // BLOCK, Hv // heads  # value heads that are summed
-    tiles = triton.count_of_tiles(size, config.column_tile)
+    tiles = Tiling(size, config.column_tile).number
 
     def lin_join(refs):
         number = triton.program_id(0)
@@ -242,15 +224,15 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
         causal = iota(0) >= iota(1) if late else iota(0) <= iota(1)
 
         def body(tile):
-            columns = span(tile, origin)
+            columns = tile.place32(origin)
 
             def member(m, out):
                 at = lambda array: m if array.shape[2] == Hv else origin  # noqa: E731  one key head for all
                 zero = jnp.zeros((BLOCK, BLOCK), jnp.float32)
 
                 def met(inner, there):
-                    depth = span(inner, origin)
-                    mine = triton.own(refs.x[rows, at(x), depth], inner)
+                    depth = inner.place32(origin)
+                    mine = inner.own(refs.x[rows, at(x), depth])
                     return mine, triton.dot(mine, refs.z[there, at(z), depth].T)
 
                 def added(pairs, there, allowed):
@@ -267,25 +249,25 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
                 def own_block(sums, inner):
                     pairs, read = sums
                     mine, product = met(inner, rows)
-                    depth = span(inner, origin)
+                    depth = inner.place32(origin)
                     state = refs.states[m, columns, depth].T if turned else refs.states[m, depth, columns]
                     return pairs + product, read + triton.dot(mine, state)
 
                 def other_block(b, part):
                     there = triton.ds(b * BLOCK, BLOCK)
                     products = lambda pairs, inner: pairs + met(inner, there)[1]  # noqa: E731
-                    pairs = triton.over_tiles(x.shape[3], config.inner_tile, products, zero)
+                    pairs = Tiling(x.shape[3], config.inner_tile).over(products, zero)
                     return part + added(pairs, there, None)
 
                 sums = zero, jnp.zeros((BLOCK, columns.size), jnp.float32)
-                pairs, read = triton.over_tiles(x.shape[3], config.inner_tile, own_block, sums)
+                pairs, read = Tiling(x.shape[3], config.inner_tile).over(own_block, sums)
                 part = refs.w[m, rows][:, None] * read + added(pairs, rows, causal)
                 if blocks > 1:
                     first, last = (origin, block) if late else (block + 1, origin + blocks)
                     part = jax.lax.fori_loop(first, last, other_block, part)
                 if other is not None:
                     product = refs.other[rows, columns].astype(jnp.float32) * part
-                    refs.inner[m, rows] = jnp.sum(triton.own(product, tile), axis=1)
+                    refs.inner[m, rows] = jnp.sum(tile.own(product), axis=1)
                 return out + part
 
             out = jnp.zeros((BLOCK, columns.size), jnp.float32)
@@ -293,9 +275,9 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
                 out = member(origin, out)
             else:
                 out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), member, out)
-            triton.store_own(refs.out, rows, (columns.start, *tile[1:]), out)
+            tile._replace(start=columns.start).store_columns(refs.out, rows, out)
 
-        triton.for_tile(triton.remainder(number, tiles), size, config.column_tile, body)
+        Tiling(size, config.column_tile).at(triton.remainder(number, tiles), body)
 
     chunk_of = lambda i: triton.quotient(i, tiles * blocks)  # noqa: E731
 
@@ -403,9 +385,8 @@ def linear_attention(q, k, v, g, initial_state, *, segment_ids, scale, residuals
     padding = -tokens % chunk
     numbers = document_numbers(segment_ids, padding)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)]
-    if padding:  # k = v = g = 0 writes nothing and keeps the state
-        given = [pad_tokens(x, padding) for x in given]
-    q, k, v, g = given
+    # k = v = g = 0 writes nothing and keeps the state
+    q, k, v, g = (pad_tokens(x, padding) for x in given)
     static = _Static(chunk, scale, residuals, interpret, configuration)
     o, state = _op(static, q, k, v, jnp.swapaxes(g, 1, 2), initial_state, numbers)
     return o[:, :tokens].astype(dtype), state

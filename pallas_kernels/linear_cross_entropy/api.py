@@ -8,11 +8,12 @@ from jaxtyping import Array, Float, Int, jaxtyped
 
 from pallas_kernels import dispatch
 from pallas_kernels.arguments import check_dtypes, check_range, check_tokens
-from pallas_kernels.linear_cross_entropy.chunked import linear_cross_entropy_chunked, token_nll_chunked
-from pallas_kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
+from pallas_kernels.linear_cross_entropy import chunked, reference
 
 NAME = "linear_cross_entropy"
 IMPLS = dispatch.PLAIN
+TOKEN = ("batch", "tokens")
+LAYOUTS = (*TOKEN, None), (None, None), TOKEN  # of x, kernel and targets
 IGNORED = -100  # the target of a token that is left out, as in PyTorch and Hugging Face
 
 
@@ -44,18 +45,20 @@ def linear_cross_entropy(
     """
     _check(x, kernel, targets, chunk)
     kept = targets != IGNORED
-    targets, weights = jnp.where(kept, targets, 0), jnp.where(kept, weights, 0)
-    op = linear_cross_entropy_reference
-    if dispatch.taken(resolve(impl)) == "chunked":
-        op = partial(linear_cross_entropy_chunked, chunk=chunk)
+    arrays = x, kernel, jnp.where(kept, targets, 0), jnp.where(kept, weights, 0)
+    run = partial(_on_one_device, impl=impl, chunk=chunk)
     if not dispatch.splits_tokens(x.shape[1]):  # else the slices would be cut across devices
-        return op(x, kernel, targets, weights)
-    token = ("batch", "tokens")
-    (parts,) = dispatch.shard(
-        lambda *arrays: (op(*arrays)[None, None],),
-        (x, kernel.astype(x.dtype), targets, weights), ((*token, None), (None, None), token, token), (token,),
-    )  # fmt: skip
+        return run(*arrays)
+    arrays = x, kernel.astype(x.dtype), *arrays[2:]
+    (parts,) = dispatch.shard(lambda *arrays: (run(*arrays)[None, None],), arrays, (*LAYOUTS, TOKEN), (TOKEN,))
     return parts.sum()
+
+
+def _on_one_device(x, kernel, targets, weights, *, impl, chunk):
+    """The implementation, for the part of the tokens that one device has."""
+    if dispatch.taken(resolve(impl)) == "reference":
+        return reference.linear_cross_entropy(x, kernel, targets, weights)
+    return chunked.linear_cross_entropy(x, kernel, targets, weights, chunk)
 
 
 @jaxtyped(typechecker=beartype)
@@ -65,14 +68,11 @@ def token_nll(
     """Each token's -log softmax(x_bt kernel)[targets_bt], fp32, 0 where the target is -100; else as there."""
     _check(x, kernel, targets, chunk)
     kept = targets != IGNORED
-    op, token = partial(token_nll_chunked, chunk=chunk), ("batch", "tokens")
-    arrays = (x, kernel, jnp.where(kept, targets, 0))
-    if dispatch.splits_tokens(x.shape[1]):
-        run = lambda *arrays: (op(*arrays),)  # noqa: E731
-        (nll,) = dispatch.shard(run, arrays, ((*token, None), (None, None), token), (token,))
-    else:
-        nll = op(*arrays)
-    return jnp.where(kept, nll, 0)
+    arrays, nll = (x, kernel, jnp.where(kept, targets, 0)), partial(chunked.token_nll, chunk=chunk)
+    if not dispatch.splits_tokens(x.shape[1]):
+        return jnp.where(kept, nll(*arrays), 0)
+    (found,) = dispatch.shard(lambda *arrays: (nll(*arrays),), arrays, LAYOUTS, (TOKEN,))
+    return jnp.where(kept, found, 0)
 
 
 def _check(x, kernel, targets, chunk: int) -> None:

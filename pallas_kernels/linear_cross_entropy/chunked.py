@@ -40,7 +40,7 @@ def _over_slices(body, carry, T: int, chunk: int):
     return body(carry, whole * chunk, T - whole * chunk) if T % chunk else carry
 
 
-def token_nll_chunked(x: Array, kernel: Array, targets: Array, chunk: int) -> Array:
+def token_nll(x: Array, kernel: Array, targets: Array, chunk: int) -> Array:
     """nll [B, T]."""
     kernel = kernel.astype(x.dtype)
 
@@ -53,9 +53,9 @@ def token_nll_chunked(x: Array, kernel: Array, targets: Array, chunk: int) -> Ar
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def linear_cross_entropy_chunked(x: Array, kernel: Array, targets: Array, weights: Array, chunk: int) -> Array:
+def linear_cross_entropy(x: Array, kernel: Array, targets: Array, weights: Array, chunk: int) -> Array:
     """sum_bt weights_bt nll_bt; called without a gradient it makes none."""
-    return jnp.sum(weights * token_nll_chunked(x, kernel, targets, chunk))
+    return jnp.sum(weights * token_nll(x, kernel, targets, chunk))
 
 
 def _forward(x: Array, kernel: Array, targets: Array, weights: Array, chunk: int):
@@ -83,4 +83,4 @@ def _backward(chunk: int, residuals: tuple, cotangent: Array):
     return scaled[0], scaled[1], None, scaled[2]
 
 
-linear_cross_entropy_chunked.defvjp(_forward, _backward)
+linear_cross_entropy.defvjp(_forward, _backward)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def token_nll_reference(x: Array, kernel: Array, targets: Array) -> Array:
+def token_nll(x: Array, kernel: Array, targets: Array) -> Array:
     """nll_bt = -log softmax(x_bt kernel)[target_bt], in max(fp32, x's dtype)."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=jax.lax.Precision.HIGHEST)
@@ -13,6 +13,6 @@ def token_nll_reference(x: Array, kernel: Array, targets: Array) -> Array:
     return -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
 
 
-def linear_cross_entropy_reference(x: Array, kernel: Array, targets: Array, weights: Array) -> Array:
+def linear_cross_entropy(x: Array, kernel: Array, targets: Array, weights: Array) -> Array:
     """sum_bt weights_bt nll_bt."""
-    return jnp.sum(weights * token_nll_reference(x, kernel, targets))
+    return jnp.sum(weights * token_nll(x, kernel, targets))

@@ -16,21 +16,18 @@ NAME = "selective_scan"
 IMPLS = dispatch.WITH_KERNELS
 
 
-def why_not(impl: str, shape: tuple[int, int, int, int], dtype: Any) -> str | None:
-    """The reason `impl` cannot run here on [B, T, D, N], or None; `dtype` is the widest of x, B and C."""
-    if impl not in ("triton", "triton_interpret"):
-        return None
-    if dtype == jnp.float64:
-        return "it would round float64 to float32"
-    return triton_scan.why_not(shape, interpret=impl == "triton_interpret")
-
-
 def resolve(
     impl: str = "auto", *, shape: tuple[int, int, int, int] = (1, 4096, 4096, 16), dtype: Any = jnp.bfloat16
 ) -> dispatch.Choice:
-    """Which implementation `impl` means on this machine for these sizes, and why a faster one was refused."""
-    admits = partial(admission.refusal, NAME, N=shape[3])
-    return dispatch.choose(NAME, impl, partial(why_not, shape=shape, dtype=dtype), admits)
+    """Which implementation `impl` means on this machine for [B, T, D, N], and why a faster one was refused; `dtype` is
+    the widest of x, B and C."""
+
+    def why_not(interpret):
+        if dtype == jnp.float64:
+            return "it would round float64 to float32"
+        return triton_scan.why_not(shape, interpret=interpret)
+
+    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, N=shape[3]))
 
 
 @jaxtyped(typechecker=beartype)
@@ -111,7 +108,7 @@ def _on_one_device(x, dt, A, B, C, D, initial_state, segment_ids, *, impl, carri
         segments = jnp.zeros(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         return reference.selective_scan(x, dt, A, B, C, D, initial_state, segments)
     op = partial(chunked.selective_scan, x, dt, A, B, C, D, segment_ids=segment_ids, chunk=chunk, residuals=residuals)
-    if impl in ("triton", "triton_interpret") and x.size and A.size:
+    if impl in dispatch.KERNELS and x.size and A.size:
         op = partial(
             triton_scan.selective_scan, x, dt, A, B, C, D,
             segment_ids=segment_ids, residuals=residuals, interpret=impl == "triton_interpret",

@@ -163,7 +163,7 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk, residua
     length = x.shape[1]
     padding = -length % chunk
     runs = document_numbers(segment_ids, padding)
-    if padding:  # dt = 0 writes nothing and keeps the state
-        x, dt, B, C = (pad_tokens(y, padding) for y in (x, dt, B, C))
+    # dt = 0 writes nothing and keeps the state
+    x, dt, B, C = (pad_tokens(y, padding) for y in (x, dt, B, C))
     y, state = _op(x, dt, A, B, C, D, initial_state, runs, chunk, residuals)
     return y[:, :length], state

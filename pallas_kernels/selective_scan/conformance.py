@@ -1,17 +1,13 @@
 """What makes an implementation of the selective scan correct: cases, float64 oracle, errors and their limits."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.accuracy import outside, relative_errors
+from pallas_kernels.conformance import Inputs, Suite, drawn_documents, held
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.selective_scan.api import resolve, selective_scan
-
-OUTPUTS = ("y", "state", "dx", "ddt", "dA", "dB", "dC", "dD", "dinitial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +51,7 @@ def choice(case: Case) -> Choice:
     return resolve("auto")
 
 
-def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | None, list[np.ndarray]]:
+def inputs(case: Case, seed: int = 0) -> Inputs:
     """(x, dt, A, B, C, D, initial state), segment ids and (dy, d final state); float64 values that `dtype` holds."""
     random = np.random.default_rng(seed)
     normal = random.standard_normal
@@ -64,50 +60,18 @@ def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray], np.ndarray | No
     dt = np.where(random.uniform(size=token) < case.strong, 30.0, dt)
     A = -np.arange(1.0, case.N + 1) * np.exp(0.1 * normal((case.D, case.N)))
     state = normal((case.B, case.D, case.N)) * case.carried
-    segments = None
-    if case.documents:
-        segments = np.cumsum(random.uniform(size=token[:2]) < case.documents, axis=1).astype(np.int32) % 3
+    segments = drawn_documents(random, case.B, case.T, case.documents)
     dy, d_state = normal(token), normal(state.shape) * case.carried
-    hold = lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(np.float64)  # noqa: E731
-    x, B, C, dy = (hold(y, case.dtype) for y in (normal(token), normal(shared), normal(shared), dy))
-    dt, A, D, state, d_state = (hold(y, jnp.float32) for y in (dt, A, normal(case.D), state, d_state))
-    return [x, dt, A, B, C, D, state], segments, [dy, d_state]
+    x, B, C, dy = (held(y, case.dtype) for y in (normal(token), normal(shared), normal(shared), dy))
+    dt, A, D, state, d_state = (held(y, jnp.float32) for y in (dt, A, normal(case.D), state, d_state))
+    return Inputs([x, dt, A, B, C, D, state], segments, [dy, d_state])
 
 
-@partial(jax.jit, static_argnames=("impl", "chunk", "residuals"))
-def _run(arrays, segments, cotangents, *, impl, chunk, residuals):
-    def op(x, dt, A, B, C, D, state):
-        return selective_scan(
-            x, dt, A, B, C, D,
-            initial_state=state, segment_ids=segments, impl=impl, chunk=chunk, residuals=residuals,
-        )  # fmt: skip
-
-    outputs, vjp = jax.vjp(op, *arrays)
-    return *outputs, *vjp(tuple(cotangents))
-
-
-def outputs_and_gradients(case: Case, arrays, segments, cotangents, *, impl: str, dtype) -> dict[str, np.ndarray]:
-    """Every output and gradient of one call at `dtype` (dt, A, D and states at least fp32), as float64 arrays."""
-    exact = jnp.promote_types(jnp.float32, dtype)
-    dtypes = (dtype, exact, exact, dtype, dtype, exact, exact)
-    arrays = [jnp.asarray(x, dtype) for x, dtype in zip(arrays, dtypes, strict=True)]
-    cotangents = [jnp.asarray(x, dtype) for x, dtype in zip(cotangents, (dtype, exact), strict=True)]
-    segments = None if segments is None else jnp.asarray(segments, jnp.int32)
-    results = _run(arrays, segments, cotangents, impl=impl, chunk=case.chunk, residuals=case.residuals)
-    return {name: np.asarray(x).astype(np.float64) for name, x in zip(OUTPUTS, results, strict=True)}
-
-
-def oracle(case: Case, arrays, segments, cotangents) -> dict[str, np.ndarray]:
-    """The token recurrence and its gradients in float64."""
-    with jax.enable_x64(True):
-        return outputs_and_gradients(case, arrays, segments, cotangents, impl="reference", dtype=jnp.float64)
-
-
-def errors(case: Case, impl: str, seed: int = 0) -> dict[str, float]:
-    """Relative L2 error of every output and gradient of `impl` against float64."""
-    arrays, segments, cotangents = inputs(case, seed)
-    got = outputs_and_gradients(case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype))
-    return relative_errors(got, oracle(case, arrays, segments, cotangents))
+def call(arrays, segments, impl, _, chunk, residuals):
+    """The op as a case asks for it."""
+    *arrays, state = arrays
+    options = {"impl": impl, "chunk": chunk, "residuals": residuals}
+    return selective_scan(*arrays, initial_state=state, segment_ids=segments, **options)
 
 
 def limits(case: Case, impl: str) -> dict[str, float]:
@@ -117,16 +81,18 @@ def limits(case: Case, impl: str) -> dict[str, float]:
     chunked.py rounds no state.
     """
     if case.dtype == "bfloat16" and impl.startswith("triton"):
-        return dict.fromkeys(OUTPUTS, 1e-2) | dict.fromkeys(("state", "dD", "dinitial"), 1e-5)
+        return dict.fromkeys(SUITE.outputs, 1e-2) | dict.fromkeys(("state", "dD", "dinitial"), 1e-5)
     if case.dtype == "bfloat16":
-        return dict.fromkeys(OUTPUTS, 1e-5) | dict.fromkeys(("y", "dx", "dB", "dC"), 4e-3)
-    return dict.fromkeys(OUTPUTS, 1e-12 if case.dtype == "float64" else 1e-5)
+        return dict.fromkeys(SUITE.outputs, 1e-5) | dict.fromkeys(("y", "dx", "dB", "dC"), 4e-3)
+    return dict.fromkeys(SUITE.outputs, 1e-12 if case.dtype == "float64" else 1e-5)
 
 
-def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
-    """`name error > limit` for everything outside its limit or not finite."""
-    return outside(errors(case, impl, seed), limits(case, impl))
-
+SUITE = Suite(
+    arrays=("x", "dt", "A", "B", "C", "D", "initial"), results=("y", "state"), rounded=("x", "B", "C", "y"),
+    options=("chunk", "residuals"), inputs=inputs, call=call, limits=limits,
+)  # fmt: skip
+OUTPUTS, outputs_and_gradients, oracle = SUITE.outputs, SUITE.outputs_and_gradients, SUITE.oracle
+errors, failures = SUITE.errors, SUITE.failures
 
 CHECKED = ("documents", "resets strewn in", "long memory")  # of one length, so one compilation
 

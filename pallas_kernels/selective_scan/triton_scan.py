@@ -29,14 +29,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.chunkwise import document_starts, pad_tokens
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.tiles import power_of_two
+from pallas_kernels.triton_calls import BlockSpec
 
 LANES = 32
 SECTOR = 32  # bytes that the memory fetches at once
 MOST_STATE = 32
-MOST_ELEMENTS = 1 << 31  # 32-bit indices
 LOG2_E = math.log2(math.e)
 
 
@@ -63,13 +63,9 @@ def why_not(shape: tuple[int, int, int, int], *, interpret: bool) -> str | None:
     B, T, D, N = shape
     if N > MOST_STATE:
         return f"N is {N}; the kernels take at most {MOST_STATE}"
-    wide = triton.power_of_two(max(N, 4))
+    wide = power_of_two(max(N, 4))
     elements = B * max(T, CONFIG.run) * max(D, LANES) * max(1, wide // CONFIG.run)
-    if elements >= MOST_ELEMENTS:
-        return (
-            f"an array of {elements:,} elements is past the {MOST_ELEMENTS:,} that they are made for; split the batch"
-        )
-    return None if interpret else triton.why_not_here()
+    return triton.why_not(elements, interpret)
 
 
 class _Tiling(NamedTuple):
@@ -179,10 +175,10 @@ def _inputs(tiling, x, dt, A, B, C, D, start):
     """The inputs of both kernels."""
     T = x.shape[1]
     token = BlockSpec((None, T, tiling.D), lambda c, b: (b, 0, 0))
-    shared = BlockSpec((None, T, tiling.N), lambda c, b: (b, 0, 0))
+    for_all = BlockSpec((None, T, tiling.N), lambda c, b: (b, 0, 0))
     return {
         "x": (x, token), "dt": (dt, token),
-        "B": (B.astype(jnp.float32), shared), "C": (C.astype(jnp.float32), shared),
+        "B": (B.astype(jnp.float32), for_all), "C": (C.astype(jnp.float32), for_all),
         "A": (tiling.to_lanes(A * LOG2_E), BlockSpec((None, LANES, tiling.spread), lambda c, b: (c, 0, 0))),
         "D": (D / tiling.shared, BlockSpec((tiling.D,), lambda c, b: (0,))),
         "start": (start, BlockSpec((None, T), lambda c, b: (b, 0))),
@@ -443,7 +439,7 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, residuals, *, 
     (_, T, channels), N = x.shape, A.shape[1]
     tile = LANES // config.shared * config.channels
     tokens, more = -T % config.run, -channels % tile
-    wide = triton.power_of_two(max(N, config.shared)) - N
+    wide = power_of_two(max(N, config.shared)) - N
     start = None
     if segment_ids is not None:
         starts = jnp.where(document_starts(segment_ids), jnp.float32(-jnp.inf), jnp.float32(0.0))

@@ -14,16 +14,6 @@ from pallas_kernels.short_conv.triton_conv import LEAST_TOKENS
 
 NAME = "short_conv"
 IMPLS = dispatch.WITH_KERNELS
-KERNEL_DTYPES = (jnp.bfloat16, jnp.float32)
-
-
-def why_not(impl: str, shape: tuple[int, int, int], width: int, l2norm: int | None, dtype: Any) -> str | None:
-    """The reason `impl` cannot run here on x [B, T, C] of this shape and dtype, or None when it can."""
-    if impl not in ("triton", "triton_interpret"):
-        return None
-    if dtype not in KERNEL_DTYPES:
-        return f"it computes in float32, and x is {jnp.dtype(dtype)}"
-    return triton_conv.why_not(shape, width, l2norm, interpret=impl == "triton_interpret")
 
 
 def resolve(
@@ -38,8 +28,13 @@ def resolve(
     refused. For a few tokens "auto" takes "chunked"."""
     if impl == "auto" and shape[1] < LEAST_TOKENS:
         return dispatch.Choice(NAME, "chunked")
-    named = partial(why_not, shape=shape, width=width, l2norm=l2norm, dtype=dtype)
-    return dispatch.choose(NAME, impl, named, partial(admission.refusal, NAME, W=width, l2norm=l2norm))
+
+    def why_not(interpret):
+        if dtype == jnp.float64:
+            return "it computes in float32, and x is float64"
+        return triton_conv.why_not(shape, width, l2norm, interpret=interpret)
+
+    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, W=width, l2norm=l2norm))
 
 
 @jaxtyped(typechecker=beartype)
@@ -105,7 +100,7 @@ def _on_one_device(x, weight, bias, initial_state, segment_ids, *, activation, l
     """The implementation that is right for the part of the arrays that one device has."""
     choice = resolve(impl, shape=x.shape, width=weight.shape[0], l2norm=l2norm, dtype=x.dtype)
     impl = dispatch.taken(choice)
-    if x.size and impl in ("triton", "triton_interpret"):
+    if x.size and impl in dispatch.KERNELS:
         return triton_conv.short_conv(
             x, weight, bias, initial_state, segment_ids, activation, l2norm, interpret=impl == "triton_interpret"
         )
@@ -115,4 +110,4 @@ def _on_one_device(x, weight, bias, initial_state, segment_ids, *, activation, l
     return op.short_conv(x, weight, bias, initial_state, segment_ids, activation, l2norm)
 
 
-__all__ = ["IMPLS", "LEAST_TOKENS", "resolve", "short_conv", "why_not"]
+__all__ = ["IMPLS", "LEAST_TOKENS", "resolve", "short_conv"]

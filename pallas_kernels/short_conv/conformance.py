@@ -1,18 +1,13 @@
 """What makes an implementation of the short convolution correct: cases, float64 oracle, errors and their limits."""
 
 from dataclasses import dataclass, replace
-from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.accuracy import outside, relative_errors
+from pallas_kernels.conformance import Inputs, Suite, drawn_documents, held
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.short_conv.api import resolve, short_conv
-
-INPUTS = ("x", "weight", "bias", "state")
-OUTPUTS = ("y", "state", *(f"d{name}" for name in INPUTS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,64 +54,39 @@ def choice(case: Case) -> Choice:
     return resolve("auto", shape=shape, width=case.W, l2norm=case.l2norm, dtype=jnp.dtype(case.dtype))
 
 
-def inputs(case: Case, seed: int = 0) -> tuple[list[np.ndarray | None], np.ndarray | None, list[np.ndarray]]:
+def inputs(case: Case, seed: int = 0) -> Inputs:
     """(x, weight, bias or None, initial state), segment ids, (dy, d final state); float64 values that `dtype` holds."""
     random = np.random.default_rng(seed)
     normal = random.standard_normal
     token, past = (case.B, case.T, case.C), (case.B, case.W - 1, case.C)
-    hold = lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(np.float64)  # noqa: E731
     x, state = case.size * normal(token), case.size * case.carried * normal(past)
     dy, d_state = normal(token), case.carried * normal(past)
-    x, state, dy, d_state = (hold(y, case.dtype) for y in (x, state, dy, d_state))
-    weight, bias = (hold(y, jnp.float32) for y in (normal((case.W, case.C)) / case.W**0.5, normal(case.C)))
-    segments = None
-    if case.documents:
-        segments = np.cumsum(random.uniform(size=token[:2]) < case.documents, axis=1).astype(np.int32) % 3
-    return [x, weight, bias if case.bias else None, state], segments, [dy, d_state]
+    x, state, dy, d_state = (held(y, case.dtype) for y in (x, state, dy, d_state))
+    weight, bias = (held(y, jnp.float32) for y in (normal((case.W, case.C)) / case.W**0.5, normal(case.C)))
+    segments = drawn_documents(random, case.B, case.T, case.documents)
+    return Inputs([x, weight, bias if case.bias else None, state], segments, [dy, d_state])
 
 
-@partial(jax.jit, static_argnames=("impl", "activation", "l2norm"))
-def _run(arrays, segments, cotangents, *, impl, activation, l2norm):
-    def op(x, weight, bias, state):
-        return short_conv(
-            x, weight, bias, initial_state=state, segment_ids=segments, activation=activation, l2norm=l2norm, impl=impl
-        )
-
-    outputs, vjp = jax.vjp(op, *arrays)
-    return *outputs, *vjp(tuple(cotangents))
+def call(arrays, segments, impl, _, activation, l2norm):
+    """The op as a case asks for it."""
+    *arrays, state = arrays
+    options = {"activation": activation, "l2norm": l2norm, "impl": impl}
+    return short_conv(*arrays, initial_state=state, segment_ids=segments, **options)
 
 
-def outputs_and_gradients(case: Case, arrays, segments, cotangents, *, impl: str, dtype) -> dict[str, np.ndarray]:
-    """Every output and gradient of one call at `dtype` (weight and bias at least fp32), as float64 arrays."""
-    exact = jnp.promote_types(jnp.float32, dtype)
-    arrays = [
-        None if x is None else jnp.asarray(x, exact if name in ("weight", "bias") else dtype)
-        for name, x in zip(INPUTS, arrays, strict=True)
-    ]
-    cotangents = [jnp.asarray(x, dtype) for x in cotangents]
-    segments = None if segments is None else jnp.asarray(segments)
-    results = _run(arrays, segments, cotangents, impl=impl, activation=case.activation, l2norm=case.l2norm)
-    return {n: np.asarray(x).astype(np.float64) for n, x in zip(OUTPUTS, results, strict=True) if x is not None}
-
-
-def oracle(case: Case, arrays, segments, cotangents) -> dict[str, np.ndarray]:
-    """The token recurrence and its gradients in float64."""
-    with jax.enable_x64(True):
-        return outputs_and_gradients(case, arrays, segments, cotangents, impl="reference", dtype=jnp.float64)
-
-
-def limits(case: Case) -> dict[str, float]:
+def limits(case: Case, impl: str) -> dict[str, float]:
     """The accuracy that is asked of each output (relative L2): bf16 rounds y, dx, dstate once, nothing inside."""
     if case.dtype == "bfloat16":
-        return dict.fromkeys(OUTPUTS, 4e-3) | {"state": 0.0, "dweight": 1e-5, "dbias": 1e-5}
-    return dict.fromkeys(OUTPUTS, 1e-12 if case.dtype == "float64" else 1e-5) | {"state": 0.0}
+        return dict.fromkeys(SUITE.outputs, 4e-3) | {"state": 0.0, "dweight": 1e-5, "dbias": 1e-5}
+    return dict.fromkeys(SUITE.outputs, 1e-12 if case.dtype == "float64" else 1e-5) | {"state": 0.0}
 
 
-def failures(case: Case, impl: str, seed: int = 0) -> list[str]:
-    """`name error > limit` for everything of `impl` that is outside its limit or not finite."""
-    arrays, segments, cotangents = inputs(case, seed)
-    got = outputs_and_gradients(case, arrays, segments, cotangents, impl=impl, dtype=jnp.dtype(case.dtype))
-    return outside(relative_errors(got, oracle(case, arrays, segments, cotangents)), limits(case))
+SUITE = Suite(
+    arrays=("x", "weight", "bias", "state"), results=("y", "state"), rounded=("x", "y", "state"),
+    options=("activation", "l2norm"), inputs=inputs, call=call, limits=limits,
+)  # fmt: skip
+OUTPUTS, outputs_and_gradients, oracle = SUITE.outputs, SUITE.outputs_and_gradients, SUITE.oracle
+errors, failures = SUITE.errors, SUITE.failures
 
 
 def check(W: int, l2norm: int | None) -> list[str]:

@@ -18,14 +18,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import triton_dialect as triton
+from pallas_kernels import triton_calls as triton
 from pallas_kernels.short_conv import chunked
-from pallas_kernels.triton_dialect import BlockSpec
+from pallas_kernels.tiles import Places, power_of_two
+from pallas_kernels.triton_calls import BlockSpec
 
 LEAST_TOKENS = 16
 WIDEST = 8  # of the filter: it and the inputs under it are held in registers
 LARGEST_HEAD = 512
-MOST_ELEMENTS = 1 << 31  # 32-bit indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,7 @@ def why_not(shape: tuple[int, int, int], width: int, head: int | None, *, interp
         return f"the filter has {width} rows; the kernels hold at most {WIDEST}"
     if head is not None and head > LARGEST_HEAD:
         return f"l2norm is {head}; the kernels hold vectors of at most {LARGEST_HEAD}"
-    if B * T * C >= MOST_ELEMENTS:
-        return f"x has {B * T * C:,} elements, past the {MOST_ELEMENTS:,} that they are made for; split the batch"
-    return None if interpret else triton.why_not_here()
+    return triton.why_not(B * T * C, interpret)
 
 
 class _Static(NamedTuple):
@@ -64,28 +62,7 @@ class _Static(NamedTuple):
     backward: Config
 
 
-class _Tile(NamedTuple):
-    """The channels of a program: places in the last two axes of an array [..., heads, size], and which exist."""
-
-    heads: jax.Array  # [G, 1]
-    columns: jax.Array  # [1, P]
-    exists: jax.Array | None  # [G, P]; None: all
-
-    def load(self, ref, *leading, only=None):
-        """ref[*leading, heads, columns] in fp32; zero where `only`, a scalar, is False."""
-        return triton.load_where(ref, (*leading, self.heads, self.columns), self._mask(only)).astype(jnp.float32)
-
-    def store(self, ref, value, *leading, only=None):
-        triton.store_where(ref, (*leading, self.heads, self.columns), value, self._mask(only))
-
-    def _mask(self, only):
-        if only is None:
-            return self.exists
-        whole = jnp.broadcast_to(only, (self.heads.shape[0], self.columns.shape[1]))
-        return whole if self.exists is None else whole & self.exists
-
-
-class _Tiling(NamedTuple):
+class _Channels(NamedTuple):
     """How channels [heads, size] are split among programs: `across` heads of `wide` columns each."""
 
     heads: int
@@ -96,16 +73,16 @@ class _Tiling(NamedTuple):
     @classmethod
     def of(cls, heads, size, normalised, tile):
         if not normalised:
-            return cls(heads, size, 1, min(tile, triton.power_of_two(size)))
-        wide = triton.power_of_two(size)
-        return cls(heads, size, max(1, min(tile // wide, triton.power_of_two(heads))), wide)
+            return cls(heads, size, 1, min(tile, power_of_two(size)))
+        wide = power_of_two(size)
+        return cls(heads, size, max(1, min(tile // wide, power_of_two(heads))), wide)
 
     @property
     def programs(self):
         return -(-self.heads // self.across) * -(-self.size // self.wide)
 
     def here(self):
-        """The tile of the program along grid axis 0."""
+        """Those of the program along grid axis 0, in the last two axes of an array [..., heads, size]."""
         along = -(-self.size // self.wide)
         index = triton.program_id(0)
         iota = partial(jax.lax.broadcasted_iota, jnp.int32)
@@ -114,7 +91,7 @@ class _Tiling(NamedTuple):
         exists = None
         if self.heads % self.across or self.size % self.wide:
             exists = (heads < self.heads) & (columns < self.size)
-        return _Tile(heads, columns, exists)
+        return Places((heads, columns), exists)
 
 
 def _met(x, reach, back):
@@ -134,7 +111,7 @@ def _forward(static, x, weight, bias, state, reach):
     """y like x [B,T,H,K]; weight [W,H,K]; bias [H,K], state [B,W-1,H,K] and reach [B,T] of int32 may be None."""
     (B, T, H, K), W = x.shape, weight.shape[0]
     config, interpret = static.forward, static.interpret
-    tiling = _Tiling.of(H, K, static.head is not None, config.tile)
+    tiling = _Channels.of(H, K, static.head is not None, config.tile)
     piece, ragged = config.piece, T % config.piece != 0
 
     def convolve(refs):
@@ -206,7 +183,7 @@ def _backward(static, x, weight, bias, state, reach, dy):
     """(dx like x, d weight, d bias or None) of `_forward`, the last two in fp32."""
     (B, T, H, K), W = x.shape, weight.shape[0]
     config, interpret = static.backward, static.interpret
-    tiling = _Tiling.of(H, K, static.head is not None, config.tile)
+    tiling = _Channels.of(H, K, static.head is not None, config.tile)
     piece, pieces = config.piece, -(-T // config.piece)
     parts = W + (bias is not None)
 

@@ -31,7 +31,7 @@ def resolve(impl: str = "auto") -> dispatch.Choice:
     kind = jax.devices()[0].device_kind
     admitted = "all" in tuned.in_force(NAME, KINDS).get(kind, {})
     reason = None if admitted or impl != "auto" else f"nothing was tuned on {kind}"
-    return dispatch.choose(NAME, impl, {"triton": reason}.get)
+    return dispatch.choose(NAME, impl, lambda interpret: reason)
 
 
 def in_tiles(x, a, tile):

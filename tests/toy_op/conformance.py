@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from pallas_kernels.toy.api import resolve, toy
 
-from pallas_kernels.accuracy import outside, relative_errors
+from pallas_kernels.conformance import Inputs, Suite, held
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,9 +24,14 @@ def choice(case):
     return resolve("auto")
 
 
-def failures(case, impl, configuration=None):
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, case.T)), case.dtype)
-    got = toy(x, jnp.float32(0.3), impl=impl, configuration=configuration)
-    want = np.asarray(x, np.float64) * np.float64(np.float32(0.3))
-    errors = relative_errors({"y": np.asarray(got, np.float64)}, {"y": want})
-    return outside(errors, {"y": 4e-3 if case.dtype == "bfloat16" else 1e-6})
+def inputs(case, seed):
+    x, dy = (held(np.random.default_rng(i).standard_normal((2, case.T)), case.dtype) for i in (seed, seed + 1))
+    return Inputs([x], None, [dy])
+
+
+SUITE = Suite(
+    arrays=("x",), results=("y",), rounded=("x", "y"), options=(), inputs=inputs,
+    call=lambda arrays, _, impl, configuration: (toy(*arrays, 0.25, impl=impl, configuration=configuration),),
+    limits=lambda case, impl: dict.fromkeys(("y", "dx"), 4e-3 if case.dtype == "bfloat16" else 1e-6),
+)  # fmt: skip
+failures = SUITE.failures

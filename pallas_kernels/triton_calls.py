@@ -8,7 +8,6 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +23,7 @@ if AVAILABLE:
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
 
 CAPABILITY = "9.0"  # Hopper: what the kernels are tested on
+MOST_ELEMENTS = 1 << 31  # of an array: 32-bit indices
 
 BlockSpec = pl.BlockSpec
 ds = pl.ds
@@ -160,102 +160,6 @@ def barrier(interpret: bool) -> None:
         plt.debug_barrier()
 
 
-def power_of_two(size: int) -> int:
-    """The smallest power of two from `size` on: what the length of every axis of a tile must be."""
-    return 1 << (size - 1).bit_length()
-
-
-def tiles(size: int, widest: int) -> tuple[tuple[int, int, int], ...]:
-    """(start, width, fresh) of tiles that cover [0, size): widths are powers of two from 16 to `widest`.
-
-    Where what is left is narrower than a tile, the tile begins earlier and only its last `fresh` columns are its own:
-    no read or write ever leaves the array.
-    """
-    out, start = [], 0
-    while start < size:
-        width = min(widest, 1 << int(math.log2(size - start)))
-        if width < 16:
-            width = 16
-        fresh = min(width, size - start)
-        out.append((start + fresh - width, width, fresh))
-        start += fresh
-    return tuple(out)
-
-
-def full_and_rest(size: int, widest: int) -> tuple[int, int, tuple[tuple[int, int, int], ...]]:
-    """(width, how many tiles of that width fit, tiles of what is left) that cover [0, size)."""
-    width = min(widest, 1 << int(math.log2(size)))
-    count = size // width
-    rest = tiles(size - count * width, width) if size % width else ()
-    return width, count, tuple((count * width + start, wide, fresh) for start, wide, fresh in rest)
-
-
-def over_tiles(size: int, widest: int, step: Callable[[Any, tuple], Any], carry: Any) -> Any:
-    """carry after step(carry, tile) for every tile of `full_and_rest`: the full ones in a loop, which the compiler
-    pipelines, unless there is only one."""
-    width, count, rest = full_and_rest(size, widest)
-    if count == 1:
-        carry = step(carry, (0, width, width))
-    else:
-        carry = jax.lax.fori_loop(0, count, lambda i, carry: step(carry, (i * width, width, width)), carry)
-    for tile in rest:
-        carry = step(carry, tile)
-    return carry
-
-
-def count_of_tiles(size: int, widest: int) -> int:
-    """How many tiles `full_and_rest` has."""
-    _, count, rest = full_and_rest(size, widest)
-    return count + len(rest)
-
-
-def for_tile(index: Any, size: int, widest: int, body: Callable[[tuple], None]) -> None:
-    """body(tile) for tile number `index`, known on the device alone, of `full_and_rest`."""
-    width, count, rest = full_and_rest(size, widest)
-    if not rest:
-        body((index * width, width, width))
-        return
-    when(index < count)(lambda: body((index * width, width, width)))
-    for number, tile in enumerate(rest):
-        when(index == count + number)(partial(body, tile))
-
-
-def own(x: jax.Array, tile: tuple[Any, int, Any]) -> jax.Array:
-    """x with zeros in the columns that the tile before it owns; `fresh` may be known on the device alone."""
-    _, width, fresh = tile
-    if isinstance(fresh, int) and fresh == width:
-        return x
-    return jnp.where(_own(x.shape, 1, tile), x, 0)
-
-
-def owned(rows: tuple[Any, int, int], columns: tuple[Any, int, int]) -> jax.Array | None:
-    """Which elements of [rows, columns] no tile before has; None: all."""
-    shape, mask = (rows[1], columns[1]), None
-    for axis, tile in enumerate((rows, columns)):
-        if tile[2] != tile[1]:
-            mask = _own(shape, axis, tile) if mask is None else mask & _own(shape, axis, tile)
-    return mask
-
-
-def load_own(ref: Any, rows: Any, tile: tuple[Any, int, int], leading: tuple = ()) -> jax.Array:
-    """ref[*leading, rows, tile], with zeros in the columns that the tile before it owns."""
-    start, width, fresh = tile
-    index = (*leading, rows, ds(start, width))
-    if fresh == width:
-        return ref[index]
-    return plt.load(ref.at[index], mask=_own((rows.size, width), 1, tile), other=0)
-
-
-def store_own(ref: Any, rows: Any, tile: tuple[Any, int, int], value: jax.Array, leading: tuple = ()) -> None:
-    """ref[*leading, rows, tile] = value, leaving the columns of the tile before it alone."""
-    start, width, fresh = tile
-    index = (*leading, rows, ds(start, width))
-    if fresh == width:
-        ref[index] = value.astype(ref.dtype)
-    else:
-        plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((rows.size, width), 1, tile))
-
-
 def load_where(ref: Any, index: tuple, mask: jax.Array | None) -> jax.Array:
     """ref[index] where `mask` says so, else 0; None: everywhere."""
     return ref[index] if mask is None else plt.load(ref.at[index], mask=mask, other=0)
@@ -273,39 +177,6 @@ def touch(ref: Any, index: tuple, interpret: bool) -> None:
     """ref[index] on its way from memory to the L2 cache, which a load that comes later then need not wait for."""
     if not interpret:
         plt.load(ref.at[index], volatile=True)
-
-
-def load_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, leading: tuple = ()) -> jax.Array:
-    """ref[*leading, tile, columns], with zeros in the rows that the tile before it owns."""
-    start, width, fresh = tile
-    index = (*leading, ds(start, width), columns)
-    if fresh == width:
-        return ref[index]
-    return plt.load(ref.at[index], mask=_own((width, columns.size), 0, tile), other=0)
-
-
-def store_own_rows(ref: Any, tile: tuple[Any, int, int], columns: Any, value: jax.Array, leading: tuple = ()) -> None:
-    """ref[*leading, tile, columns] = value, leaving the rows of the tile before it alone."""
-    start, width, fresh = tile
-    index = (*leading, ds(start, width), columns)
-    if fresh == width:
-        ref[index] = value.astype(ref.dtype)
-    else:
-        plt.store(ref.at[index], value.astype(ref.dtype), mask=_own((width, columns.size), 0, tile))
-
-
-def own_columns(size: int, width: int, interpret: bool) -> Any:
-    """The columns of the program numbered along grid axis 0; the last program's overlap its neighbour's where `width`
-    does not divide `size`."""
-    start = program_id(0) * width
-    if size % width:
-        start = aligned(jnp.minimum(start, size - width), 16, interpret)
-    return ds(start, width)
-
-
-def _own(shape, axis, tile):
-    _, width, fresh = tile
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis) >= width - fresh
 
 
 def quotient(index: jax.Array, divisor: int) -> jax.Array:
@@ -327,6 +198,15 @@ def as_made(x: jax.Array, interpret: bool) -> jax.Array:
     """x, which the interpreter's XLA must not join with its uses: on a CPU, jax 0.11's makes of them a product of bf16
     tiles that it then cannot run."""
     return jax.lax.optimization_barrier(x) if interpret else x
+
+
+def why_not(elements: int, interpret: bool) -> str | None:
+    """The reason kernels cannot run whose largest array has so many elements, or None."""
+    if elements >= MOST_ELEMENTS:
+        return (
+            f"an array of {elements:,} elements is past the {MOST_ELEMENTS:,} that they are made for; split the batch"
+        )
+    return None if interpret else why_not_here()
 
 
 def why_not_here() -> str | None:

@@ -204,4 +204,5 @@ def test_a_diverged_model_is_named(model, prepared):
 
 def test_devices_that_share_windows_change_nothing_but_rounding(model, prepared):
     alone, shared = (measure(model, prepared, with_segments=True, stride=7, context=count) for count in (1, 4))
-    assert alone == pytest.approx(shared, rel=1e-6) and alone["windows"] > 10
+    assert alone.pop("data") == shared.pop("data") and alone["windows"] > 10
+    assert alone == pytest.approx(shared, rel=1e-6)

@@ -189,8 +189,21 @@ def test_doctor_reports_and_passes(capsys, monkeypatch):
         "gate after, bfloat16",
         "gate first, bfloat16",
     }
-    assert len(found["ops"]) == 8 and not any(op["failures"] for op in found["ops"])
+    assert len(found["ops"]) == 8 + 3 and not any(op["failures"] for op in found["ops"])
     assert set(found["optional"]) == set(doctor.OPTIONAL)
+
+
+@pytest.mark.parametrize("op", doctor.RECURRENCES)
+def test_doctor_checks_the_decoding_step(monkeypatch, op):
+    recurrence = doctor.RECURRENCES[op]
+    assert doctor.decoding_failures(op) == []
+
+    def step(*arguments, **options):
+        o, state = recurrence.step(*arguments, **options)
+        return o, 1.001 * state
+
+    monkeypatch.setitem(doctor.RECURRENCES, op, recurrence._replace(step=step))
+    assert len(doctor.decoding_failures(op)) == 2
 
 
 def test_doctor_exits_with_1_when_a_check_fails(capsys, monkeypatch):

@@ -28,6 +28,7 @@ class Progress:
         terminal = live and say is None and console.is_terminal
         self._live = Live(console=console, transient=True, refresh_per_second=4) if terminal else None
         self._seconds, self._said, self._depth = seconds, time.monotonic(), 0
+        self._shown, self._unsaid = False, ""  # whether a state was said; the newest one, if it came too soon after
 
     def __enter__(self) -> Self:
         self._depth += 1  # work that was handed a display that is open already enters it once more
@@ -35,18 +36,25 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._depth -= 1
-        if self._live and self._depth == 0:
+        if self._depth:
+            return
+        if self._live:
             self._live.stop()
+        elif self._unsaid and kind is None:  # the last state, where earlier ones were said
+            self._say(self._unsaid)
+        self._shown, self._unsaid = False, ""
 
     def show(self, text: str) -> None:
         """The state of the work now."""
         if self._live:
             self._live.update(text)
         elif time.monotonic() - self._said >= self._seconds:
-            self._said = time.monotonic()
+            self._said, self._shown, self._unsaid = time.monotonic(), True, ""
             self._say(text)
+        elif self._shown:
+            self._unsaid = text
 
     def say(self, text: str) -> None:
         """A line that stays."""

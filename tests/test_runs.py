@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -358,6 +359,23 @@ def test_the_hash_of_the_source_needs_no_git(tmp_path):
         file.write("\n")
     commit, other = printed()
     assert commit == "unknown" and other != metrics.source_hash()
+
+
+def test_long_work_ends_with_its_last_state(monkeypatch):
+    clock, lines = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    work = Progress(say=lines.append)
+    for stops in (False, True):
+        with contextlib.suppress(KeyboardInterrupt), work:
+            for number in range(1, 25):
+                clock[0] += 1.0
+                work.show(f"{number} of 24")
+            if stops:
+                raise KeyboardInterrupt
+    assert lines == ["10 of 24", "20 of 24", "24 of 24", "6 of 24", "16 of 24"]
+    with work:
+        work.show("quick")
+    assert len(lines) == 5
 
 
 def test_progress_keeps_lines_apart_without_a_terminal(capsys):

@@ -34,7 +34,11 @@ def tiny(name):
 
 
 CASES = [
-    pytest.param(name, sampling, marks=() if sampling == GREEDY or name in OFTEN else pytest.mark.slow)
+    pytest.param(
+        name,
+        sampling,
+        marks=() if name in OFTEN or (sampling == GREEDY and name != "gated-deltanet-h2") else pytest.mark.slow,
+    )
     for sampling in (GREEDY, DRAWN)
     for name in PAPER_MODELS
 ]

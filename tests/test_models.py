@@ -138,7 +138,9 @@ def test_parallel_pieces_and_single_tokens_agree(name):
         assert jax.tree.map(jnp.shape, cache) == shapes, "memory must not grow"
 
 
-@pytest.mark.parametrize("name", ["gated-deltanet-h1", "gated-deltanet-h2", "samba"])
+@pytest.mark.parametrize(
+    "name", ["gated-deltanet-h1", pytest.param("gated-deltanet-h2", marks=pytest.mark.slow), "samba"]
+)
 def test_a_hybrid_decodes_past_its_window_in_memory_of_the_window(name):
     """40 tokens, window 12: a prompt within it, a piece longer than it, then 20 single tokens."""
     cfg, window, ids = model_config(name, "tiny"), 12, tokens(40)

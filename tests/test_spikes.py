@@ -228,7 +228,7 @@ def rewound():
     ("name", "do", "step"),
     [
         ("stopped-before", stopped, 35),
-        ("killed-after", killed, 34),
+        pytest.param("killed-after", killed, 34, marks=pytest.mark.slow),
         pytest.param("killed-later", killed, 43, marks=pytest.mark.slow),
     ],
 )

@@ -48,7 +48,10 @@ def test_pairs_after_a_token_leave_nothing_in_its_dg(configuration):
     assert np.mean(errors) < 6e-3, errors
 
 
-@pytest.mark.parametrize("name", ["decay 0.999", "documents", "group value", "inputs kept", "no state"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("decay 0.999", "no state")]
+
+
+@pytest.mark.parametrize("name", ["documents", "group value", "inputs kept", *SLOW])
 def test_rows_in_pieces_match_float64(name, monkeypatch):
     monkeypatch.setattr(triton_op, "SHORTEST_PIECE", 128)
     case = dataclasses.replace(next(c for c in CASES if c.name == name), K=64, V=64, B=1, T=500)
@@ -165,7 +168,10 @@ def test_states_held_transposed_match_float64(size, configuration):
     assert conformance.failures(case, "triton_interpret", seed=8, configuration=configuration) == []
 
 
-@pytest.mark.parametrize(("size", "block"), [((64, 64), 64), ((128, 64), 64), ((200, 400), 64), ((64, 64), 128)])
+@pytest.mark.parametrize(
+    ("size", "block"),
+    [((64, 64), 64), ((128, 64), 64), pytest.param((200, 400), 64, marks=pytest.mark.slow), ((64, 64), 128)],
+)
 @pytest.mark.parametrize("name", ["documents", "group value", "resets strewn in"])
 def test_states_kept_every_block_match_float64(size, block, name):
     case = dataclasses.replace(next(c for c in CASES if c.name == name), K=size[0], V=size[1], B=1, T=150)

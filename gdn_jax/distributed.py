@@ -26,9 +26,8 @@ LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of `srun` and `m
 PATIENCE = 300  # seconds in which processes must find each other
 SILENCE = 60  # seconds without a sign of life after which a process counts as dead, and the others end (alive.py)
 SILENCE_VARIABLE, SHORTEST = "GDN_SILENCE", 5  # another number of seconds than SILENCE, SHORTEST at least
-LINGER = (
-    2  # seconds for which process 0 outlives its last word: without it jax aborts the others before they have theirs
-)
+# seconds for which process 0 outlives its last word: without it jax aborts the others before they have theirs
+LINGER = 2
 STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 OF_ANOTHER = re.compile("gloo|nccl|connection|peer|heartbeat|coordination", re.IGNORECASE)
 

@@ -25,7 +25,7 @@ def implementations(experiment: Experiment) -> dict[str, dict[str, str]]:
 
 
 def _trace(experiment: Experiment) -> None:
-    compute, optim = compute_for(experiment, training=True), experiment.optim
+    compute, optim = compute_for(experiment), experiment.optim  # one repeat of the layers has all ops
     rows = max(1, optim.batch_size // experiment.run.micro_batches // jax.device_count())
     batch = {"tokens": jax.ShapeDtypeStruct((rows, experiment.data.seq_len + 1), jnp.int32)}
     if experiment.data.reset_at_documents:

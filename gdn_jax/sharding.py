@@ -53,7 +53,7 @@ def row_parts(mesh: Mesh) -> int:
 
 def own_rows(mesh: Mesh) -> tuple[int, int]:
     """(number, count): this process reads the rows of part `number` of `count`, and so does each process with which it
-    shares their tokens. UserError where processes share some of their rows alone."""
+    shares their tokens. UserError where two processes would share only some of their rows."""
     grid = mesh.devices.reshape(row_parts(mesh), -1)
     owners = [frozenset(device.process_index for device in row) for row in grid]
     parts = list(dict.fromkeys(owners))
@@ -67,7 +67,8 @@ def own_rows(mesh: Mesh) -> tuple[int, int]:
 
 
 def split_tokens(x: jax.Array) -> jax.Array:
-    """x [B, T], of which under a mesh each device has its rows and of these its tokens, where they divide evenly."""
+    """x [B, T] split under the mesh in force, so that each device has its own tokens of its own rows. Unchanged without
+    a mesh, or where the tokens do not divide evenly."""
     parts = jax.sharding.get_abstract_mesh().shape.get("context", 1)
     if parts == 1 or x.shape[1] % parts:
         return x

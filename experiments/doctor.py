@@ -13,12 +13,11 @@ from experiments.report import aligned
 from gdn_jax.implementations import in_words
 from gdn_jax.layers import Compute
 from gdn_jax.metrics import environment
-from gdn_jax.mixers.recurrence import DELTA_RULE, LINEAR_ATTENTION, SELECTIVE_SCAN, advance
+from gdn_jax.mixers.recurrence import RECURRENCES, advance
 from pallas_kernels import ops
 from pallas_kernels.accuracy import outside, relative_errors
 
 DTYPES = ("float32", "bfloat16")
-RECURRENCES = {"gated_delta_rule": DELTA_RULE, "linear_attention": LINEAR_ATTENTION, "selective_scan": SELECTIVE_SCAN}
 STEPS, STEP_LIMIT = 20, 1e-5  # tokens that are decoded, and how far float32 may be from float64
 
 # library -> what it is for; none is needed to train on prepared data

@@ -10,20 +10,33 @@ from pallas_kernels import gated_delta_rule, linear_attention, selective_scan
 
 
 class Recurrence(NamedTuple):
-    """An op of pallas_kernels: its form for a sequence, its form for one token, the names of its implementations."""
+    """An op of pallas_kernels: its name, a sequence's form, one token's form, the names of its implementations."""
 
+    name: str
     sequence: Callable[..., tuple[Array, Array]]
     step: Callable[..., tuple[Array, Array]]
     impls: tuple[str, ...]
 
 
 DELTA_RULE = Recurrence(
-    gated_delta_rule.gated_delta_rule, gated_delta_rule.gated_delta_rule_step, gated_delta_rule.IMPLS
+    "gated_delta_rule",
+    gated_delta_rule.gated_delta_rule,
+    gated_delta_rule.gated_delta_rule_step,
+    gated_delta_rule.IMPLS,
 )
 LINEAR_ATTENTION = Recurrence(
-    linear_attention.linear_attention, linear_attention.linear_attention_step, linear_attention.IMPLS
+    "linear_attention",
+    linear_attention.linear_attention,
+    linear_attention.linear_attention_step,
+    linear_attention.IMPLS,
 )
-SELECTIVE_SCAN = Recurrence(selective_scan.selective_scan, selective_scan.selective_scan_step, selective_scan.IMPLS)
+SELECTIVE_SCAN = Recurrence(
+    "selective_scan",
+    selective_scan.selective_scan,
+    selective_scan.selective_scan_step,
+    selective_scan.IMPLS,
+)
+RECURRENCES = {op.name: op for op in (DELTA_RULE, LINEAR_ATTENTION, SELECTIVE_SCAN)}
 
 
 def advance(

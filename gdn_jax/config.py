@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gdn_jax.errors import nearest
+from gdn_jax.errors import UserError, nearest
 from gdn_jax.fields import coerce, hints, positive, require, typed, without_none
 from gdn_jax.mixer_configs import (
     AttentionConfig,
@@ -73,11 +73,11 @@ class Model:
         positive(self, "model", "repeats", "d_model", "vocab", "norm_eps")
         require(self.d_ff >= 0, f"model.d_ff is {self.d_ff}; use 0 for no MLP or a positive width.")
         for mixer in self.pattern:
-            require(
-                mixer in MIXER_FIELDS,
-                f"model.pattern names {mixer!r}, which is no mixer{nearest(mixer, MIXER_FIELDS)}; "
-                f"there are {', '.join(MIXER_FIELDS)}.",
-            )
+            if mixer not in MIXER_FIELDS:
+                raise UserError(
+                    f"model.pattern names {mixer!r}, which is no mixer{nearest(mixer, MIXER_FIELDS)}; "
+                    f"there are {', '.join(MIXER_FIELDS)}."
+                )
             field = MIXER_FIELDS[mixer]
             require(
                 getattr(self, field) is not None,
@@ -292,7 +292,8 @@ def from_dict(cls: type, tree: Any, where: str = "") -> Any:
         of[OWN_FIELD] = _own_hint(tree.get("pattern"))
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in tree:
-        require(key in fields, f"{where} has no field {key!r}{nearest(key, fields)}.")
+        if key not in fields:
+            raise UserError(f"{where} has no field {key!r}{nearest(key, fields)}.")
     for name, field in fields.items():
         require(
             name in tree or field.default is not dataclasses.MISSING,

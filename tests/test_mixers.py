@@ -191,10 +191,10 @@ def test_feature_maps_and_norms():
 def test_dtype_policy():
     mixer, x = make(), inputs(8).astype(jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(mixer)} == {jnp.dtype("float32")}
-    op, _, histories = mixer.op_inputs(x, compute=Compute())
+    op, _, past = mixer.op_inputs(x, compute=Compute())
     assert [y.dtype for y in op[:3]] == [jnp.bfloat16] * 3
     assert op.g.dtype == op.beta.dtype == jnp.float32
-    assert {y.dtype for y in histories} == {jnp.dtype(jnp.bfloat16)}
+    assert past.dtype == jnp.bfloat16
     y, cache = run(mixer, x, Compute(impl="reference"), cache=mixer.init_cache(2, 8, jnp.bfloat16))
     assert y.dtype == jnp.bfloat16 and cache.state.dtype == jnp.float32
     # the logits themselves are not rounded: fp32 accumulation of bf16 products is nearly exact
@@ -256,7 +256,7 @@ def test_cache_sizes_are_bounded():
     assert make("swa").init_cache(2, 3, jnp.float32).keys.shape == (2, 3, 3, 8)
     assert make("attention").init_cache(2, 1000, jnp.float32).keys.shape == (2, 1000, 3, 8)
     delta = make().init_cache(2, 10**9, jnp.float32)
-    assert delta.state.shape == (2, 2, 6, 8) and delta.v_conv.shape == (2, 3, 16)
+    assert delta.state.shape == (2, 2, 6, 8) and delta.conv.shape == (2, 3, 2 * 12 + 16)
 
 
 def test_no_two_tokens_of_a_piece_share_a_slot():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from gdn_jax.layers import Compute, at_least_fp32
+from gdn_jax.layers import Compute, at_least_fp32, for_single_tokens
 from gdn_jax.model import LM, by_repeat
 from gdn_jax.prefill import ReadPrompts
 from gdn_jax.sampling import Sampling, sample
@@ -33,8 +33,12 @@ def idle_rows(model: LM, *, batch_size: int, room: int, compute: Compute) -> Row
 
 @jax.jit
 def layers_of(model: LM) -> list[tuple]:
-    """A copy of the layers, each in memory of its own, as `decode` reads them."""
-    return model.layers()
+    """A copy of the layers, each in memory of its own and laid out for single tokens, as `decode` reads them."""
+    layers = model.layers()
+    for group, _ in layers:
+        for block in group.blocks:
+            for_single_tokens(block)
+    return layers
 
 
 @functools.partial(jax.jit, donate_argnames="rows")

@@ -24,6 +24,7 @@ from pallas_kernels import gated_norm, short_conv
 from pallas_kernels.chunkwise import document_starts
 
 LEAST_ROWS = 8  # of a bf16 product
+ALIGNED = 128  # columns of a weight for single tokens, and half as many rows: XLA copies others, anew for each token
 
 Initialiser = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -69,14 +70,15 @@ def compute_for(experiment: Experiment, *, training: bool = False) -> Compute:
 
 
 def product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"], dtype: Any = None) -> Float[Array, "*B O"]:
-    """x kernel, in x's dtype or in `dtype`, in which it is accumulated.
+    """x kernel, in x's dtype or in `dtype`, in which it is accumulated. The kernel may have more rows of zeros.
 
     XLA makes a product with a single row of bf16 into sums of columns, which read the kernel at a tenth of an H100's
     bandwidth: rows of zeros keep it a product.
     """
-    rows = math.prod(x.shape[:-1])
+    rows, more = math.prod(x.shape[:-1]), kernel.shape[0] - x.shape[-1]
     few = x.dtype == jnp.bfloat16 and rows == 1
-    given = jnp.pad(x.reshape(1, -1), ((0, LEAST_ROWS - 1), (0, 0))) if few else x
+    given = jnp.pad(x, (*[(0, 0)] * (x.ndim - 1), (0, more))) if more else x
+    given = jnp.pad(given.reshape(1, -1), ((0, LEAST_ROWS - 1), (0, 0))) if few else given
     y = jnp.matmul(given, kernel, precision=dot_precision(x.dtype), preferred_element_type=dtype)
     return y[:1].reshape(*x.shape[:-1], y.shape[-1]) if few else y
 
@@ -177,28 +179,82 @@ class Linear(nnx.Module):
     def __init__(self, d_in: int, d_out: int, init: Initialiser, *, rngs: nnx.Rngs, bias: bool = False):
         self.kernel = nnx.Param(init(rngs.params(), (d_in, d_out)))
         self.bias = nnx.Param(jnp.zeros(d_out, jnp.float32)) if bias else None
+        self.size = d_out
 
     def __call__(
         self, x: Float[Array, "*B I"], compute: Compute, *, exact: bool = False, columns: slice = slice(None)
     ) -> Float[Array, "*B O"]:
         """Output in compute.dtype; exact: in fp32, where rounding would hurt (gate logits). columns: of the output."""
         x, kernel = x.astype(compute.dtype), self.kernel[:, columns].astype(compute.dtype)
-        if exact and kernel.dtype.itemsize < 4:
+        if not exact:
+            y = product(x, kernel)
+        elif kernel.dtype.itemsize < 4 and x.shape[-2] > 1:
             y = _exact_product(x, kernel)
         else:
-            y = product(x, kernel)
+            y = product(x, kernel, at_least_fp32(compute.dtype))
+        y = y[..., : self.size]
         return y if self.bias is None else (y + self.bias[columns]).astype(y.dtype)
 
-    def parts(self, x: Float[Array, "*B T I"], compute: Compute, sizes: Sequence[int]) -> list[Array]:
-        """The first sum(sizes) columns of the output, in parts of `sizes`, each for another use.
+    def parts(
+        self, x: Float[Array, "*B T I"], compute: Compute, sizes: Sequence[int], exact: Sequence[int] = ()
+    ) -> list[Array]:
+        """The output in parts of `sizes` columns, each for another use; those numbered in `exact` are fp32.
 
         Of many tokens each is a product of its own: XLA copies the parts of a product that kernels read, and again
         their gradients. Of a single one all are one product, which reads the weight as it lies.
         """
         ends = list(itertools.accumulate(sizes))
         if x.shape[-2] == 1:
-            return jnp.split(self(x, compute, columns=slice(ends[-1])), ends[:-1], axis=-1)
-        return [self(x, compute, columns=slice(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+            outputs = jnp.split(self(x, compute, exact=bool(exact)), ends[:-1], axis=-1)
+            return [y if i in exact else y.astype(compute.dtype) for i, y in enumerate(outputs)]
+        return [
+            self(x, compute, exact=i in exact, columns=slice(end - size, end))
+            for i, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        ]
+
+
+def together(module: nnx.Module, x: Float[Array, "*B T I"], compute: Compute) -> list[Array | None]:
+    """What the Linears named in module.TOGETHER make of x, None for one that the module does without.
+
+    Those that module.EXACT names too give fp32. After `for_single_tokens` all are one product.
+    """
+    linears = [getattr(module, name) for name in module.TOGETHER]
+    exact = [name in getattr(module, "EXACT", ()) for name in module.TOGETHER]
+    if not any(one is not None and one.kernel is None for one in linears):
+        return [one and one(x, compute, exact=fp32) for one, fp32 in zip(linears, exact, strict=True)]
+    first = next(one for one in linears if one is not None)
+    all_of_them = product(x.astype(compute.dtype), first.kernel[...], at_least_fp32(compute.dtype))
+    outputs, begin = [], 0
+    for one, fp32 in zip(linears, exact, strict=True):
+        y = None
+        if one is not None:
+            y, begin = all_of_them[..., begin : begin + one.size], begin + one.size
+            y = y if one.bias is None else y + one.bias[...]
+            y = y if fp32 else y.astype(compute.dtype)
+        outputs.append(y)
+    return outputs
+
+
+def for_single_tokens(block: nnx.Module) -> None:
+    """Lays out a block's weights for one token at a time, so that each is read once a token, and as it lies.
+
+    The kernels of Linears of one input (`together`) become one, and all kernels get rows and columns of zeros up to
+    multiples of ALIGNED / 2 and ALIGNED. XLA would else join products by itself, or split them into aligned parts, and
+    lay out their weights again for every token.
+    """
+    for module in (block.mixer, block.mlp):
+        if module is None:
+            continue
+        joined = [getattr(module, name) for name in getattr(module, "TOGETHER", ())]
+        joined = [one for one in joined if one is not None]
+        if joined:
+            whole = jnp.concatenate([one.kernel[...] for one in joined], axis=1)
+            for one in joined:
+                one.kernel = nnx.Param(whole) if one is joined[0] else None
+        for _, one in nnx.iter_modules(module):
+            if isinstance(one, Linear) and one.kernel is not None:
+                rows, columns = one.kernel.shape
+                one.kernel = nnx.Param(jnp.pad(one.kernel[...], ((0, -rows % (ALIGNED // 2)), (0, -columns % ALIGNED))))
 
 
 class RMSNorm(nnx.Module):
@@ -268,6 +324,8 @@ class ShortConv(nnx.Module):
 class SwiGLU(nnx.Module):
     """y = down(SiLU(gate x) * (up x)), without biases."""
 
+    TOGETHER = ("gate_proj", "up_proj")
+
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
         D, F = cfg.d_model, cfg.d_ff
         self.gate_proj = Linear(D, F, linear_init(cfg, D), rngs=rngs)
@@ -275,8 +333,8 @@ class SwiGLU(nnx.Module):
         self.down_proj = Linear(F, D, linear_init(cfg, F, residual=True), rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], compute: Compute) -> Float[Array, "B T D"]:
-        hidden = jax.nn.silu(self.gate_proj(x, compute)) * self.up_proj(x, compute)
-        return self.down_proj(hidden, compute)
+        gate, up = together(self, x, compute)
+        return self.down_proj(jax.nn.silu(gate) * up, compute)
 
 
 @jaxtyped(typechecker=beartype)

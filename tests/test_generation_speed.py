@@ -19,7 +19,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.generate import generate
 from gdn_jax.layers import Compute
 from gdn_jax.memory import cache_bytes, check_fits, needed_bytes, step_bytes
-from gdn_jax.model import abstract_model, count_parameters, init_model
+from gdn_jax.model import abstract_model, count_parameters, for_inference, init_model
 from gdn_jax.prefill import begin
 from gdn_jax.sampling import Sampling
 
@@ -71,6 +71,36 @@ def test_a_step_updates_its_caches_in_place(name):
     ).compile()
     memory, caches = program.memory_analysis(), cache_bytes(cfg, 128, 256, FP32)
     assert memory.alias_size_in_bytes >= caches > 2 * memory.temp_size_in_bytes
+
+
+def uses(jaxpr, variable):
+    """The primitives that take a variable, in the order in which they run; what calls hand on is followed."""
+    for equation in jaxpr.eqns:
+        for place in (i for i, one in enumerate(equation.invars) if one is variable):
+            inner = [getattr(one, "jaxpr", one) for name, one in equation.params.items() if name.endswith("jaxpr")]
+            if inner:
+                yield from uses(inner[0], inner[0].invars[place])
+            else:
+                yield equation.primitive.name
+
+
+@pytest.mark.parametrize("name", PAPER_MODELS)
+def test_a_token_reads_each_weight_once_and_as_it_lies(name):
+    """Whatever else took a weight (a cast, a slice, a pad, a second product) would read it again for every token; of
+    several products of one input XLA may lay out the weights anew, to make them one."""
+    cfg = model_config(name, "tiny")
+    lm = jax.eval_shape(lambda lm: for_inference(lm, jnp.bfloat16), abstract_model(cfg))
+    for batch in (1, 3):
+        rows = jax.eval_shape(lambda batch=batch: idle_rows(lm, batch_size=batch, room=64, compute=BF16))
+        layers = jax.eval_shape(layers_of, lm)
+        jaxpr = decode.trace(lm, layers, rows, steps=4, compute=BF16, sampling=Sampling(), vocab=257).jaxpr.jaxpr
+        begin = len(jax.tree.leaves(lm))
+        leaves = jax.tree_util.tree_flatten_with_path(layers)[0]
+        kernels = [begin + i for i, (path, _) in enumerate(leaves) if "kernel" in jax.tree_util.keystr(path)]
+        assert {x.shape[0] % 64 + x.shape[1] % 128 for x in (leaves[i - begin][1] for i in kernels)} == {0}
+        mixers = [4 if mixer == "mamba" else 2 for mixer in cfg.pattern]
+        assert len(kernels) == cfg.repeats * sum(mixer + 2 for mixer in mixers)
+        assert {tuple(uses(jaxpr, jaxpr.invars[i])) for i in kernels} == {("dot_general",)}
 
 
 # --- requests that do not fit ---

@@ -123,12 +123,12 @@ def test_gated_deltanet_against_a_direct_float64_layer(name, value_heads):
 def test_gates_follow_their_equations():
     mixer, x = make(), inputs(5)
     p, exact = parameters(mixer), np.asarray(x, np.float64)
-    op, _ = mixer.op_inputs(x, compute=FP32)
+    op, *_ = mixer.op_inputs(x, compute=FP32)
     decay = -np.exp(p["A_log"]) * np.log1p(np.exp(exact @ p["a_proj.kernel"] + p["dt_bias"]))
     np.testing.assert_allclose(op.g, decay, rtol=1e-5)
     np.testing.assert_allclose(op.beta, 1 / (1 + np.exp(-(exact @ p["b_proj.kernel"]))), rtol=1e-5)
     np.testing.assert_allclose(jnp.linalg.norm(op.k, axis=-1), 1.0, atol=1e-3)
-    doubled, _ = make(negative_eigenvalues=True).op_inputs(x, compute=FP32)
+    doubled, *_ = make(negative_eigenvalues=True).op_inputs(x, compute=FP32)
     np.testing.assert_allclose(doubled.beta, 2 * op.beta, rtol=1e-6)
 
 
@@ -180,7 +180,7 @@ def test_feature_maps_and_norms():
     for feature_map, function in {"relu": jax.nn.relu, "elu1": lambda y: jax.nn.elu(y) + 1}.items():
         for width in (0, 4):
             mixer = make(feature_map=feature_map, qk_norm="l1", conv_width=width)
-            op, _ = mixer.op_inputs(x, compute=FP32)
+            op, *_ = mixer.op_inputs(x, compute=FP32)
             raw = jnp.dot(x, mixer.k_proj.kernel[...], precision="highest")
             raw = function(mixer.k_conv(raw, FP32)[0] if width else raw).reshape(2, 6, 2, 6)
             np.testing.assert_allclose(op.k, raw / (raw.sum(-1, keepdims=True) + 1e-6), rtol=1e-4, atol=1e-6)
@@ -191,10 +191,10 @@ def test_feature_maps_and_norms():
 def test_dtype_policy():
     mixer, x = make(), inputs(8).astype(jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(mixer)} == {jnp.dtype("float32")}
-    op, histories = mixer.op_inputs(x, compute=Compute())
+    op, _, past = mixer.op_inputs(x, compute=Compute())
     assert [y.dtype for y in op[:3]] == [jnp.bfloat16] * 3
     assert op.g.dtype == op.beta.dtype == jnp.float32
-    assert {y.dtype for y in histories} == {jnp.dtype(jnp.bfloat16)}
+    assert past.dtype == jnp.bfloat16
     y, cache = run(mixer, x, Compute(impl="reference"), cache=mixer.init_cache(2, 8, jnp.bfloat16))
     assert y.dtype == jnp.bfloat16 and cache.state.dtype == jnp.float32
     # the logits themselves are not rounded: fp32 accumulation of bf16 products is nearly exact
@@ -256,7 +256,7 @@ def test_cache_sizes_are_bounded():
     assert make("swa").init_cache(2, 3, jnp.float32).keys.shape == (2, 3, 3, 8)
     assert make("attention").init_cache(2, 1000, jnp.float32).keys.shape == (2, 1000, 3, 8)
     delta = make().init_cache(2, 10**9, jnp.float32)
-    assert delta.state.shape == (2, 2, 6, 8) and delta.v_conv.shape == (2, 3, 16)
+    assert delta.state.shape == (2, 2, 6, 8) and delta.conv.shape == (2, 3, 2 * 12 + 16)
 
 
 def test_no_two_tokens_of_a_piece_share_a_slot():

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
 from gdn_jax.errors import UserError
-from gdn_jax.layers import Compute, Linear, linear_init, rope, segment_index
+from gdn_jax.layers import Compute, Linear, linear_init, rope, segment_index, together
 from pallas_kernels import context, dispatch
 from pallas_kernels.arguments import is_known
 
@@ -31,6 +31,7 @@ class KVCache(NamedTuple):
 class Attention(nnx.Module):
     """y = W_o softmax(q k^T / sqrt(K)) v over the visible tokens: causal, and within the window in `swa`."""
 
+    TOGETHER = ("q_proj", "k_proj", "v_proj")
     windowed = False
 
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
@@ -57,9 +58,8 @@ class Attention(nnx.Module):
             )
         offset = 0 if cache is None else cache.index
         heads = (*x.shape[:2], self.config.heads, self.config.head_dim)
-        q = rope(self.q_proj(x, compute).reshape(heads), offset, self.config.rope_base)
-        k = rope(self.k_proj(x, compute).reshape(heads), offset, self.config.rope_base)
-        v = self.v_proj(x, compute).reshape(heads)
+        q, k, v = (y.reshape(heads) for y in together(self, x, compute))
+        q, k = (rope(y, offset, self.config.rope_base) for y in (q, k))
         if cache is not None:
             y, cache = self._attend_with_cache(q, k, v, cache, lengths)
         else:  # padding lies behind the tokens that count, where none of them looks

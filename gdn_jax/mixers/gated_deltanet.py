@@ -18,6 +18,7 @@ from gdn_jax.layers import (
     dt_bias_init,
     linear_init,
     log_decay_rate_init,
+    together,
     zero_padding,
 )
 from gdn_jax.mixers.recurrence import DELTA_RULE, advance
@@ -34,12 +35,11 @@ class OpInputs(NamedTuple):
 
 
 class GatedDeltaNetCache(NamedTuple):
-    """The whole past in constant memory: the state, and the convolutions' last inputs (none without them)."""
+    """The whole past in constant memory: the state, and the last inputs of the convolutions of q, k and v, side by
+    side (none without convolutions)."""
 
     state: Float[Array, "B Hv K V"]  # fp32
-    q_conv: Float[Array, "B W1 HK"]
-    k_conv: Float[Array, "B W1 HK"]
-    v_conv: Float[Array, "B W1 HvV"]
+    conv: Float[Array, "B W1 C"]
 
 
 class GatedDeltaNet(nnx.Module):
@@ -49,6 +49,9 @@ class GatedDeltaNet(nnx.Module):
     log alpha = -exp(A_log) softplus(W_a x + dt_bias), y = W_o [RMSNorm(o) * SiLU(W_g x)].
     Every line has a switch in GatedDeltaNetConfig; a switched-off part has no parameters.
     """
+
+    TOGETHER = ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "a_proj")
+    EXACT = ("b_proj", "a_proj")
 
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
         self.config = mixer = self.settings(cfg)
@@ -88,10 +91,10 @@ class GatedDeltaNet(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
         room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], GatedDeltaNetCache | None]:
-        inputs, histories = self.op_inputs(x, compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths)
+        inputs, gate, past = self.op_inputs(x, compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths)
         o, state = advance(DELTA_RULE, inputs, cache, compute=compute, segment_ids=segment_ids)
-        y = self.o_proj(self._output(o, x, compute), compute)
-        return y, None if cache is None and room is None else GatedDeltaNetCache(state, *histories)
+        y = self.o_proj(self._output(o, gate, compute), compute)
+        return y, None if cache is None and room is None else GatedDeltaNetCache(state, past)
 
     def op_inputs(
         self,
@@ -101,14 +104,15 @@ class GatedDeltaNet(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: GatedDeltaNetCache | None = None,
         lengths: Int[Array, "B"] | None = None,
-    ) -> tuple[OpInputs, tuple[Array, Array, Array]]:
-        """The op's inputs for x, and the new histories of the three convolutions."""
+    ) -> tuple[OpInputs, Float[Array, "B T HvV"] | None, Float[Array, "B W1 C"]]:
+        """The op's inputs for x, what gates its output (None: nothing), and the convolutions' last inputs."""
         mixer = self.config
+        q, k, v, gate, b, a = together(self, x, compute)
 
         def features(
-            proj: Linear, conv: ShortConv | None, history: Array | None, feature_map: str, norm: str | None
+            y: Array, conv: ShortConv | None, history: Array | None, feature_map: str, norm: str | None
         ) -> tuple[Array, Array]:
-            y, head = proj(x, compute), mixer.key_dim
+            head = mixer.key_dim
             if conv is None:
                 y, history = FEATURE_MAPS[feature_map](y), y[:, :0]
             else:
@@ -122,26 +126,26 @@ class GatedDeltaNet(nnx.Module):
                 y = y if silu else FEATURE_MAPS[feature_map](y)
             return y if norm is None else _normalise(y, head, norm).astype(compute.dtype), history
 
-        past = (None, None, None) if cache is None else cache[1:]
-        q, q_past = features(self.q_proj, self.q_conv, past[0], mixer.feature_map, mixer.qk_norm)
-        k, k_past = features(self.k_proj, self.k_conv, past[1], mixer.feature_map, mixer.qk_norm)
-        v, v_past = features(self.v_proj, self.v_conv, past[2], "silu", None)
+        ends = [q.shape[-1], q.shape[-1] + k.shape[-1]]
+        past = (None, None, None) if cache is None else jnp.split(cache.conv, ends, axis=-1)
+        q, q_past = features(q, self.q_conv, past[0], mixer.feature_map, mixer.qk_norm)
+        k, k_past = features(k, self.k_conv, past[1], mixer.feature_map, mixer.qk_norm)
+        v, v_past = features(v, self.v_conv, past[2], "silu", None)
 
         q, k = (y.reshape(*y.shape[:2], mixer.heads, mixer.key_dim) for y in (q, k))
         v = v.reshape(*v.shape[:2], mixer.num_value_heads, mixer.value_dim)
-        beta = jax.nn.sigmoid(self.b_proj(x, compute, exact=True))
+        beta = jax.nn.sigmoid(b)
         if mixer.negative_eigenvalues:
             beta = 2.0 * beta  # I - beta k k^T then has an eigenvalue in (-1, 1)
         if mixer.decay:
-            a = self.a_proj(x, compute, exact=True)
             g = -jnp.exp(self.A_log[...]) * jax.nn.softplus(a + self.dt_bias[...])
         else:
             g = jnp.zeros_like(beta)
         g, beta = zero_padding(g, lengths), zero_padding(beta, lengths)  # padding writes nothing and forgets nothing
-        return OpInputs(q, k, v, g, beta), (q_past, k_past, v_past)
+        return OpInputs(q, k, v, g, beta), gate, jnp.concatenate([q_past, k_past, v_past], axis=-1)
 
-    def _output(self, o: Float[Array, "B T Hv V"], x: Float[Array, "B T D"], compute: Compute) -> Array:
-        gate = self.g_proj(x, compute).reshape(o.shape) if self.g_proj is not None else None
+    def _output(self, o: Float[Array, "B T Hv V"], gate: Float[Array, "B T HvV"] | None, compute: Compute) -> Array:
+        gate = None if gate is None else gate.reshape(o.shape)
         if self.o_norm is not None:
             o = self.o_norm(o, compute, gate)
         elif gate is not None:
@@ -153,8 +157,7 @@ class GatedDeltaNet(nnx.Module):
         mixer, past = self.config, max(self.config.conv_width - 1, 0)
         Hv, K, V = mixer.num_value_heads, mixer.key_dim, mixer.value_dim
         state = jnp.zeros((batch, Hv, K, V), at_least_fp32(dtype))
-        key_past = jnp.zeros((batch, past, mixer.heads * K), dtype)
-        return GatedDeltaNetCache(state, key_past, key_past, jnp.zeros((batch, past, Hv * V), dtype))
+        return GatedDeltaNetCache(state, jnp.zeros((batch, past, 2 * mixer.heads * K + Hv * V), dtype))
 
 
 FEATURE_MAPS = {"silu": jax.nn.silu, "relu": jax.nn.relu, "elu1": lambda x: 1.0 + jax.nn.elu(x)}

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
-from gdn_jax.layers import Compute, Linear, RMSNorm, at_least_fp32, linear_init, zero_padding
+from gdn_jax.layers import Compute, Linear, RMSNorm, at_least_fp32, linear_init, together, zero_padding
 from gdn_jax.mixers.recurrence import LINEAR_ATTENTION, advance
 
 
@@ -24,6 +24,8 @@ class HGRN2(nnx.Module):
     q = SiLU(W_q x), i = W_i x, f = b + (1 - b) sigmoid(W_f x) with the layer's lower bound b in [0, 1) of each key
     channel, y = W_o RMSNorm(o) over all channels; no convolution, no output gate.
     """
+
+    TOGETHER, EXACT = ("q_proj", "i_proj", "f_proj"), ("f_proj",)
 
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
         self.config = cfg.hgrn2
@@ -47,9 +49,9 @@ class HGRN2(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], HGRN2Cache | None]:
         """bound: the layer's lower bound of f (`lower_bounds`); none is 0."""
         heads = (*x.shape[:2], self.config.heads, self.config.head_dim)
-        q = jax.nn.silu(self.q_proj(x, compute)).reshape(heads)
-        i = self.i_proj(x, compute).reshape(heads)
-        g, k = forget_gate(self.f_proj(x, compute, exact=True), bound)
+        q, i, f = together(self, x, compute)
+        q, i = jax.nn.silu(q).reshape(heads), i.reshape(heads)
+        g, k = forget_gate(f, bound)
         g, k = g.reshape(heads), k.astype(compute.dtype).reshape(heads)
         g, k = zero_padding(g, lengths), zero_padding(k, lengths)
         o, state = advance(LINEAR_ATTENTION, (q, k, i, g), cache, compute=compute, segment_ids=segment_ids)

@@ -67,8 +67,7 @@ class Mamba2(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Mamba2Cache | None]:
         mixer, (batch, T, _) = self.config, x.shape
         inner, shared = mixer.heads * mixer.head_dim, mixer.groups * mixer.state
-        z, *inputs = self.in_proj.parts(x, compute, (inner, inner, 2 * shared))
-        dt = self.in_proj(x, compute, exact=True, columns=slice(2 * inner + 2 * shared, None))
+        z, *inputs, dt = self.in_proj.parts(x, compute, (inner, inner, 2 * shared, mixer.heads), exact=(3,))
         past = []
         for i, columns in enumerate((slice(inner), slice(inner, None))):
             history = None if cache is None else cache.conv[..., columns]

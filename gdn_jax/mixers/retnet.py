@@ -7,7 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gdn_jax.config import Model
-from gdn_jax.layers import Compute, Linear, RMSNorm, at_least_fp32, linear_init, rope, zero_padding
+from gdn_jax.layers import Compute, Linear, RMSNorm, at_least_fp32, linear_init, rope, together, zero_padding
 from gdn_jax.mixers.recurrence import LINEAR_ATTENTION, advance
 
 
@@ -23,6 +23,8 @@ class RetNet(nnx.Module):
 
     q, k = RoPE(W_q x), RoPE(W_k x), v = W_v x, y = W_o [RMSNorm(o) * SiLU(W_g x)]; no convolution, no feature map.
     """
+
+    TOGETHER = ("q_proj", "k_proj", "v_proj", "g_proj")
 
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
         self.config = mixer = cfg.retnet
@@ -48,13 +50,13 @@ class RetNet(nnx.Module):
         mixer, (B, T, _) = self.config, x.shape
         offset = 0 if cache is None else cache.index
         by_head = lambda y, dim: y.reshape(B, T, mixer.heads, dim)  # noqa: E731
-        q = rope(by_head(self.q_proj(x, compute), mixer.key_dim), offset, mixer.rope_base)
-        k = rope(by_head(self.k_proj(x, compute), mixer.key_dim), offset, mixer.rope_base)
-        v = zero_padding(by_head(self.v_proj(x, compute), mixer.value_dim), lengths)
+        q, k, v, gate = together(self, x, compute)
+        q, k = (rope(by_head(y, mixer.key_dim), offset, mixer.rope_base) for y in (q, k))
+        v = zero_padding(by_head(v, mixer.value_dim), lengths)
         g = log_decays(mixer.heads, at_least_fp32(compute.dtype))
         g = zero_padding(jnp.broadcast_to(g, (B, T, mixer.heads)), lengths)
         o, state = advance(LINEAR_ATTENTION, (q, k, v, g), cache, compute=compute, segment_ids=segment_ids)
-        o = self.o_norm(o, compute, by_head(self.g_proj(x, compute), mixer.value_dim))
+        o = self.o_norm(o, compute, by_head(gate, mixer.value_dim))
         y = self.o_proj(o.reshape(B, T, -1), compute)
         if cache is None and room is None:
             return y, None

@@ -122,11 +122,8 @@ def _across_devices(q, k, v, g, beta, initial_state, segment_ids, *, axis, **sta
 def _part(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
     """(M [B, Hv, K, K], F [B, Hv, K, V]) of S_T = M S_0 + F: the identity goes along as K more columns of values."""
     q, k, v, g, beta = inputs
-    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    impl = resolve(
-        impl, key_dim=K, value_dim=V, chunk=chunk, dtype=jnp.result_type(q, k, v),
-        elements=triton_op.largest_array(batch, tokens, Hv, K, V),
-    ).impl  # fmt: skip
+    (batch, tokens, _, K), Hv = q.shape, v.shape[2]
+    impl = _choice(impl, q, k, v, chunk).impl
     if impl in dispatch.KERNELS and batch:
         interpret = impl == "triton_interpret"
         return triton_op.part(k, v, g, beta, segment_ids, configuration, interpret=interpret)
@@ -137,14 +134,16 @@ def _part(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
     return state[..., :K], state[..., K:]
 
 
+def _choice(impl, q, k, v, chunk):
+    """`resolve` for these arrays."""
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    elements, dtype = triton_op.largest_array(batch, tokens, Hv, K, V), jnp.result_type(q, k, v)
+    return resolve(impl, key_dim=K, value_dim=V, chunk=chunk, elements=elements, dtype=dtype)
+
+
 def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl, chunk, residuals, configuration):
     """The implementation that is right for the part of the arrays that one device has."""
-    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    choice = resolve(
-        impl, key_dim=K, value_dim=V, chunk=chunk, dtype=jnp.result_type(q, k, v),
-        elements=triton_op.largest_array(batch, tokens, Hv, K, V),
-    )  # fmt: skip
-    impl = dispatch.taken(choice)
+    impl = dispatch.taken(_choice(impl, q, k, v, chunk))
     static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
     if initial_state is not None and segment_ids is not None and impl != "reference":
         bad = ~jnp.isfinite(initial_state).all(2, keepdims=True)  # one reaches its whole value column
@@ -202,6 +201,3 @@ def gated_delta_rule_step(
     o = scale * (alpha[..., None] * read_q + (q * k).sum(axis=-1)[..., None] * update)
     state = alpha[..., None, None] * state + k[..., None] * update[..., None, :]
     return o.astype(v.dtype), state
-
-
-__all__ = ["IMPLS", "gated_delta_rule", "gated_delta_rule_step", "resolve"]

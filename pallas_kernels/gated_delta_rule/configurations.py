@@ -21,7 +21,7 @@ class Prepare:
 
     key_tile: int = 64  # key columns of one product
     warps: int = 4  # of one program
-    num_stages: int = 3  # turns of a loop whose loads are on their way at once
+    num_stages: int = 3  # iterations of a loop whose loads are on their way at once
 
 
 @dataclass(frozen=True, kw_only=True)

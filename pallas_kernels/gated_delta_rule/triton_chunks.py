@@ -45,31 +45,31 @@ def make_gradients(
         total, gamma, leaving, b = (ref[...] for ref in (refs.total, refs.gamma, refs.leaving, refs.beta))
         b = terms.nonzero(b)
         sources = {"do": refs.do, "dv": refs.dv, "rho": refs.rho}
-        held = {name: ref[...] for name, ref in sources.items()} if config.value_tile >= V else {}
+        loaded = {name: ref[...] for name, ref in sources.items()} if config.value_tile >= V else {}
         after = terms.square(0) - terms.square(1)  # rows after columns
         allowed = after >= 0
         if refs.numbers is not None:
             allowed = allowed & (refs.numbers[...][:, None] == refs.numbers[...][None, :])
 
         def values(name, columns):
-            return held[name] if held else sources[name][rows, columns]
+            return loaded[name] if loaded else sources[name][rows, columns]
 
-        def pairs(columns, m1, m2):
+        def add_pairs(columns, m1, m2):
             rho = values("rho", columns).T
             return m1 + triton.dot(values("do", columns), rho), m2 + triton.dot(values("dv", columns), rho)
 
-        m1, m2 = terms.over_values(value_tiles, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = terms.over_values(value_tiles, add_pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = terms.pair_decay(total, total, allowed, interpret) * b[None, :]
         for ref, m in ((refs.dq, scale * decay * m1), (refs.dk, jnp.where(after == 0, 0.0, -decay * m2))):
             ref[rows, rows] = m.astype(jnp.bfloat16).astype(dtype)
         triton.barrier(interpret)
         m1, m2 = (ref[rows, rows].astype(jnp.bfloat16) for ref in (refs.dq, refs.dk))
 
-        def key_columns(sums, tile):
+        def make_key_columns(sums, tile):
             columns = tile.place
             d_total, d_log_beta, d_last, inner = sums
 
-            def states(values_at, asked, read, d_write, inner):
+            def add_states(values_at, asked, read, d_write, inner):
                 state, d_state = refs.states[values_at, columns], refs.d_states[values_at, columns]
                 inner = inner + terms.inner_product(state, d_state, tile, inner.size)
                 asked = asked + triton.dot(values("do", values_at), state)
@@ -79,7 +79,7 @@ def make_gradients(
 
             key, query = tile.load_columns(refs.k, rows), tile.load_columns(refs.q, rows)
             zero = jnp.zeros((CHUNK, tile.width), jnp.float32)
-            asked, read, d_write, inner = terms.over_values(value_tiles, states, zero, zero, zero, inner)
+            asked, read, d_write, inner = terms.over_values(value_tiles, add_states, zero, zero, zero, inner)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
             tile.store_columns(refs.dq, rows, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
@@ -93,7 +93,7 @@ def make_gradients(
 
         none = jnp.zeros((CHUNK,), jnp.float32)
         sums = none, none, none, jnp.zeros((value_tiles.width,), jnp.float32)
-        d_total, d_log_beta, d_last, inner = Tiling(K, config.key_tile).over(key_columns, sums)
+        d_total, d_log_beta, d_last, inner = Tiling(K, config.key_tile).over(make_key_columns, sums)
         refs.dbeta[...] = d_log_beta / b
         d_total -= d_log_beta
         d_last = jnp.sum(d_last) + refs.gamma[CHUNK - 1] * jnp.sum(inner)

@@ -33,12 +33,12 @@ def pair_tokens(
         if refs.late_numbers is not None:
             allowed = allowed & (refs.late_numbers[...][:, None] == refs.early_numbers[...][None, :])
 
-        def products(at, m1, m2):
+        def add_products(at, m1, m2):
             early = refs.rho[rows, at].T
             return m1 + triton.dot(refs.do[rows, at], early), m2 + triton.dot(refs.dv[rows, at], early)
 
         m1, m2 = terms.over_values(
-            Tiling(V, config.value_tile), products, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2
+            Tiling(V, config.value_tile), add_products, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2
         )
         until = refs.early_total[...] - jnp.where(same, 0.0, refs.early_total[CHUNK - 1])
         decay = (
@@ -50,7 +50,7 @@ def pair_tokens(
         refs.m2[late, early] = jnp.where(same & (order == 0), 0.0, -decay * m2).astype(jnp.bfloat16)
 
         @triton.when(number == 1)
-        def future():
+        def clear_future():
             for m in (refs.m1, refs.m2):
                 m[triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)] = jnp.zeros((CHUNK, CHUNK), jnp.bfloat16)
 
@@ -106,7 +106,7 @@ def sum_gradients(
         def body(tile):
             columns, zero = tile.place, jnp.zeros((BLOCK, tile.width), jnp.float32)
 
-            def states(at, read, d_write, inner):
+            def add_states(at, read, d_write, inner):
                 state, d_state = refs.states[at, columns], refs.d_states[at, columns]
                 read = read + triton.dot(refs.dv[rows, at], state)
                 inner = inner + terms.inner_product(state, d_state, tile, inner.size)
@@ -119,33 +119,33 @@ def sum_gradients(
                 else:
                     tile.store_columns(ref, rows, x)
 
-            def key_pairs(part, read, d_write):
+            def add_key_pairs(part, read, d_write):
                 key = refs.k[part, columns]
                 d_write = d_write + triton.dot(refs.m2[part, rows].T, key)
                 d_write = d_write + triton.dot(refs.m1[part, rows].T, refs.q[part, columns])
                 return read + triton.dot(refs.m2[rows, part], key), d_write
 
-            def asked_states(at, asked):
+            def add_asked(at, asked):
                 return (asked + triton.dot(refs.do[rows, at], refs.states[at, columns]),)
 
-            def query_pairs(part, dq):
+            def add_query_pairs(part, dq):
                 return (dq + triton.dot(refs.m1[rows, part], refs.k[part, columns]),)
 
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = refs.gamma[CHUNK - 1], refs.gamma[BLOCK - 1]  # what each half leaves
             gamma = refs.gamma[...] * jnp.where(late, first, 1.0)
-            (asked,) = terms.over_values(value_tiles, asked_states, zero)
-            (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
+            (asked,) = terms.over_values(value_tiles, add_asked, zero)
+            (dq,) = over_pairs(add_query_pairs, (scale * gamma)[:, None] * asked)
             query = tile.own(refs.q[rows, columns].astype(jnp.float32))
             of_queries = jnp.sum(query * dq, axis=1)
             store(refs.dq, dq)
 
             none = jnp.zeros((value_tiles.width,), jnp.float32)
-            read, d_write, inner = terms.over_values(value_tiles, states, zero, zero, none)
+            read, d_write, inner = terms.over_values(value_tiles, add_states, zero, zero, none)
             d_write *= (terms.nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
             key = tile.own(refs.k[rows, columns].astype(jnp.float32))
             refs.d_last[0] = jnp.sum(jnp.sum(key * d_write, axis=1)) + first * last * jnp.sum(inner)
-            read, d_write = over_pairs(key_pairs, -gamma[:, None] * read, d_write)
+            read, d_write = over_pairs(add_key_pairs, -gamma[:, None] * read, d_write)
             d_log_beta = jnp.sum(key * d_write, axis=1)
             refs.d_log_beta[...] = d_log_beta
             refs.d_total[...] = of_queries + jnp.sum(key * read, axis=1) - d_log_beta

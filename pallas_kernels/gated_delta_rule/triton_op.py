@@ -69,13 +69,19 @@ class _Static(NamedTuple):
     configuration: Configuration
 
 
+def _prepared(static, tokens):
+    """(what the tokens of each chunk do to each other, the serial pass forward with its configuration)."""
+    chosen, constants = static.configuration, {"scale": static.scale, "interpret": static.interpret}
+    prepared = triton_prepare.solve_chunks(tokens, config=chosen.prepare, **constants)
+    serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
+    return prepared, partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
+
+
 def _forward(static, tokens, initial_state, *, read, keep):
     """(o where `read`, final state of every piece, what the backward takes where `keep`)."""
     chosen, constants = static.configuration, {"scale": static.scale, "interpret": static.interpret}
     at_once = read and isinstance(chosen, Every64)  # outputs come with the states
-    prepared = triton_prepare.solve_chunks(tokens, config=chosen.prepare, **constants)
-    serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
-    scan = partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
+    prepared, scan = _prepared(static, tokens)
     maps = None
     if static.pieces > 1:
         maps, local = _maps_and_local(scan, tokens, prepared)
@@ -177,10 +183,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residu
 def part(k, v, g, beta, segment_ids, configuration, interpret):
     """(M [B,Hv,K,K], F [B,Hv,K,V]) of each row, S_T = M S_0 + F, fp32. No gradient."""
     static, given = _given(k, k, v, g, beta, segment_ids, 1.0, "inputs", configuration, interpret)
-    chosen, constants = static.configuration, {"scale": 1.0, "interpret": interpret}
-    prepared = triton_prepare.solve_chunks(given, config=chosen.prepare, **constants)
-    serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
-    scan = partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
+    prepared, scan = _prepared(static, given)
     pieces = (x.reshape(-1, static.pieces, *x.shape[1:]) for x in _maps_and_local(scan, given, prepared))
     (whole, *maps), (final, *local) = (jnp.moveaxis(x, 1, 0) for x in pieces)
     for after, added in zip(maps, local, strict=True):

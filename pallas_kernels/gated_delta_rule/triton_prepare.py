@@ -61,12 +61,12 @@ def solve_chunks(tokens: Tokens, *, scale: float, config: configurations.Prepare
         refs.leaving[...] = leaving
         refs.write[...] = leaving * b
 
-        def products(sums, tile):
+        def add_products(sums, tile):
             kk, qk = sums
             query, key = tile.load_columns(refs.q, rows), tile.load_columns(refs.k, rows)
             return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
 
-        kk, qk = Tiling(K, config.key_tile).over(products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        kk, qk = Tiling(K, config.key_tile).over(add_products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)
         refs.attention[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
         lower = jnp.where(square(0) > square(1), decay * kk * b[None, :], 0.0)

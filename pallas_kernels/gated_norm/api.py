@@ -93,6 +93,3 @@ def _on_one_device(x, weight, gate, *, eps, gate_first, groups, impl):
         return triton_norm.gated_norm(x, weight, gate, eps, gate_first, groups, interpret=impl == "triton_interpret")
     op = reference if impl == "reference" else chunked
     return op.gated_norm(x, weight, gate, eps, gate_first, groups)
-
-
-__all__ = ["IMPLS", "gated_norm", "resolve"]

@@ -163,6 +163,3 @@ def linear_attention_step(
     g = g[..., None] if g.ndim == 2 else g
     o, state = reference.step(q, k, *(x.astype(exact) for x in (v, g, state)), scale)
     return o.astype(v.dtype), state
-
-
-__all__ = ["IMPLS", "linear_attention", "linear_attention_step", "resolve"]

@@ -170,7 +170,7 @@ def _weight(refs, tokens, total, end, *, late, scale, interpret):
     return weight if lasts is None else weight * lasts[tokens][:, None]
 
 
-def _kept(refs, last, end, interpret):
+def _gamma_end(refs, last, end, interpret):
     """gamma_C [channels]."""
     gamma = triton.exp(end, interpret)
     return gamma if refs.entered is None else gamma * refs.entered[last]
@@ -200,7 +200,7 @@ def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret
                 total, end = refs.total[tokens, keys], refs.total[last, keys]
                 weight = _weight(refs, tokens, total, end, late=reverse, scale=scale, interpret=interpret)
                 weighted = (weight * refs.x[tokens, keys].astype(jnp.float32)).astype(jnp.bfloat16)
-                kept = _kept(refs, last, end, interpret)
+                kept = _gamma_end(refs, last, end, interpret)
                 return kept[:, None] * state + triton.dot(weighted.T, refs.y[tokens, values])
 
             if initial is None:
@@ -325,7 +325,7 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
         origin = 0 * triton.program_id(0)
         rows = triton.ds(0, CHUNK)
 
-        def pairs_of(pairs, inner):
+        def add_pairs(pairs, inner):
             keys = inner.place32(origin)
             total = refs.total[rows, keys]
             x, z = inner.own(refs.x[rows, keys]), refs.z[rows, keys]
@@ -338,13 +338,13 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
 
             return _over_pairs(step, _largest_blocks(total, refs.total, (keys,)), pairs)
 
-        pairs = Tiling(K, config.pair_tile).over(pairs_of, jnp.zeros((CHUNK, CHUNK), jnp.float32))
+        pairs = Tiling(K, config.pair_tile).over(add_pairs, jnp.zeros((CHUNK, CHUNK), jnp.float32))
         pairs = _bf16(jnp.where(_allowed(refs, late), scale * pairs, 0.0), interpret)
 
-        def columns(done, tile):
+        def store_values(done, tile):
             values = tile.place32(origin)
 
-            def of_state(out, inner):
+            def add_state(out, inner):
                 keys = inner.place32(origin)
                 total, end = refs.total[rows, keys], refs.total[CHUNK - 1, keys]
                 weight = _weight(refs, rows, total, end, late=late, scale=scale, interpret=interpret)
@@ -352,10 +352,10 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
                 return out + triton.dot(_bf16(x, interpret), refs.states[keys, values])
 
             out = triton.dot(pairs, refs.y[rows, values])
-            tile.store_columns(refs.out, rows, Tiling(K, config.key_tile).over(of_state, out))
+            tile.store_columns(refs.out, rows, Tiling(K, config.key_tile).over(add_state, out))
             return done
 
-        Tiling(V, config.value_tile).over(columns, ())
+        Tiling(V, config.value_tile).over(store_values, ())
 
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
     of_value_head = lambda size: BlockSpec((None, CHUNK, None, size), lambda n, h, b: (b, n, h, 0))  # noqa: E731
@@ -385,38 +385,38 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
         def body(tile):
             keys = tile.place32(origin)
 
-            def member(m, sums):
-                def values(sums, inner):
-                    pairs, turned, read, d_write, both = sums
+            def add_member(m, sums):
+                def add_values(sums, inner):
+                    pairs, transposed, read, d_write, both = sums
                     columns = inner.place32(origin)
                     v = inner.own(refs.v[rows, m, columns])
                     do = inner.own(refs.do[rows, m, columns])
                     state, d_state = refs.states[m, keys, columns], refs.d_states[m, keys, columns]
                     met = inner.own(state.astype(jnp.float32) * d_state.astype(jnp.float32))
-                    pairs, turned = pairs + triton.dot(do, v.T), turned + triton.dot(v, do.T)
+                    pairs, transposed = pairs + triton.dot(do, v.T), transposed + triton.dot(v, do.T)
                     read, d_write = read + triton.dot(do, state.T), d_write + triton.dot(v, d_state.T)
                     # the states are not for products alone
-                    return pairs, turned, read, triton.finished(d_write, interpret), both + jnp.sum(met, axis=1)
+                    return pairs, transposed, read, triton.finished(d_write, interpret), both + jnp.sum(met, axis=1)
 
                 of_pairs, of_keys = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros((CHUNK, keys.size), jnp.float32)
                 zero = of_pairs, of_pairs, of_keys, of_keys, jnp.zeros((keys.size,), jnp.float32)
-                pairs, turned, read, d_write, both = Tiling(V, config.value_tile).over(values, zero)
-                # each made by its own product: a product turned for the next one is miscompiled (Triton 3.4 to 3.7)
+                pairs, transposed, read, d_write, both = Tiling(V, config.value_tile).over(add_values, zero)
+                # each by its own product: one that is transposed to feed another is miscompiled (Triton 3.4 to 3.7)
                 diagonal = scale * jnp.sum(_diagonal(pairs), axis=1)[:, None]
                 pairs = _bf16(jnp.where(_apart(refs, late=True), scale * pairs, 0.0), interpret)
-                turned = _bf16(jnp.where(_apart(refs, late=False), scale * turned, 0.0), interpret)
+                transposed = _bf16(jnp.where(_apart(refs, late=False), scale * transposed, 0.0), interpret)
 
                 total, end = refs.total[rows, m, keys], refs.total[CHUNK - 1, m, keys]
                 q, k = refs.q[rows, keys].astype(jnp.float32), refs.k[rows, keys].astype(jnp.float32)
                 weight = partial(_weight, refs, rows, total, end, scale=scale, interpret=interpret)
                 dq, dk = weight(late=True) * read, weight(late=False) * d_write
-                behind = _kept(refs, CHUNK - 1, end, interpret) * both + jnp.sum(k * dk, axis=0)
+                behind = _gamma_end(refs, CHUNK - 1, end, interpret) * both + jnp.sum(k * dk, axis=0)
 
                 def step(which, sums):
                     dq, dk = sums
                     queries, of_keys = which.factors(total, refs.total, (m, keys), interpret)
                     dq += queries * triton.dot(which.of(pairs), _bf16(of_keys * k, interpret))
-                    dk += of_keys * triton.dot(which.of(turned), _bf16(queries * q, interpret))
+                    dk += of_keys * triton.dot(which.of(transposed), _bf16(queries * q, interpret))
                     return dq, dk
 
                 dq, dk = _over_pairs(step, _largest_blocks(total, refs.total, (m, keys)), (dq, dk))
@@ -429,9 +429,9 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
 
             sums = (jnp.zeros((CHUNK, keys.size), jnp.float32),) * 2
             if members == 1:
-                sums = member(0, sums)
+                sums = add_member(0, sums)
             else:
-                sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), member, sums)
+                sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), add_member, sums)
             tile.store_columns(refs.dq, rows, sums[0])
             tile.store_columns(refs.dk, rows, sums[1])
 

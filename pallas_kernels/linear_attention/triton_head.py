@@ -203,14 +203,14 @@ class _Operands(NamedTuple):
     y: jax.Array
     w: jax.Array  # [B,Hv,T]
     states: jax.Array  # [B,Hv,N or N+1,K,V]
-    turned: bool  # the states are read as S^T
+    transposed: bool  # the states are read transposed, S^T
     late: bool  # rows are the later tokens of a pair; else the earlier ones
     other: jax.Array | None  # like out: the rowwise inner products of each value head's part with it are wanted too
 
 
 def _join(operands, decays, heads, *, scale, config, chunk, interpret):
     """(out [B,T,heads,size] bf16, inner products [tiles,B,Hv,T] or None), where heads is H or Hv."""
-    x, z, y, w, states, turned, late, other = operands
+    x, z, y, w, states, transposed, late, other = operands
     (B, T), Hv, size = y.shape[:2], w.shape[1], y.shape[3]
     N, blocks, members = T // chunk, chunk // BLOCK, Hv // heads  # value heads that are summed
     tiles = Tiling(size, config.column_tile).number
@@ -226,16 +226,16 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
         def body(tile):
             columns = tile.place32(origin)
 
-            def member(m, out):
+            def add_member(m, out):
                 at = lambda array: m if array.shape[2] == Hv else origin  # noqa: E731  one key head for all
                 zero = jnp.zeros((BLOCK, BLOCK), jnp.float32)
 
-                def met(inner, there):
+                def multiply(inner, there):
                     depth = inner.place32(origin)
                     mine = inner.own(refs.x[rows, at(x), depth])
                     return mine, triton.dot(mine, refs.z[there, at(z), depth].T)
 
-                def added(pairs, there, allowed):
+                def weigh(pairs, there, allowed):
                     """Of the tokens `there`, from their products with the rows."""
                     if decays.numbers is not None:
                         same = refs.numbers[rows][:, None] == refs.numbers[there][None, :]
@@ -246,25 +246,25 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
                     pairs = scale * triton.exp(between, interpret) * pairs
                     return triton.dot(pairs.astype(jnp.bfloat16), refs.y[there, at(y), columns])
 
-                def own_block(sums, inner):
+                def add_own_block(sums, inner):
                     pairs, read = sums
-                    mine, product = met(inner, rows)
+                    mine, product = multiply(inner, rows)
                     depth = inner.place32(origin)
-                    state = refs.states[m, columns, depth].T if turned else refs.states[m, depth, columns]
+                    state = refs.states[m, columns, depth].T if transposed else refs.states[m, depth, columns]
                     return pairs + product, read + triton.dot(mine, state)
 
-                def other_block(b, part):
+                def add_other_block(b, part):
                     there = triton.ds(b * BLOCK, BLOCK)
-                    products = lambda pairs, inner: pairs + met(inner, there)[1]  # noqa: E731
+                    products = lambda pairs, inner: pairs + multiply(inner, there)[1]  # noqa: E731
                     pairs = Tiling(x.shape[3], config.inner_tile).over(products, zero)
-                    return part + added(pairs, there, None)
+                    return part + weigh(pairs, there, None)
 
                 sums = zero, jnp.zeros((BLOCK, columns.size), jnp.float32)
-                pairs, read = Tiling(x.shape[3], config.inner_tile).over(own_block, sums)
-                part = refs.w[m, rows][:, None] * read + added(pairs, rows, causal)
+                pairs, read = Tiling(x.shape[3], config.inner_tile).over(add_own_block, sums)
+                part = refs.w[m, rows][:, None] * read + weigh(pairs, rows, causal)
                 if blocks > 1:
                     first, last = (origin, block) if late else (block + 1, origin + blocks)
-                    part = jax.lax.fori_loop(first, last, other_block, part)
+                    part = jax.lax.fori_loop(first, last, add_other_block, part)
                 if other is not None:
                     product = refs.other[rows, columns].astype(jnp.float32) * part
                     refs.inner[m, rows] = jnp.sum(tile.own(product), axis=1)
@@ -272,9 +272,9 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
 
             out = jnp.zeros((BLOCK, columns.size), jnp.float32)
             if members == 1:
-                out = member(origin, out)
+                out = add_member(origin, out)
             else:
-                out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), member, out)
+                out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), add_member, out)
             tile._replace(start=columns.start).store_columns(refs.out, rows, out)
 
         Tiling(size, config.column_tile).at(triton.remainder(number, tiles), body)

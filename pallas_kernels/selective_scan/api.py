@@ -78,11 +78,11 @@ def selective_scan(
         initial_state = jnp.zeros((x.shape[0], *A.shape))
     initial_state = initial_state.astype(exact)
     static = {"impl": impl, "chunk": chunk, "residuals": residuals}
-    token, shared, state = ("batch", "tokens", "heads"), ("batch", "tokens", None), ("batch", "heads", None)
+    token, of_all, state = ("batch", "tokens", "heads"), ("batch", "tokens", None), ("batch", "heads", None)
     return dispatch.shard(
         partial(_on_one_device, carried=carried, **static),
         (x, dt, A, B, C, D, initial_state, segment_ids),
-        (token, token, ("heads", None), shared, shared, ("heads",), state, shared[:2]),
+        (token, token, ("heads", None), of_all, of_all, ("heads",), state, of_all[:2]),
         (token, state),
         across=partial(_across_devices, **static),
     )
@@ -132,6 +132,3 @@ def selective_scan_step(
     exact = jnp.promote_types(jnp.float32, x.dtype)
     y, state = reference.step(*(array.astype(exact) for array in (x, dt, A, B, C, D, state)))
     return y.astype(x.dtype), state
-
-
-__all__ = ["IMPLS", "resolve", "selective_scan", "selective_scan_step"]

@@ -108,6 +108,3 @@ def _on_one_device(x, weight, bias, initial_state, segment_ids, *, activation, l
         initial_state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), x.dtype)
     op = reference if impl == "reference" else chunked
     return op.short_conv(x, weight, bias, initial_state, segment_ids, activation, l2norm)
-
-
-__all__ = ["IMPLS", "LEAST_TOKENS", "resolve", "short_conv"]

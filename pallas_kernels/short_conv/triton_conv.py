@@ -129,7 +129,7 @@ def _forward(static, x, weight, bias, state, reach):
             past = jnp.clip(token + (W - 1), 0, W - 2)
             return given + tile.load(refs.state, past, only=token < 0)
 
-        def turn(i, window):
+        def convolve_tokens(i, window):
             first = start + i * config.unroll
             tokens = [first + u for u in range(config.unroll)]
             inside = [t < T if ragged else None for t in tokens]
@@ -150,7 +150,7 @@ def _forward(static, x, weight, bias, state, reach):
             return window
 
         window = tuple(before(start - j) for j in range(1, W))
-        jax.lax.fori_loop(jnp.int32(0), jnp.int32(piece // config.unroll), turn, window)
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(piece // config.unroll), convolve_tokens, window)
 
     row = BlockSpec((None, T, H, K), lambda c, p, b: (b, 0, 0, 0))
     made = triton.call(
@@ -237,7 +237,7 @@ def _backward(static, x, weight, bias, state, reach, dy):
                 _, _, _, window, later = step(at, window, later, *loads(at))
             return window, later
 
-        def turn(i, carry):
+        def reverse_tokens(i, carry):
             window, later, totals = carry
             last = start + (piece - 1) - i * config.unroll
             tokens = [last - u for u in range(config.unroll)]
@@ -250,8 +250,8 @@ def _backward(static, x, weight, bias, state, reach, dy):
 
         window, later = after(start + piece + (W - 2))
         totals = tuple(jnp.zeros((tiling.across, tiling.wide), jnp.float32) for _ in range(parts))
-        turns = jnp.int32(piece // config.unroll)
-        _, _, totals = jax.lax.fori_loop(jnp.int32(0), turns, turn, (window, later, totals))
+        count = jnp.int32(piece // config.unroll)
+        _, _, totals = jax.lax.fori_loop(jnp.int32(0), count, reverse_tokens, (window, later, totals))
         for j, total in enumerate(totals):
             tile.store(refs.parts, total, W - 1 - j if j < W else W)
 
@@ -291,12 +291,15 @@ def _op(static, x, weight, bias, state, documents):
     return _run(static, x, weight, bias, state, documents)
 
 
-def _run(static, x, weight, bias, state, documents):
+def _as_read(static, x, weight, bias, state, documents):
+    """What both kernels read: the arrays by heads, parameters in fp32, and how far each token's filter reaches."""
     exact = [None if y is None else _by_head(static, y.astype(jnp.float32)) for y in (weight, bias)]
-    y = _forward(
-        static, _by_head(static, x), *exact, _by_head(static, state) if len(weight) > 1 else None,
-        _reach(documents, len(weight)),
-    )  # fmt: skip
+    state = _by_head(static, state) if len(weight) > 1 else None
+    return _by_head(static, x), *exact, state, _reach(documents, len(weight))
+
+
+def _run(static, x, weight, bias, state, documents):
+    y = _forward(static, *_as_read(static, x, weight, bias, state, documents))
     return y.reshape(x.shape), chunked.final_state(x[:, x.shape[1] - (len(weight) - 1) :], documents, x.shape[1])
 
 
@@ -307,11 +310,7 @@ def _op_fwd(static, *arrays):
 def _op_bwd(static, kept, cotangents):
     x, weight, bias, state, documents = kept
     (dy, d_final), W, T = cotangents, len(weight), x.shape[1]
-    exact = [None if y is None else _by_head(static, y.astype(jnp.float32)) for y in (weight, bias)]
-    dx, d_weight, d_bias = _backward(
-        static, _by_head(static, x), *exact, _by_head(static, state) if W > 1 else None,
-        _reach(documents, W), _by_head(static, dy),
-    )  # fmt: skip
+    dx, d_weight, d_bias = _backward(static, *_as_read(static, *kept), _by_head(static, dy))
     dx = dx.reshape(x.shape)
     d_weight = d_weight.reshape(weight.shape).astype(weight.dtype)
     d_bias = None if bias is None else d_bias.reshape(bias.shape).astype(bias.dtype)

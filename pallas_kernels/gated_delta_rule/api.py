@@ -40,7 +40,7 @@ def resolve(
         listed = configurations.admitted(key_dim, value_dim, *admission.here())
         return admission.refusal(NAME, listed=listed, K=key_dim, V=value_dim)
 
-    return dispatch.choose(NAME, impl, why_not, admits, rounded=dtype)
+    return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype, rounds_to=jnp.bfloat16)
 
 
 @jaxtyped(typechecker=beartype)

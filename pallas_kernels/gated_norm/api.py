@@ -34,11 +34,10 @@ def resolve(
         return dispatch.Choice(NAME, "chunked")
 
     def why_not(interpret):
-        if dtype == jnp.float64:
-            return "it computes in float32, and x or gate is float64"
         return triton_norm.why_not(math.prod(shape[:-1]) * groups, shape[-1] // groups, interpret=interpret)
 
-    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, D=shape[-1], groups=groups))
+    admits = partial(admission.refusal, NAME, D=shape[-1], groups=groups)
+    return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype)
 
 
 @jaxtyped(typechecker=beartype)

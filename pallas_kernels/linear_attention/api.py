@@ -30,12 +30,10 @@ def resolve(
     """
 
     def why_not(interpret):
-        if dtype == jnp.float64:
-            return "it would round float64 to bfloat16"
         return triton_head.why_not(shape, interpret=interpret)
 
     admits = partial(admission.refusal, NAME, K=shape[3], V=shape[4], channels=channels)
-    return dispatch.choose(NAME, impl, why_not, admits, rounded=dtype)
+    return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype, rounds_to=jnp.bfloat16)
 
 
 @jaxtyped(typechecker=beartype)

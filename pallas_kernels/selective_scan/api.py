@@ -23,11 +23,9 @@ def resolve(
     the widest of x, B and C."""
 
     def why_not(interpret):
-        if dtype == jnp.float64:
-            return "it would round float64 to float32"
         return triton_scan.why_not(shape, interpret=interpret)
 
-    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, N=shape[3]))
+    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, N=shape[3]), dtype=dtype)
 
 
 @jaxtyped(typechecker=beartype)

@@ -30,11 +30,10 @@ def resolve(
         return dispatch.Choice(NAME, "chunked")
 
     def why_not(interpret):
-        if dtype == jnp.float64:
-            return "it computes in float32, and x is float64"
         return triton_conv.why_not(shape, width, l2norm, interpret=interpret)
 
-    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, W=width, l2norm=l2norm))
+    admits = partial(admission.refusal, NAME, W=width, l2norm=l2norm)
+    return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype)
 
 
 @jaxtyped(typechecker=beartype)

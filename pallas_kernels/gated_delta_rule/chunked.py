@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.chunkwise import cut, document_numbers, dot, operand_dtype, pad_tokens, put, reverse_cumsum
 
-BLOCK = 128  # tokens between kept states, and per step of the backward's gradient stage
+BLOCK = 128  # tokens between kept states, and in one step of the backward's scan
 
 
 def _decays(g, numbers):
@@ -66,7 +66,7 @@ def _invert(lower):
 
 
 def _prepare(q, k, g, beta, numbers, scale, operand):
-    """What a chunk's tokens do to each other, independent of the state."""
+    """(gamma, leaving, gamma_C, inverse, scale D . (Q K^T) diag(beta)) of a chunk: none depends on the state."""
     decay, gamma, leaving, gamma_end = _decays(g, numbers)
     strict = jnp.tril(dot("bhik,bhjk->bhij", k, k, operand), -1)[:, :, None]
     lower = decay * strict * beta[..., None, :]
@@ -123,7 +123,7 @@ def _forward(q, k, v, g, beta, initial_state, numbers, scale, chunk, *, read=Tru
 
 
 def _backward(q, k, v, g, beta, numbers, kept_rho, kept_states, do, d_final, scale, chunk):
-    """All gradients in one reverse scan over blocks: the serial stage chunk by chunk, then the block's gradients.
+    """All gradients in one reverse scan over blocks: the serial part chunk by chunk, then the block's gradients.
 
     serial, reverse:  drho = attention^T dO + leaving beta (K dS'),   dV = inverse^T drho,
                       dS = gamma_C dS' + Q^T (scale gamma dO) - K^T (gamma dV)

@@ -1,7 +1,7 @@
 """The gradients of every chunk of 64 tokens, all chunks at once, in one kernel.
 
-With S the state entering the chunk, dS' the gradient of the one leaving it, D the decays between its tokens and
-leaving_j what the leaving state has of token j,
+With S the state entering the chunk, dS' the gradient of the state S' leaving it, and D, gamma and leaving as in
+triton_prepare.py,
 
     M1 = scale D . (dO rho^T) diag(beta)       M2 = -strict(D . (dV rho^T)) diag(beta)
     dQ = scale gamma (dO S^T) + M1 K
@@ -10,10 +10,11 @@ leaving_j what the leaving state has of token j,
     dg_m = sum_{i >= m} (q_i . dQ_i + k_i . dR_i - k_i . dW_i) + <S', dS'>
     <S', dS'> = gamma_C <S, dS'> + sum_j k_j . (beta leaving rho dS'^T)_j
 
-dR is what token i reads of keys before it, dW what it wrote for those after. A pair after m is in both and cancels in
-dg, which under strong decay is small beside it: so both have it from one rounded entry of M1 or M2, with beta in it,
-and no beta is smaller than LEAST. M1 and M2 go through memory, since a transposed accumulator must not feed a product
-(some Triton releases miscompile it on Hopper): they lie where dQ and dK will be until those take their place.
+dR is the part of dK from a token's own reads of the state, dW the part from what later tokens read of its write. A pair
+of tokens that both come after m contributes to both and cancels in dg_m, which under strong decay is small beside it.
+So both take it from the same rounded entry of M1 or M2, with beta already in it, and |beta| is at least triton_terms'
+LEAST. M1 and M2 go through memory, since a transposed accumulator must not feed a product (some Triton releases
+miscompile it on Hopper): they lie in the outputs dQ and dK until those are written.
 
 Heads of at most `value_tile` value columns have dO, dV and rho in shared memory from the start, and the loop over key
 tiles is the one whose loads the compiler pipelines. Wider ones run over value columns within each key tile.

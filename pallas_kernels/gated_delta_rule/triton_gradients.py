@@ -1,8 +1,9 @@
-"""The gradients of every block of 128 tokens, all blocks at once: half as many states as triton_chunks.py takes.
+"""The gradients of every block of 128 tokens, all blocks at once, from half as many states as triton_chunks.py takes.
 
-The equations are those of triton_chunks.py, of a block for a chunk. A block has two halves, and pairs of tokens are in
-one of three tiles: both in the first half, late in the second and early in the first, both in the second. M1 and M2 go
-through memory, since a transposed accumulator must not feed a product (some Triton releases miscompile it on Hopper).
+The equations are those of triton_chunks.py with a block in a chunk's place. A block has two halves of 64. A pair of
+tokens, one later than the other, lies in one of three tiles: both in the first half, the later one in the second half
+and the earlier one in the first, or both in the second. M1 and M2 go through memory, since a transposed accumulator
+must not feed a product (some Triton releases miscompile it on Hopper).
 """
 
 import jax
@@ -15,7 +16,7 @@ from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Gradients, Kept
 from pallas_kernels.tiles import Tile, Tiling
 from pallas_kernels.triton_calls import BlockSpec
 
-TILES = 3  # of pairs, numbered late half + early half
+TILES = 3  # of pairs; a tile's number is the half (0 or 1) of its later tokens plus that of its earlier ones
 
 
 def pair_tokens(
@@ -83,9 +84,9 @@ def sum_gradients(
     """dQ, dK and the sums that dg and dbeta are made of: q . dQ + k . dR - k . dW, k . dW and <S', dS'>, each over its
     own tile of key columns.
 
-    A program makes a tile of key columns for a block. Where what is left of K takes several narrow tiles, there is one
-    as wide as the others instead, over columns of its neighbour, whose results it makes once more. dQ is first: what it
-    reads of S is then still in the L2 cache when dK reads it.
+    A program makes a tile of key columns of one block. Where the columns that full tiles leave would take several
+    narrow tiles, one full tile takes them instead: it overlaps its neighbour and makes some of its columns a second
+    time. dQ comes first, so that the states it reads are still in the L2 cache when dK reads them.
     """
     B, T, H, K = kept.tokens.q.shape
     Hv, V = kept.rho.shape[2:]

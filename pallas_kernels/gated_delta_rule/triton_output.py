@@ -3,8 +3,8 @@
     first 64          O = scale gamma (Q S) + attention rho
     last 64           O = scale gamma (gamma_64 Q S + (Q K_1^T) diag(write_1) rho_1) + attention rho
 
-with K_1, write_1 and rho_1 of the first 64: what they add to the state that the others read. gamma_64 is what they
-leave of S.
+where K_1, write_1 and rho_1 are those of the first 64 tokens, which write to the state that the last 64 read, and
+gamma_64 is the fraction of S that is left after them.
 """
 
 import jax

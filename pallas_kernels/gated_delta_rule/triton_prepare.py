@@ -1,13 +1,14 @@
-"""What the 64 tokens of a chunk do to each other, for every chunk and head at once: stage 1 of the Triton kernels.
+"""What the 64 tokens of a chunk do to each other, for every chunk and head at once: the first of the kernels.
 
     inverse   = (I + strict(D . K K^T) diag(beta))^-1        rho = inverse (V - gamma (K S))
     attention = scale D . (Q K^T) diag(beta)                 O   = scale gamma (Q S) + attention rho
     total_i   = g_1 + ... + g_i
-    gamma_i   = exp(total_i)                                 what the entering state has left at token i
-    leaving_j = exp(g_j+1 + ... + g_C)                       what the leaving state has of token j
-    write_j   = leaving_j beta_j                             what token j's error adds to it
+    gamma_i   = exp(total_i)                                 the fraction of the entering state left at token i
+    leaving_j = exp(g_j+1 + ... + g_C)                       the fraction of token j's write left at the chunk's end
+    write_j   = leaving_j beta_j                             the factor of k_j rho_j^T in the leaving state
 
-with D_ij = gamma_i / gamma_j for i >= j in one document, else 0.
+with D_ij = exp(total_i - total_j) for i >= j in one document, else 0. gamma is 0 outside the document that enters the
+chunk, leaving outside the one that leaves it. S is the entering state, rho the prediction errors (triton_state.py).
 """
 
 import jax

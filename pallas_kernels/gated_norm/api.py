@@ -25,10 +25,15 @@ def resolve(
     groups: int = 1,
     dtype: Any = jnp.bfloat16,
 ) -> dispatch.Choice:
-    """Which implementation `impl` means on this machine for x of this shape and the widest dtype of x and gate, and why
-    a faster one was refused.
+    """Which implementation `impl` means on this machine, and why a faster one was refused.
 
-    Without a gate, and for few vectors, "auto" takes "chunked": XLA joins it with what stands around it.
+    shape: that of x
+    gated: whether there is a gate
+    groups: equal parts of a vector that are normalised by themselves
+    dtype: the widest of x and gate
+
+    Without a gate, and for fewer than FEW_VECTORS vectors, "auto" takes "chunked", which XLA joins with the operations
+    around it. Raises dispatch.CannotRun for a named one that cannot run.
     """
     if impl == "auto" and (not gated or math.prod(shape[:-1]) < FEW_VECTORS):
         return dispatch.Choice(NAME, "chunked")
@@ -63,7 +68,7 @@ def gated_norm(
     eps     > 0
     groups  divides D
     impl    "auto" takes the fastest for this device and this use; a named one never falls back. The kernels compute in
-            fp32 on vectors of at most 8,192 elements
+            fp32, refuse float64, and take groups of at most 8,192 elements
 
     Returns y like x, in x's dtype; inside at least fp32, float64 for float64 inputs. The gradient reaches x, weight and
     gate.

@@ -1,8 +1,8 @@
 """RMS norm with a SiLU gate as one Triton kernel forward and one backward, each reading and writing every array once.
 
-A program holds whole vectors: `rows` of them at a time, one or more times. The backward makes r, n and the gate again
-from the inputs, which it reads anyway, so that nothing else is kept; equations as in chunked.py. The weight's gradient
-is a sum over all vectors: a program makes its own part, and the parts are added outside.
+A program holds `rows` whole vectors at a time, and works through one or more such sets. The backward makes r, n and
+SiLU(gate) again from the inputs, which it reads anyway, so that nothing else is kept; equations as in chunked.py. The
+weight's gradient is a sum over all vectors: each program makes its own part, and XLA adds the parts.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ LARGEST = 8192  # elements of a vector
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Of one of the two kernels."""
+    """The configuration of one of the two kernels."""
 
     elements: int = 1024  # of the vectors that a program holds at once, at least one vector
     warps: int = 4

@@ -5,10 +5,11 @@ One chunk of C tokens, state h_0 [D, N] entering it, all products elementwise on
     h_t = a_t h_{t-1} + u_t B_t       a_t = exp(dt_t A), 0 where a document starts      u_t = dt_t x_t
     y_t = sum_n C_t h_t + D x_t
 
-The C states of a chunk are found in three passes: all runs of RUN tokens side by side, token after token, as if each
-began with an empty state; the runs one after another, which gives the state entering each; and that state, times the
-product of decays since, added to every token. Decays only ever multiply, never divide. Outside the current chunk no
-[T, D, N] array exists: the forward keeps the state entering each chunk, and the backward makes a chunk's states again.
+The C states of a chunk are found in three passes. The first goes through all runs of RUN tokens side by side, token
+after token, as if each run began with an empty state. The second goes from run to run and gives the state that enters
+each. The third adds that state, times the product of the decays since, to every token. Decays only ever multiply, never
+divide. States exist for the tokens of one chunk at a time: the forward keeps the state that enters each chunk, and the
+backward makes a chunk's states again.
 
 Backward, with dh'_C the gradient of the state that leaves the chunk:
     dh_t = C_t dy_t + a_{t+1} dh_{t+1}      the same three passes from the right
@@ -61,7 +62,7 @@ def _chunk(arrays, numbers, start, size, dtype):
 
 
 def _states(u, dt, B, goes_on, A, state, keep_decay=False):
-    """h of every token [RUN, B, R, D, N], what entered each run, the state after the last token; decays if asked."""
+    """(h of every token [RUN, B, R, D, N], state entering each run, state after the last token, decays if kept)."""
 
     def step(carry, token):
         (written, product), (u, dt, B, goes_on) = carry, token

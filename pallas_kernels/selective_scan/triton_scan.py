@@ -1,15 +1,17 @@
 """Mamba's selective scan as one Triton kernel forward and one backward, each of which walks along a row's tokens.
 
-A program is one warp: 32 lanes hold the states of 32 / G x P channels in registers. G lanes share a channel, N / G of
-its N numbers each, and each lane has P channels. All values are vectors with one element a lane.
+A program is one warp: its 32 lanes hold the states of 32 / G x P channels in registers. Each channel's state of N
+numbers is spread over G lanes, N / G numbers in each, and each lane has numbers of P channels. All values are vectors
+with one element a lane.
 
     a_t = 2^(dt_t A log2 e + start_t)     start_t is -inf where a document starts, else 0
     h_t = a_t h_{t-1} + u_t B_t           u_t = dt_t x_t
     y_t = sum_n C_t h_t + D x_t
 
-A token's B and C are N / G numbers a lane, its dt and x are P. Sums over n run over G lanes and sums over channels over
-the other 32 / G: at each step a lane hands half of its values to another lane and adds what it gets to the other half,
-which for V values over L lanes are V - 1 exchanges and not V log2 L. So no sum depends on the order of programs.
+Of a token each lane has N / G numbers of B and of C, and P of dt and of x. A sum over n runs over the G lanes of a
+channel, a sum over channels over the 32 / G lanes with the same numbers n. At each step a lane hands half of its values
+to another lane and adds what it gets to its other half: for V values over L <= V lanes V - V / L exchanges, where a sum
+of each value by itself would take V log2 L. The order of the terms is fixed, so every run gives the same bits.
 
 The forward keeps the state that enters every run of a few tokens, in the dtype of x. The backward makes the states of a
 run again from it, in registers, then goes back through it. dh_t is the gradient of h_t, g what that leaves for h_{t-1}:
@@ -42,11 +44,11 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How a program's channels lie in its lanes; powers of two."""
+    """How a program's channels lie in its lanes, and how often a state is kept; powers of two."""
 
     channels_per_lane: int = 2
     lanes_per_channel: int = 4
-    run: int = 4  # tokens between two states that are kept, and whose states are in registers at once
+    run: int = 4  # tokens: a state is kept before each run, and the backward has a run's states in registers at once
 
 
 CONFIG = Config()
@@ -126,7 +128,7 @@ class _Lanes:
         self.own_number = share * along + triton.remainder(sums, along)
 
     def touch(self, ref, t, rows, columns, first=0):
-        """Rows from t on of ref[T, columns from `first` on], on the way to the cache for the run that comes next."""
+        """Starts loading ref[t : t + rows, first : first + columns] into the L2 cache, for the run that comes next."""
         across = max(1, columns * jnp.dtype(ref.dtype).itemsize // SECTOR)
         for part in range(0, rows * across, LANES):
             sector = jnp.minimum(self.number + part, rows * across - 1)
@@ -134,7 +136,8 @@ class _Lanes:
             triton.touch(ref, (t + row, first + column * (columns // across)), self.interpret)
 
     def scatter_sum(self, values, masks):
-        """The sums of `values` over the lanes whose numbers differ in the bits of `masks`, each lane its own few."""
+        """The sums of `values` over the lanes whose numbers differ in the bits of `masks`; each lane gets those that
+        `_sums_of` says."""
         for mask in masks:
             if len(values) == 1:
                 values = [values[0] + triton.from_lane(values[0], mask, self.interpret)]
@@ -163,7 +166,7 @@ def _masks(most, least):
 
 
 def _sums_of(lane, lanes, values):
-    """Which of `values` sums lane number `lane` of `lanes` has after scatter_sum: [LANES, how many it has]."""
+    """The numbers of the sums, of `values`, that lane `lane` of `lanes` has after scatter_sum: [LANES, count]."""
     if values >= lanes:
         return lane * (values // lanes) + _iota(values // lanes)
     return triton.quotient(lane, lanes // values)
@@ -188,12 +191,12 @@ def _inputs(tiling, x, dt, A, B, C, D, start):
 
 
 def _of_row(tiling):
-    """A state of every channel of a row."""
+    """The block spec of a state of a program's channels in one row."""
     return BlockSpec((None, None, LANES, tiling.spread), lambda c, b: (b, c, 0, 0))
 
 
 class _Kept(NamedTuple):
-    """The state before each run, in pieces of which each lane has 16 bytes next to one another."""
+    """The states before each run in memory: in pieces, of which each lane has at most 16 bytes next to one another."""
 
     runs: int
     pieces: int

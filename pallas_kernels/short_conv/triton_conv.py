@@ -1,14 +1,13 @@
 """The short convolution, its SiLU and its L2 norm as one Triton kernel forward and one backward.
 
-One program is one warp that walks along the tokens of a piece of a row with a tile of channels in registers: the last
-W - 1 inputs going forward; going backward also the parts of dx that later tokens have added. So every array is read and
-written once, but for the W - 1 tokens around a piece. Where vectors are normalised, a tile is one head, or several
-small ones.
+A program walks along the tokens of a piece of a row for one tile of channels. It holds in registers the last W - 1
+inputs, and going backward also what later tokens have added to dx of the W - 1 tokens before them. So every array is
+read and written once, but for the W - 1 tokens around a piece. With l2norm a tile is one head, or several small ones.
 
     z_t = bias + sum_j weight_{W-1-j} x_{t-j}      a = SiLU(z)      y = r a      r = (|a|^2 + eps)^-1/2
     da = r dy - r^3 (dy . a) a      dz = da SiLU'(z)      dx_s = sum_j weight_{W-1-j} dz_{s+j}
 
-The gradients of weight and bias are sums over all tokens: a program makes its own part, which are added outside.
+The gradients of weight and bias are sums over all tokens: each program makes its own part, and XLA adds the parts.
 """
 
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ LARGEST_HEAD = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Of one of the two kernels."""
+    """The configuration of one of the two kernels."""
 
     tile: int = 256  # channels of one program
     warps: int = 2
@@ -95,7 +94,7 @@ class _Channels(NamedTuple):
 
 
 def _met(x, reach, back):
-    """x, the input `back` tokens before a token that sees `reach` tokens back."""
+    """x, the input `back` tokens before a token whose filter reaches `reach` tokens back; 0 where that is fewer."""
     return x if reach is None or back == 0 else jnp.where(reach >= back, x, 0.0)
 
 
@@ -229,7 +228,7 @@ def _backward(static, x, weight, bias, state, reach, dy):
             return da, met, sums[0], window[1:], tuple(sums[1:])
 
         def after(token):
-            """dx parts and window on entering `piece`: what the W - 1 tokens behind it add."""
+            """(window, later) at the piece's last token, from the W - 1 tokens after it, the last of them `token`."""
             window = tuple(given(token - j) for j in range(W - 1))
             later = tuple(jnp.zeros((tiling.across, tiling.wide), jnp.float32) for _ in range(W - 1))
             for back in range(W - 1):

@@ -293,8 +293,8 @@ def _op(static, x, weight, bias, state, documents):
 def _as_read(static, x, weight, bias, state, documents):
     """What both kernels read: the arrays by heads, parameters in fp32, and how far each token's filter reaches."""
     exact = [None if y is None else _by_head(static, y.astype(jnp.float32)) for y in (weight, bias)]
-    state = _by_head(static, state) if len(weight) > 1 else None
-    return _by_head(static, x), *exact, state, _reach(documents, len(weight))
+    x, state = _by_head(static, x), _by_head(static, state) if len(weight) > 1 else None
+    return x, *exact, state, _reach(documents, len(weight))
 
 
 def _run(static, x, weight, bias, state, documents):

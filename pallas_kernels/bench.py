@@ -92,7 +92,7 @@ def shapes_of(op: str, given: str) -> dict[str, Any]:
     if given == "all":
         return known
     count = len(benchmark.Shape._fields)
-    how = f"{benchmark.WRITTEN}, such as {written(next(iter(known.values())))}"
+    how = f"{benchmark.WRITTEN}, such as {as_typed(next(iter(known.values())))}"
     while words:
         word = words.pop(0)
         if re.match(r"\d+x", word):
@@ -108,7 +108,7 @@ def shapes_of(op: str, given: str) -> dict[str, Any]:
     return found
 
 
-def written(sizes: Sequence[int]) -> str:
+def as_typed(sizes: Sequence[int]) -> str:
     """A shape as one types it: 8x4096,6,256,512."""
     return f"{sizes[0]}x" + ",".join(map(str, sizes[1:]))
 
@@ -207,12 +207,11 @@ def _unmeasured(row: dict[str, Any]) -> bool:
 
 
 def _problem(row: dict[str, Any]) -> str | None:
-    if row["contender"] not in IMPLS or row["note"] == NOT_RUN:
-        return None
     where, taken = f"{row['op']} at {row['shape']}: {row['contender']}", row["implementation"]
     if _unmeasured(row):
         return f"{where} was not wholly measured ({row['note']})."
-    if row["refused"] and peak_of(row["device"]):  # elsewhere there is nothing faster to be missed
+    # on a device of unknown ceilings there is nothing faster to be missed
+    if row["contender"] in IMPLS and row["refused"] and peak_of(row["device"]):
         return f"{where} took {taken} ({row['refused']})."
     return None
 
@@ -238,7 +237,7 @@ def _row(job: Job) -> dict[str, Any]:
     return {
         "op": job.op,
         "shape": job.shape,
-        "sizes": written(job.sizes),
+        "sizes": as_typed(job.sizes),
         "contender": job.contender,
         "implementation": "",
         "refused": "",

@@ -64,14 +64,15 @@ def reverse_cumsum(x, axis):
     return jax.lax.cumsum(x, axis=axis % x.ndim, reverse=True)
 
 
-def cut(arrays, runs, start, size):
-    """Tokens [start, start + size) of q k v ..., heads before tokens, value heads as [h, r]; runs from one before."""
+def cut(arrays, numbers, start, size):
+    """Tokens [start, start + size) of q k v ..., heads before tokens, value heads as [h, r]; `numbers` of
+    documents from one token before."""
     q, k, *by_value_head = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in arrays)
     heads = q.shape[2]
     q, k = (jnp.swapaxes(x, 1, 2) for x in (q, k))
     split = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], heads, x.shape[2] // heads, *x.shape[3:]), 1, 3)  # noqa: E731
-    runs = None if runs is None else jax.lax.dynamic_slice_in_dim(runs, start, size + 1, axis=1)
-    return q, k, *(split(x) for x in by_value_head), runs
+    numbers = None if numbers is None else jax.lax.dynamic_slice_in_dim(numbers, start, size + 1, axis=1)
+    return q, k, *(split(x) for x in by_value_head), numbers
 
 
 def put(buffer, tile, start):

@@ -4,7 +4,7 @@ An op's conformance.py has what is its own: Case, CASES and their inputs, how th
 asked of it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ class Inputs(NamedTuple):
     cotangents: Sequence[np.ndarray]  # of every result
 
 
-def held(x: np.ndarray, dtype: Any) -> np.ndarray:
+def round_to(x: np.ndarray, dtype: Any) -> np.ndarray:
     """x rounded to `dtype`, in float64."""
     return x.astype(jnp.dtype(dtype)).astype(np.float64)
 
@@ -104,3 +104,8 @@ class Suite:
     def failures(self, case: Any, impl: str, seed: int = 0, configuration: Any = None) -> list[str]:
         """`name error > limit` for everything of `impl` that is outside its limit or not finite."""
         return outside(self.errors(case, impl, seed, configuration), self.limits(case, impl))
+
+    def missed(self, cases: Iterable[Any], configuration: Any = None) -> list[str]:
+        """For admission: `case: name error > limit` for everything that the kernels miss on this device."""
+        found = ((case.name, self.failures(case, "triton", 6, configuration)) for case in cases)
+        return [f"{name}: {failure}" for name, failures in found for failure in failures]

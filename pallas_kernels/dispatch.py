@@ -65,24 +65,32 @@ def choose(
     why_not: Callable[[bool], str | None],
     admits: Callable[[], Refusal | None] | None = None,
     *,
-    rounded: Any = jnp.bfloat16,
+    dtype: Any = jnp.bfloat16,
+    rounds_to: Any = jnp.float32,
 ) -> Choice:
-    """Chooses a named `impl`, or for "auto" the kernels if they can run and may be taken; CannotRun where none can.
+    """Chooses a named `impl`, or for "auto" the kernels if they can run and may be taken.
 
     why_not: the reason that the kernels cannot run, or None; given whether they are interpreted
     admits: asked before "auto" takes the kernels, and gives a refusal or None
-    rounded: the dtype of what the kernels round to bf16; "auto" leaves it to the caller to ask for that
+    dtype: the widest of the op's arrays
+    rounds_to: the dtype in which the kernels multiply. "auto" takes no kernel that would round `dtype` to it: that is
+        for the caller to ask for, by name. A named kernel rounds float32, and refuses float64
+
+    Raises CannotRun with the reason for a named implementation that cannot run: it never falls back.
     """
+    rounding = f"it would round {jnp.dtype(dtype)} to {jnp.dtype(rounds_to)}"
     if impl == "auto":
-        if rounded != jnp.bfloat16:
-            refusal = Refusal(op, "triton", f"it would round {jnp.dtype(rounded)} to bfloat16")
+        if jnp.promote_types(dtype, rounds_to) != rounds_to:
+            refusal = Refusal(op, "triton", rounding)
         elif reason := why_not(False):
             refusal = Refusal(op, "triton", reason)
         else:
             refusal = None if admits is None else admits()
         return Choice(op, "triton") if refusal is None else Choice(op, "chunked", (refusal,))
-    if impl in KERNELS and (reason := why_not(impl == "triton_interpret")):
-        raise CannotRun(f"{op}: impl {impl!r} cannot run: {reason}.", (Refusal(op, impl, reason),))
+    if impl in KERNELS:
+        reason = rounding if dtype == jnp.float64 else why_not(impl == "triton_interpret")
+        if reason:
+            raise CannotRun(f"{op}: impl {impl!r} cannot run: {reason}.", (Refusal(op, impl, reason),))
     return Choice(op, impl)
 
 
@@ -94,11 +102,16 @@ def choose_plain(op: str, impl: str) -> Choice:
 
 
 def taken(choice: Choice) -> str:
-    """Records the choice that now runs and returns its implementation; says once why it is not the fastest."""
+    """Records the choice that now runs and returns its implementation.
+
+    On a machine with a GPU a fallback from a kernel is said, once a process on stderr. Without one nobody expects
+    kernels, and nothing is said.
+    """
     recorders = _recorders.get()
     for recorder in recorders:
         recorder.choices.append(choice)
-    if choice.refused and not any(recorder.silent for recorder in recorders):
+    heard = not any(recorder.silent for recorder in recorders)
+    if choice.refused and heard and jax.default_backend() == "gpu":
         _say_once(f"{choice.op}: auto takes {choice.impl} ({choice.reason})")
     return choice.impl
 

@@ -127,19 +127,19 @@ def from_columns(columns: list[jax.Array]) -> jax.Array:
 
 
 def finished(x: jax.Array, interpret: bool) -> jax.Array:
-    """x, an accumulator that a loop carries, once every product issued so far in this turn of the loop is finished.
+    """x, an accumulator that a loop carries, once every product issued so far in this iteration is finished.
 
-    Triton lets the products of a loop run on into its next turn, and gives each load a buffer for that unless something
-    else than products uses it too: then the next load may overwrite what a product still reads (Triton 3.4 to 3.7). A
-    loop with such a load hands on its last product through here.
+    Triton lets the products of one iteration run on into the next. It gives each load a second buffer for that, unless
+    something besides products uses what was loaded: then the next load may overwrite what a product still reads (Triton
+    3.4 to 3.7). A loop with such a load hands on its last product through here.
     """
     return _unseen(x, interpret)
 
 
 def summand(x: jax.Array, interpret: bool) -> jax.Array:
-    """x, a product to which something is added that a loop loads.
+    """x, a product to which a loop adds something that it loads.
 
-    Triton would make that the start of the accumulator, and it loads nothing ahead for those.
+    Triton would make what was loaded the start of the product's accumulator, and it loads nothing ahead for those.
     """
     return _unseen(x, interpret)
 

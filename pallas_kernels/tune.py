@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from pallas_kernels import bench, ops
-from pallas_kernels.tuned import WHOLE, Entry, Table, Timing, block_of, kernels, read, to_write, written
+from pallas_kernels.tuned import WHOLE, Entry, Table, Timing, as_text, block_of, kernels, read, to_write
 
 Times = dict[str, list[tuple[float, Any]]]  # kernel -> (ms, configuration), fastest first
 
@@ -30,7 +30,7 @@ class Options:
     """What to tune; lists are separated by commas."""
 
     shapes: str = "all"  # names in the op's benchmark.py, or written out as it says: 8x4096,6,256,512
-    stages: str = "all"  # some of the op's kernels, such as prepare, forward
+    kernels: str = "all"  # all, or some of the op's kernels, such as prepare, forward
     repetitions: int = 5  # of each timing; the median decides
     threads: int = 8  # compilations at a time
     out: str = ""  # the table to write; empty: the package's, or the user's where that cannot be written
@@ -158,10 +158,10 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
     from pallas_kernels import triton_calls
 
     known = tuning.KERNELS
-    names = known if options.stages == "all" else options.stages.split(",")
+    names = known if options.kernels == "all" else options.kernels.split(",")
     for name in names:
         if name not in known:
-            raise ValueError(f"stages names {name!r}; it must be all or some of {', '.join(known)}.")
+            raise ValueError(f"kernels names {name!r}; it must be all or some of {', '.join(known)}.")
     for name in ("repetitions", "threads"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name} is {getattr(options, name)}; it must be positive.")
@@ -195,7 +195,7 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
             else:
                 before = tuning.in_force(shape, kind)
             if not set(names) & set(kernels(before)):
-                say(f"{', '.join(names)}: not among the stages that run here, {', '.join(kernels(before))}")
+                say(f"{', '.join(names)}: not among the kernels that run here, {', '.join(kernels(before))}")
                 continue
             times = measure(tuning, shape, type(before)(), names, options, say)
         chosen = admitted(op, shape, before, times, options.threads, say) if times else None
@@ -210,7 +210,7 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
         facts |= {"shape": name, "jax": here["versions"]["jax"], "jaxlib": here["versions"]["jaxlib"]}
         timings = timings | {kernel: Timing(ms=round(ms, 4), **facts) for kernel, ms in new.items()}
         entries[size] = Entry(configuration=chosen, admitted=tuning.admits(size), timings=timings)
-        new_file.write_text(written(table))
+        new_file.write_text(as_text(table))
         new_file.replace(path)
         say(f"admitted in {path}: " + "; ".join(f"{kernel} {ms:.3f} ms" for kernel, ms in new.items()))
     new_file.unlink(missing_ok=True)
@@ -219,7 +219,7 @@ def tune(op: str, options: Options, environment: Callable[[], dict[str, Any]]) -
 
 def markdown(table: Table) -> str:
     """The table's configurations, one row a kernel, with their milliseconds where they were measured."""
-    lines = ["| device | size | stage | ms | configuration |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| device | size | kernel | ms | configuration |", "| --- | --- | --- | --- | --- |"]
     for kind, entries in table.items():
         for size, entry in entries.items():
             whole = " ".join(f"{key}={value}" for key, value in block_of(entry.configuration).items())

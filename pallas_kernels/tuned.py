@@ -85,7 +85,7 @@ def in_force(op: str, kinds: Kinds) -> Table:
 
 
 def read(path: Path, kinds: Kinds) -> Table:
-    """The table in a file. ValueError with a sentence for one that is not like `written` writes it."""
+    """The table in a file. ValueError with a sentence for one that is not like `as_text` writes it."""
     try:
         devices = json.loads(path.read_text())
     except json.JSONDecodeError as error:
@@ -103,15 +103,15 @@ def _object(given, where):
 
 
 def _entry(lines, kinds, where):
-    shared = dict(_object(_object(lines, where).get("entry"), where))
-    block = shared.pop("block", None)
+    common = dict(_object(_object(lines, where).get("entry"), where))
+    block = common.pop("block", None)
     kind = kinds.get(block) if block is None or isinstance(block, int) else None
     if kind is None:
         raise ValueError(f"{where}: block is {block!r}; it must be one of {', '.join(map(str, kinds))}.")
     of_entry = {"admitted": bool, "ms": float | None} | {f.name: f.type for f in fields(Timing) if f.name != "ms"}
-    _check(shared, of_entry, f"{where}: entry")
-    admitted, whole = shared.pop("admitted"), shared.pop("ms")
-    timings = {} if whole is None else {WHOLE: Timing(ms=whole, **shared)}
+    _check(common, of_entry, f"{where}: entry")
+    admitted, whole = common.pop("admitted"), common.pop("ms")
+    timings = {} if whole is None else {WHOLE: Timing(ms=whole, **common)}
     _check(lines, {"entry": dict} | {field.name: dict for field in fields(kind)}, where)
     chosen = {}
     for field in fields(kind):
@@ -120,7 +120,7 @@ def _entry(lines, kinds, where):
         _check(line, own | measured, f"{where}: {field.name}")
         chosen[field.name] = field.type(**{name: line[name] for name in own})
         if "ms" in line:
-            timings[field.name] = Timing(**shared | {name: line[name] for name in measured})
+            timings[field.name] = Timing(**common | {name: line[name] for name in measured})
     return Entry(configuration=kind(**chosen), admitted=admitted, timings=timings)
 
 
@@ -137,17 +137,17 @@ def _check(given, types, where):
             )
 
 
-def written(table: Table) -> str:
+def as_text(table: Table) -> str:
     """The text of a table: a line for each entry and each kernel."""
 
     def lines(entry):
         first = entry.timings.get(WHOLE) or next(iter(entry.timings.values()))
-        shared = asdict(first)
+        common = asdict(first)
         ms = entry.timings[WHOLE].ms if WHOLE in entry.timings else None
-        yield "entry", block_of(entry.configuration) | {"admitted": entry.admitted} | shared | {"ms": ms}
+        yield "entry", block_of(entry.configuration) | {"admitted": entry.admitted} | common | {"ms": ms}
         for name, kernel in kernels(entry.configuration).items():
             facts = asdict(entry.timings[name]) if name in entry.timings else {}
-            own = {key: value for key, value in facts.items() if key == "ms" or value != shared[key]}
+            own = {key: value for key, value in facts.items() if key == "ms" or value != common[key]}
             yield name, asdict(kernel) | own
 
     def members(pairs, indent):

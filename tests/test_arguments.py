@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import arguments, ops
+from pallas_kernels import arguments, dispatch, ops
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_norm import gated_norm
 from pallas_kernels.linear_attention import linear_attention
@@ -109,6 +109,19 @@ def test_no_token_and_other_dtypes_get_a_sentence(op):
     first = next(iter(arrays))
     with pytest.raises(ValueError, match=rf"^{first} is float16; it must be bfloat16, float32 or float64\.$"):
         OPS[op].call(**arrays, **options)
+
+
+@pytest.mark.parametrize("impl", dispatch.KERNELS)
+@pytest.mark.parametrize("op", [op for op in OPS if "triton" in importlib.import_module(f"pallas_kernels.{op}").IMPLS])
+def test_kernels_refuse_float64(op, impl):
+    """Whatever the device; "auto" leaves it to chunked, whose results have its digits."""
+    with jax.enable_x64(True):
+        arrays, options = given(op, 1, 20, jnp.float64)
+        with pytest.raises(dispatch.CannotRun, match=rf"^{op}: impl '{impl}' cannot run: it would round float64 to "):
+            OPS[op].call(**arrays, **options, impl=impl)
+        got, want = (jax.tree.leaves(OPS[op].call(**arrays, **options, impl=name)) for name in ("auto", "reference"))
+    for x, y in zip(got, want, strict=True):
+        assert x.dtype == jnp.float64 and np.allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
 def test_rules_name_the_value_and_the_rule():

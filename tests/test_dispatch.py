@@ -19,7 +19,8 @@ from pallas_kernels.selective_scan import conformance as selective_scan_conforma
 from pallas_kernels.selective_scan import selective_scan
 
 
-def test_auto_takes_the_first_that_can_run_and_says_why_once(capsys):
+def test_auto_takes_the_first_that_can_run_and_says_why_once(capsys, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     choice = dispatch.choose("an_op", "auto", lambda interpret: None if interpret else "no CUDA device")
     assert choice == dispatch.Choice("an_op", "chunked", (dispatch.Refusal("an_op", "triton", "no CUDA device"),))
     with dispatch.record() as outer, dispatch.record() as inner:
@@ -30,6 +31,32 @@ def test_auto_takes_the_first_that_can_run_and_says_why_once(capsys):
     with dispatch.record(silent=True) as choices:
         assert dispatch.taken(choice._replace(op="another")) == "chunked"
     assert len(choices) == 1 and capsys.readouterr() == ("", "")
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert dispatch.taken(choice._replace(op="a third")) == "chunked" and capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rounds_to", "auto", "named"),
+    [
+        (jnp.bfloat16, jnp.bfloat16, True, True),
+        (jnp.float32, jnp.bfloat16, False, True),
+        (jnp.float64, jnp.bfloat16, False, False),
+        (jnp.float32, jnp.float32, True, True),
+        (jnp.float64, jnp.float32, False, False),
+    ],
+)
+def test_rounding_is_for_the_caller_to_ask_for_and_float64_is_never_rounded(dtype, rounds_to, auto, named):
+    choose = partial(dispatch.choose, "an_op", why_not=lambda interpret: None, dtype=dtype, rounds_to=rounds_to)
+    choice, reason = choose("auto"), f"it would round {jnp.dtype(dtype)} to {jnp.dtype(rounds_to)}"
+    refused = () if auto else (dispatch.Refusal("an_op", "triton", reason),)
+    assert choice == dispatch.Choice("an_op", "triton" if auto else "chunked", refused)
+    for impl in dispatch.KERNELS:
+        if named:
+            assert choose(impl) == dispatch.Choice("an_op", impl)
+        else:
+            with pytest.raises(dispatch.CannotRun, match=rf"^an_op: impl '{impl}' cannot run: {reason}\.$"):
+                choose(impl)
+    assert choose("reference").impl == "reference" and choose("chunked").impl == "chunked"
 
 
 def test_a_named_implementation_never_falls_back():
@@ -40,19 +67,22 @@ def test_a_named_implementation_never_falls_back():
         dispatch.choose_plain("an_op", "triton")
 
 
-def test_a_fallback_is_one_line_on_stderr_of_a_process():
+@pytest.mark.parametrize("backend", ["gpu", "cpu"])
+def test_a_fallback_is_one_line_on_stderr_of_a_process_that_has_a_gpu(backend):
     code = (
+        f"import jax; jax.default_backend = lambda: {backend!r};"
         "import jax.numpy as jnp; from pallas_kernels.gated_delta_rule import gated_delta_rule as op;"
         "q, g = jnp.ones((1, 4, 1, 8), jnp.bfloat16), jnp.zeros((1, 4, 1));"
         "[op(q, q, q, g, g) for _ in range(2)]"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout == ""
-    assert process.stderr.splitlines() == [
+    said = [
         "gated_delta_rule: auto takes chunked (triton: there is no kernel for key x value dimensions 8x8 (there is for "
         + ", ".join(f"{k}x{v}" for k, v in triton_op.SIZES)
         + "))"
     ]
+    assert process.stderr.splitlines() == (said if backend == "gpu" else [])
 
 
 def test_the_choice_is_made_for_the_part_that_a_device_has(monkeypatch):

@@ -183,9 +183,9 @@ def test_recurrences_are_kept_and_elementwise_kernels_run_again():
     once, kept, again = runs("none"), runs("kernels"), runs("full")
     assert once["convolve"] == 3 and again["convolve"] == 6
     assert kept["convolve"] in (5, 6)  # v's is not needed again once rho is kept; jax 0.12 sees that
-    assert once["norm"] == 4 and kept["norm"] == again["norm"] == 7
+    assert once["normalise"] == 4 and kept["normalise"] == again["normalise"] == 7
     assert once["gdn_state"] == kept["gdn_state"] == 1 and again["gdn_state"] == 2
-    for name in ("reverse_convolve", "reverse_norm", "gdn_reverse"):
+    for name in ("reverse_convolve", "reverse_normalise", "gdn_reverse"):
         assert once[name] == kept[name] == again[name] > 0
 
 

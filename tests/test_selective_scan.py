@@ -39,13 +39,13 @@ def test_interpreted_kernels_match_float64_in_bf16(x64):
         assert conformance.failures(case, "triton_interpret", seed=2) == []
 
 
-@pytest.mark.parametrize("channels,shared,N", [(1, 1, 2), (2, 1, 3), (2, 8, 32), (1, 4, 1), (4, 2, 4)])
-def test_interpreted_kernels_agree_however_channels_lie_in_lanes(channels, shared, N):
+@pytest.mark.parametrize("channels,lanes,N", [(1, 1, 2), (2, 1, 3), (2, 8, 32), (1, 4, 1), (4, 2, 4)])
+def test_interpreted_kernels_agree_however_channels_lie_in_lanes(channels, lanes, N):
     """More or fewer lanes a channel than channels a lane, and than sums over channels."""
     case = Case(name="tiling", T=9, D=70, B=1, N=N)
     arrays, _, cotangents = conformance.inputs(case)
     arrays, cotangents = ([jnp.asarray(x, jnp.float32) for x in given] for given in (arrays, cotangents))
-    config = triton_scan.Config(channels=channels, shared=shared, run=2)
+    config = triton_scan.Config(channels_per_lane=channels, lanes_per_channel=lanes, run=2)
 
     def kernels(*arrays):
         return triton_scan.selective_scan(*arrays, None, "saved", interpret=True, config=config)

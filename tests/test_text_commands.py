@@ -112,10 +112,9 @@ def test_ctrl_c_keeps_what_was_printed():
             printed += process.stdout.read(100)
         process.send_signal(signal.SIGINT)
         rest, err = process.communicate(timeout=100)
-    *taken, stopped = err.splitlines()
+    *loaded, stopped = err.splitlines()
     assert process.returncode == 130 and stopped == b"Stopped; what was finished before is kept."
-    ops = [line.partition(b": auto takes chunked (triton: ")[0] for line in taken if not line.startswith(b"Read ")]
-    assert sorted(ops) == [b"gated_delta_rule", b"short_conv"]
+    assert all(line.startswith(b"Read ") for line in loaded)  # nothing of kernels, where there is no GPU
     text = (printed + rest).decode()
     assert text == "x" + "漢" * (len(text) - 2) + "\n" and len(text) > 130
 

@@ -40,7 +40,7 @@ def timing(ms=1.0):
 def test_the_table_holds_what_was_timed_and_passed(interpreted, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(configurations, "ONE_EACH", 0)  # one program counts as many
     path = tmp_path / "table.json"
-    options = tune.Options(shapes="1x256,1,64,64", stages="prepare", repetitions=1, threads=2, out=str(path))
+    options = tune.Options(shapes="1x256,1,64,64", kernels="prepare", repetitions=1, threads=2, out=str(path))
     table = tune.tune("gated_delta_rule", options, environment)
     assert tuned.read(path, BLOCKS) == table and list(tmp_path.iterdir()) == [path]
     entry = table["cpu"]["64x64"]
@@ -121,12 +121,12 @@ def test_some_kernels_are_measured_under_the_block_of_the_table_that_is_written(
     path = tmp_path / "table.json"
     assert configurations.choose(64, 64, "cpu", rows=1).block == 64  # of the package's own table
     entry = Entry(configuration=Every128(), admitted=False, timings={"state": timing()})
-    path.write_text(tuned.written({"cpu": {"64x64 few": entry}}))
+    path.write_text(tuned.as_text({"cpu": {"64x64 few": entry}}))
     old, options = path.read_text(), tune.Options(shapes="1x256,1,64,64", repetitions=1, threads=2, out=str(path))
-    tune.tune("gated_delta_rule", dataclasses.replace(options, stages="chunks"), environment)
+    tune.tune("gated_delta_rule", dataclasses.replace(options, kernels="chunks"), environment)
     assert path.read_text() == old
-    assert "chunks: not among the stages that run here, prepare, state, output," in capsys.readouterr().err
-    table = tune.tune("gated_delta_rule", dataclasses.replace(options, stages="pairs"), environment)
+    assert "chunks: not among the kernels that run here, prepare, state, output," in capsys.readouterr().err
+    table = tune.tune("gated_delta_rule", dataclasses.replace(options, kernels="pairs"), environment)
     found = table["cpu"]["64x64 few"]
     assert found.configuration.block == 128 and set(found.timings) == {"state", "pairs"}
     assert found.timings["state"] == timing() and tuned.read(path, BLOCKS) == table
@@ -165,7 +165,7 @@ def test_few_rows_have_an_entry_of_their_own(monkeypatch):
 def test_the_table_in_the_package_is_complete():
     path = tuned.of_package(OP)
     text, table = path.read_text(), tuned.read(path, BLOCKS)
-    assert text == tuned.written(table) and text.count("\n") <= 300
+    assert text == tuned.as_text(table) and text.count("\n") <= 300
     for entries in table.values():
         for size, entry in entries.items():
             assert entry.admitted != size.endswith(" few")
@@ -188,7 +188,7 @@ def test_the_table_in_the_package_is_complete():
 )
 def test_a_table_is_read_strictly(tmp_path, old, new, sentence):
     entry = Entry(configuration=Every64(), admitted=True, timings={"chunks": timing(), "prepare": timing(2.0)})
-    path, text = tmp_path / "table.json", tuned.written({"cpu": {"64x64": entry}})
+    path, text = tmp_path / "table.json", tuned.as_text({"cpu": {"64x64": entry}})
     path.write_text(text)
     assert tuned.read(path, BLOCKS) == {"cpu": {"64x64": entry}}
     path.write_text(text.replace(old, new, 1))
@@ -209,13 +209,13 @@ def test_where_the_package_cannot_be_written_the_users_table_is_written_and_read
         patch.setattr(ops, "HERE", tmp_path / "package")
         assert tuned.to_write(OP) == own
         patch.setattr(ops, "names", lambda having: [OP])
-        options = tune.Options(shapes="1x256,1,64,64", stages="prepare", repetitions=1, threads=2)
+        options = tune.Options(shapes="1x256,1,64,64", kernels="prepare", repetitions=1, threads=2)
         table = tune.tune(OP, options, environment)
     assert tuned.read(own, BLOCKS) == table and list(own.parent.iterdir()) == [own]
     (size,) = table["cpu"]
     changed = dataclasses.replace(table["cpu"][size], configuration=Every128(), admitted=True)
     kind, entries = next(iter(before.items()))
-    own.write_text(tuned.written({"cpu": {"64x64": changed}, kind: {"64x64": changed}}))
+    own.write_text(tuned.as_text({"cpu": {"64x64": changed}, kind: {"64x64": changed}}))
     monkeypatch.setattr(configurations, "table", lambda: tuned.in_force(OP, BLOCKS))
     monkeypatch.setattr(triton_calls, "why_not_here", lambda: None)
     both = configurations.table()
@@ -244,8 +244,8 @@ def test_a_users_table_of_another_version_is_left_out(monkeypatch, tmp_path, cap
         ("tune softmax", "There is no op 'softmax' to tune; it must be one of gated_delta_rule."),
         ("tune short_conv", "There is no op 'short_conv' to tune; it must be one of gated_delta_rule."),
         (
-            "tune gated_delta_rule --stages warp",
-            "stages names 'warp'; it must be all or some of prepare, forward, state, output,",
+            "tune gated_delta_rule --kernels warp",
+            "kernels names 'warp'; it must be all or some of prepare, forward, state, output,",
         ),
         ("tune gated_delta_rule --threads 0", "threads is 0; it must be positive."),
         ("tune gated_delta_rule --shapes 1x64,1,16,16", "Shape '1x64,1,16,16' cannot be tuned: there is no kernel for"),

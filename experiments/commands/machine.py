@@ -53,7 +53,7 @@ class BenchLongRowsOptions(LongRowsOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TuneOptions(tune.Options):
-    """Find the fastest tiles, warps and stages of an op's kernels here; only what float64 confirms is kept."""
+    """Find the fastest tiles, warps and num_stages of an op's kernels here; only what float64 confirms is kept."""
 
     json: Switch = False  # print the whole table as one object
 
@@ -108,4 +108,4 @@ def tune_op(op: str, options: TuneOptions) -> None:
         table = tune.tune(op, options, environment)
     except (ValueError, NotImplementedError) as error:
         raise UserError(str(error)) from None
-    print(tuned.written(table) if options.json else tune.markdown(table))
+    print(tuned.as_text(table) if options.json else tune.markdown(table))

@@ -26,11 +26,13 @@ def resolve(
     elements: int = 0,
     dtype: Any = jnp.bfloat16,
 ) -> dispatch.Choice:
-    """Which implementation `impl` means on this machine at these sizes, and why a faster one was refused; `elements`
-    are those of the largest array that the kernels would make, 0 for few.
+    """Which implementation `impl` means on this machine at these sizes, and why a faster one was refused.
 
-    "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for. And
-    only where their configuration passed the float64 check on this kind of device.
+    elements: of the largest array that the kernels would make (triton_op.largest_array); 0 leaves that unasked
+    dtype: the widest of q, k and v
+
+    "auto" takes the kernels for bfloat16 alone, since they round wider inputs to it, and only where their configuration
+    passed the float64 check on this kind of device. Raises dispatch.CannotRun for a named one that cannot run.
     """
 
     def why_not(interpret):
@@ -40,7 +42,7 @@ def resolve(
         listed = configurations.admitted(key_dim, value_dim, *admission.here())
         return admission.refusal(NAME, listed=listed, K=key_dim, V=value_dim)
 
-    return dispatch.choose(NAME, impl, why_not, admits, rounded=dtype)
+    return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype, rounds_to=jnp.bfloat16)
 
 
 @jaxtyped(typechecker=beartype)
@@ -71,19 +73,24 @@ def gated_delta_rule(
     scale          defaults to K^-1/2
     initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
-    impl           "auto" takes the fastest tested for this device, these sizes and bf16; a named one never falls back
+    impl           "reference", "chunked", "triton", "triton_interpret", or "auto": the fastest that was tested for this
+                   device, these sizes and bf16. A named one never falls back; the kernels ("triton" and its
+                   interpreter) have the sizes of triton_op.SIZES, chunk 64 alone, and refuse float64
     chunk          16, 32, 64 or 128 tokens solved at once
-    residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the prediction errors
-                   [B, T, Hv, V] and the state every 128 tokens (the kernels: bf16, every 64 or 128, and for each token
-                   and head 2 K + 264 bytes of what its chunk prepared); "inputs" runs that part of the forward again
+    residuals      what the forward keeps for the backward. "saved": besides the inputs, the prediction errors
+                   [B, T, Hv, V] and the state every 128 tokens. The kernels keep the state every 64 or 128 tokens, and
+                   instead of v and g what each chunk prepared: 272 bytes a token and value head. "inputs": the inputs
+                   alone; that part of the forward runs again
     configuration  of the kernels: absent, the table's for this device and these sizes; no other implementation reads it
 
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
-    q, k, v are bfloat16 (bf16 operands at the large dots, fp32 elsewhere), float32 or float64 (exact throughout).
-    Rounded operands, the kernels' always, are not exact where keys repeat and nothing decays. With one key for all
-    tokens and g = 0 a chunk's inverse has the entries -beta (1 - beta)^(i - j - 1): towards beta = 2 they alternate
-    undamped, what is left of their rounded terms is rounding, and the state keeps it. Of o that is 1 % at beta = 1 (of
-    dbeta 20 %) and 20 to 80 % at beta = 1.9; there 10 % at chunk 16, 2 % at g = -0.05, 1e-5 for float32 in "chunked".
+    q, k, v are bfloat16 (bf16 operands at the large dots, fp32 elsewhere), float32 or float64 (exact throughout, but
+    the kernels round float32 to bf16 operands).
+    bf16 operands lose accuracy where keys repeat and nothing decays. With one key for all tokens and g = 0, a chunk's
+    inverse has the entries -beta (1 - beta)^(i - j - 1). Towards beta = 2 they alternate in sign without getting
+    smaller, so that sums of them cancel, only their rounding errors are left, and the state keeps those. The relative
+    L2 error of o is then 1 % at beta = 1 (of dbeta 20 %) and 20 to 80 % at beta = 1.9. At beta = 1.9 it is 10 % with
+    chunk 16, 2 % with g = -0.05, and 1e-5 for float32 in "chunked".
     Raises ValueError for sizes, chunk or dtypes outside these rules, jaxtyping's TypeCheckError for other shapes and
     types, NotImplementedError for an impl that cannot run here. The numbers in the arrays are not looked at.
     Source: arXiv 2412.06464, section 3.
@@ -108,7 +115,7 @@ def gated_delta_rule(
 
 
 def _across_devices(q, k, v, g, beta, initial_state, segment_ids, *, axis, **static):
-    """The same where each device has a part of every row's tokens."""
+    """`_on_one_device` where each device has a part of every row's tokens."""
     if initial_state is None:
         initial_state = jnp.zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), g.dtype)
 
@@ -120,13 +127,14 @@ def _across_devices(q, k, v, g, beta, initial_state, segment_ids, *, axis, **sta
 
 
 def _part(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
-    """(M [B, Hv, K, K], F [B, Hv, K, V]) of S_T = M S_0 + F: the identity goes along as K more columns of values."""
+    """(M [B, Hv, K, K], F [B, Hv, K, V]) of S_T = M S_0 + F, for a part of the tokens.
+
+    Without kernels the op runs once with K more value columns, whose values are zeros and whose initial state is the
+    identity: their final state is M. That of the others, from zero, is F.
+    """
     q, k, v, g, beta = inputs
-    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    impl = resolve(
-        impl, key_dim=K, value_dim=V, chunk=chunk, dtype=jnp.result_type(q, k, v),
-        elements=triton_op.largest_array(batch, tokens, Hv, K, V),
-    ).impl  # fmt: skip
+    (batch, tokens, _, K), Hv = q.shape, v.shape[2]
+    impl = _choice(impl, q, k, v, chunk).impl
     if impl in dispatch.KERNELS and batch:
         interpret = impl == "triton_interpret"
         return triton_op.part(k, v, g, beta, segment_ids, configuration, interpret=interpret)
@@ -137,14 +145,16 @@ def _part(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
     return state[..., :K], state[..., K:]
 
 
+def _choice(impl, q, k, v, chunk):
+    """`resolve` for these arrays."""
+    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
+    elements, dtype = triton_op.largest_array(batch, tokens, Hv, K, V), jnp.result_type(q, k, v)
+    return resolve(impl, key_dim=K, value_dim=V, chunk=chunk, elements=elements, dtype=dtype)
+
+
 def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl, chunk, residuals, configuration):
     """The implementation that is right for the part of the arrays that one device has."""
-    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    choice = resolve(
-        impl, key_dim=K, value_dim=V, chunk=chunk, dtype=jnp.result_type(q, k, v),
-        elements=triton_op.largest_array(batch, tokens, Hv, K, V),
-    )  # fmt: skip
-    impl = dispatch.taken(choice)
+    impl = dispatch.taken(_choice(impl, q, k, v, chunk))
     static = {"scale": scale, "chunk": chunk, "residuals": residuals, "configuration": configuration}
     if initial_state is not None and segment_ids is not None and impl != "reference":
         bad = ~jnp.isfinite(initial_state).all(2, keepdims=True)  # one reaches its whole value column
@@ -185,8 +195,8 @@ def gated_delta_rule_step(
 
         u = beta (v - alpha S^T k)      o = scale (alpha S^T q + (q . k) u)      S' = alpha S + k u^T
 
-    Both products read the state that is there, so that a device passes over it twice: once for S^T k and S^T q
-    together, once to write S'. The recurrence's o = scale S'^T q is the same sum, and a third pass.
+    S is the state before the token, S' the one after it. One pass over S makes S^T k and S^T q together, a second one
+    writes S'. The recurrence's o = scale S'^T q has the same value but would read S' in a third pass.
     """
     check_heads(q.shape[1], v.shape[1])
     exact = jnp.promote_types(jnp.float32, v.dtype)
@@ -202,6 +212,3 @@ def gated_delta_rule_step(
     o = scale * (alpha[..., None] * read_q + (q * k).sum(axis=-1)[..., None] * update)
     state = alpha[..., None, None] * state + k[..., None] * update[..., None, :]
     return o.astype(v.dtype), state
-
-
-__all__ = ["IMPLS", "gated_delta_rule", "gated_delta_rule_step", "resolve"]

@@ -1,8 +1,8 @@
 """The arrays that move between the kernels: which one makes them, their shapes, dtypes and meaning.
 
-B rows (each piece of a row that is cut counts as one), T tokens, a multiple of 128, H key heads, Hv value heads, K and
-V their dimensions, N = T / 64 chunks, M = T / block states kept. Arrays [B,Hv,T] are fp32, all others bf16 unless it
-says so. A field that may be None is so where its text says.
+B rows (where rows are cut into pieces, B counts the pieces), T tokens, a multiple of 128, H key heads, Hv value heads,
+K and V their dimensions, N = T / 64 chunks, M = T / block states kept. Arrays [B,Hv,T] are fp32, all others are bf16
+unless a field's comment names another dtype. It also says when a field that may be None is.
 """
 
 from typing import NamedTuple
@@ -37,13 +37,13 @@ class Prepared(NamedTuple):
     inverse: jax.Array  # [B,Hv,N,64,64] (I + strict(D . K K^T) diag(beta))^-1
     attention: jax.Array  # [B,Hv,N,64,64] scale D . (Q K^T) diag(beta)
     total: jax.Array  # [B,Hv,T] the chunk's log decays up to a token
-    gamma: jax.Array  # [B,Hv,T] what the state entering the chunk has left at a token
-    leaving: jax.Array  # [B,Hv,T] what the state leaving the chunk has of a token
+    gamma: jax.Array  # [B,Hv,T] the fraction of the state entering the chunk that is left at a token
+    leaving: jax.Array  # [B,Hv,T] the fraction of what a token writes that the leaving state still has
     write: jax.Array  # [B,Hv,T] leaving beta
 
 
 class Scanned(NamedTuple):
-    """What the serial pass forward gives: triton_state.py."""
+    """Results of the serial pass forward: triton_state.py."""
 
     o: jax.Array | None  # [B,T,Hv,V]; None where triton_output.py makes it, or nobody asks
     rho: jax.Array | None  # [B,T,Hv,V] prediction errors; None where nothing is kept
@@ -52,7 +52,7 @@ class Scanned(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the backward takes of the forward."""
+    """What the forward keeps for the backward."""
 
     tokens: Tokens  # without v and g
     prepared: Prepared
@@ -62,7 +62,7 @@ class Kept(NamedTuple):
 
 
 class Reversed(NamedTuple):
-    """What the serial pass in reverse gives: triton_state.py."""
+    """Results of the serial pass in reverse: triton_state.py."""
 
     dv: jax.Array | None  # [B,T,Hv,V]; None where nothing is kept
     d_states: jax.Array | None  # [B,Hv,M,V,K] of the state leaving each block; None where nothing is kept
@@ -77,19 +77,19 @@ class Pairs(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What each tile of key columns adds to the gradients of a block: triton_gradients.py."""
+    """dq and dk, and what each tile of key columns adds to the sums behind dg and dbeta: triton_gradients.py."""
 
-    dq: jax.Array  # [B,T,Hv,K], fp32 where heads of keys are shared
+    dq: jax.Array  # [B,T,Hv,K], fp32 where several value heads share a key head
     dk: jax.Array  # like dq
     d_total: jax.Array  # [tiles,B,Hv,T] fp32, of the block's log decays up to a token
-    d_log_beta: jax.Array  # [tiles,B,Hv,T] fp32
+    d_log_beta: jax.Array  # [tiles,B,Hv,T] fp32: beta dbeta
     d_last: jax.Array  # [tiles,B,Hv,T/128] fp32, of all of the block's log decays
 
 
 class Gradients(NamedTuple):
-    """The gradients that the pass in reverse leaves to be made."""
+    """The gradients that the pass in reverse does not make."""
 
-    dq: jax.Array  # [B,T,Hv,K], one a value head, fp32 where heads of keys are shared
+    dq: jax.Array  # [B,T,Hv,K], one a value head, fp32 where several value heads share a key head
     dk: jax.Array  # like dq
     dg: jax.Array  # [B,Hv,T]
     dbeta: jax.Array  # [B,Hv,T]

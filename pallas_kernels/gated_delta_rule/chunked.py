@@ -12,7 +12,7 @@ One head, one chunk of C tokens, rows q_i, k_i [K] and v_i [V], state S [K, V] e
 The paper's WY form writes the same with W and U; the residual form needs neither, and its backward (below) never
 differentiates the inverse. What the forward keeps for the backward is rho and the state every BLOCK tokens.
 
-Documents: `runs` numbers them along the sequence. A pair (i, j) interacts when both are of one document; gamma_i
+Documents: `numbers` counts them along the sequence. A pair (i, j) interacts when both are of one document; gamma_i
 counts when token i still belongs to the document that entered the chunk; leaving_j when it belongs to the last one.
 
 Axes in einsum strings: b batch, h key head, r value heads of a key head, i j tokens, k key dim, v value dim.
@@ -25,11 +25,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.chunkwise import cut, document_numbers, dot, operand_dtype, pad_tokens, put, reverse_cumsum
 
-BLOCK = 128  # tokens between kept states, and per step of the backward's gradient stage
+BLOCK = 128  # tokens between kept states, and in one step of the backward's scan
 
 
-def _decays(g, runs):
-    """D [b h r i j], gamma [b h r i], leaving [b h r j] and gamma_C [b h r] of one tile; runs [b, 1 + tile] or None.
+def _decays(g, numbers):
+    """D [b h r i j], gamma [b h r i], leaving [b h r j] and gamma_C [b h r] of one tile; numbers [b, 1 + tile] or None.
 
     total_i - total_j is summed over its own tokens: as a difference of two cumulative sums it would lose the digits
     that a strongly decaying token elsewhere in the tile has used up. Exponents are masked before exp.
@@ -37,10 +37,10 @@ def _decays(g, runs):
     tokens = jnp.arange(g.shape[-1])
     log_decay = jnp.cumsum(jnp.where(tokens[:, None] > tokens, g[..., :, None], 0), axis=-2)
     pairs, entered = tokens[:, None] >= tokens, True
-    if runs is not None:
-        run = runs[:, None, None, 1:]
-        pairs = pairs & (run[..., :, None] == run[..., None, :])
-        entered = run == runs[:, None, None, :1]
+    if numbers is not None:
+        number = numbers[:, None, None, 1:]
+        pairs = pairs & (number[..., :, None] == number[..., None, :])
+        entered = number == numbers[:, None, None, :1]
     decay = jnp.exp(jnp.where(pairs, log_decay, -jnp.inf))
     gamma = jnp.exp(jnp.where(entered, jnp.cumsum(g, axis=-1), -jnp.inf))
     return decay, gamma, decay[..., -1, :], gamma[..., -1]
@@ -65,9 +65,9 @@ def _invert(lower):
     return jnp.concatenate([top, jnp.concatenate([corner, second], axis=-1)], axis=-2)
 
 
-def _prepare(q, k, g, beta, runs, scale, operand):
-    """What a chunk's tokens do to each other, independent of the state."""
-    decay, gamma, leaving, gamma_end = _decays(g, runs)
+def _prepare(q, k, g, beta, numbers, scale, operand):
+    """(gamma, leaving, gamma_C, inverse, scale D . (Q K^T) diag(beta)) of a chunk: none depends on the state."""
+    decay, gamma, leaving, gamma_end = _decays(g, numbers)
     strict = jnp.tril(dot("bhik,bhjk->bhij", k, k, operand), -1)[:, :, None]
     lower = decay * strict * beta[..., None, :]
     inverse = _invert(lower)
@@ -75,20 +75,20 @@ def _prepare(q, k, g, beta, runs, scale, operand):
     return gamma, leaving, gamma_end, inverse, attention
 
 
-def _prepare_chunks(q, k, g, beta, runs, scale, operand, chunk):
+def _prepare_chunks(q, k, g, beta, numbers, scale, operand, chunk):
     """A block cut into chunks: per chunk its span and (k, q, beta, *_prepare), made for all of them at once."""
     spans = [slice(start, start + chunk) for start in range(0, g.shape[-1], chunk)]
     stack = lambda cut: jnp.stack([cut(span) for span in spans])  # noqa: E731
     q, k = stack(lambda span: q[:, :, span]), stack(lambda span: k[:, :, span])
     g, beta = stack(lambda span: g[..., span]), stack(lambda span: beta[..., span])
-    if runs is not None:
-        runs = stack(lambda span: runs[:, span.start : span.stop + 1])
+    if numbers is not None:
+        numbers = stack(lambda span: numbers[:, span.start : span.stop + 1])
     prepare = partial(_prepare, scale=scale, operand=operand)
-    prepared = jax.vmap(prepare, in_axes=(0, 0, 0, 0, None if runs is None else 0))(q, k, g, beta, runs)
+    prepared = jax.vmap(prepare, in_axes=(0, 0, 0, 0, None if numbers is None else 0))(q, k, g, beta, numbers)
     return [(span, q[n], k[n], beta[n], *(x[n] for x in prepared)) for n, span in enumerate(spans)]
 
 
-def _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, *, read=True, keep=False):
+def _forward(q, k, v, g, beta, initial_state, numbers, scale, chunk, *, read=True, keep=False):
     """((o if `read`, final state), (rho [B,T,Hv,V], state entering each block [N,b,h,r,K,V]) if `keep`)."""
     batch, length, heads, key_dim = q.shape
     block, operand = min(BLOCK, length), operand_dtype(q, k, v)
@@ -96,9 +96,9 @@ def _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, *, read=True, 
     def step(carry, start):
         state, o, kept_rho = carry
         kept_state = state.astype(operand) if keep else None
-        qb, kb, vb, gb, betab, runsb = cut((q, k, v, g, beta), runs, start, block)
+        qb, kb, vb, gb, betab, numbers_b = cut((q, k, v, g, beta), numbers, start, block)
         o_parts, rho_parts = [], []
-        chunks = _prepare_chunks(qb, kb, gb, betab, runsb, scale, operand, chunk)
+        chunks = _prepare_chunks(qb, kb, gb, betab, numbers_b, scale, operand, chunk)
         for span, qc, kc, bc, gamma, leaving, gamma_end, inverse, attention in chunks:
             error = vb[..., span, :] - gamma[..., None] * dot("bhik,bhrkv->bhriv", kc, state, operand)
             rho = dot("bhrij,bhrjv->bhriv", inverse, error, operand)
@@ -122,8 +122,8 @@ def _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, *, read=True, 
     return (o, state.reshape(initial_state.shape)), (kept_rho, kept_states)
 
 
-def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale, chunk):
-    """All gradients in one reverse scan over blocks: the serial stage chunk by chunk, then the block's gradients.
+def _backward(q, k, v, g, beta, numbers, kept_rho, kept_states, do, d_final, scale, chunk):
+    """All gradients in one reverse scan over blocks: the serial part chunk by chunk, then the block's gradients.
 
     serial, reverse:  drho = attention^T dO + leaving beta (K dS'),   dV = inverse^T drho,
                       dS = gamma_C dS' + Q^T (scale gamma dO) - K^T (gamma dV)
@@ -144,10 +144,10 @@ def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale,
         d_state, dq, dk, dv, dg, dbeta = carry
         start, state = x
         arrays = (q, k, g, beta, do, kept_rho)
-        qb, kb, gb, betab, dob, rho, runsb = cut(arrays, runs, start, block)
+        qb, kb, gb, betab, dob, rho, numbers_b = cut(arrays, numbers, start, block)
         d_left = d_state  # gradient of the state that leaves the block
         dv_parts = []
-        chunks = _prepare_chunks(qb, kb, gb, betab, runsb, scale, operand, chunk)
+        chunks = _prepare_chunks(qb, kb, gb, betab, numbers_b, scale, operand, chunk)
         for span, qc, kc, bc, gamma, leaving, gamma_end, inverse, attention in reversed(chunks):
             doc = dob[..., span, :]
             drho = product("bhrji,bhrjv->bhriv", attention, doc)
@@ -159,7 +159,7 @@ def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale,
             dv_parts.append(dvc)
         dvb = jnp.concatenate(dv_parts[::-1], axis=3)
 
-        decay, gamma, leaving, gamma_end = _decays(gb, runsb)
+        decay, gamma, leaving, gamma_end = _decays(gb, numbers_b)
         m1 = scale * decay * product("bhriv,bhrjv->bhrij", dob, rho)
         m2 = -decay * jnp.tril(product("bhriv,bhrjv->bhrij", dvb, rho), -1)
         h = m1 * product("bhik,bhjk->bhij", qb, kb)[:, :, None] + m2 * product("bhik,bhjk->bhij", kb, kb)[:, :, None]
@@ -191,23 +191,23 @@ def _backward(q, k, v, g, beta, runs, kept_rho, kept_states, do, d_final, scale,
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
-def _op(q, k, v, g, beta, initial_state, runs, scale, chunk, residuals):
-    return _forward(q, k, v, g, beta, initial_state, runs, scale, chunk)[0]
+def _op(q, k, v, g, beta, initial_state, numbers, scale, chunk, residuals):
+    return _forward(q, k, v, g, beta, initial_state, numbers, scale, chunk)[0]
 
 
-def _op_fwd(q, k, v, g, beta, initial_state, runs, scale, chunk, residuals):
+def _op_fwd(q, k, v, g, beta, initial_state, numbers, scale, chunk, residuals):
     keep = residuals == "saved"
-    outputs, kept = _forward(q, k, v, g, beta, initial_state, runs, scale, chunk, keep=keep)
+    outputs, kept = _forward(q, k, v, g, beta, initial_state, numbers, scale, chunk, keep=keep)
     # the initial state is needed only to run the forward again
-    return outputs, (q, k, v, g, beta, runs, *(kept if keep else (initial_state, None)))
+    return outputs, (q, k, v, g, beta, numbers, *(kept if keep else (initial_state, None)))
 
 
 def _op_bwd(scale, chunk, residuals, kept, cotangents):
-    q, k, v, g, beta, runs, rho, states = kept
+    q, k, v, g, beta, numbers, rho, states = kept
     if residuals == "inputs":
-        _, (rho, states) = _forward(q, k, v, g, beta, rho, runs, scale, chunk, read=False, keep=True)
+        _, (rho, states) = _forward(q, k, v, g, beta, rho, numbers, scale, chunk, read=False, keep=True)
     do, d_final = cotangents
-    grads = _backward(q, k, v, g, beta, runs, rho, states, do, d_final, scale, chunk)
+    grads = _backward(q, k, v, g, beta, numbers, rho, states, do, d_final, scale, chunk)
     return *grads, None
 
 
@@ -219,8 +219,8 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, chunk,
     length = q.shape[1]
     block = min(BLOCK, -(-length // chunk) * chunk)
     padding = -length % block
-    runs = document_numbers(segment_ids, padding)
+    numbers = document_numbers(segment_ids, padding)
     # k = v = beta = g = 0 writes nothing and keeps the state
     q, k, v, g, beta = (pad_tokens(x, padding) for x in (q, k, v, g, beta))
-    o, state = _op(q, k, v, g, beta, initial_state, runs, scale, chunk, residuals)
+    o, state = _op(q, k, v, g, beta, initial_state, numbers, scale, chunk, residuals)
     return o[:, :length], state

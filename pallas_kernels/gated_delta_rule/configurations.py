@@ -1,7 +1,8 @@
 """The kernels' configurations: a type for each, for the whole op, and which of those that `gdn tune` found is taken.
 
-Their table is tuned.json beside this file, and the user's own over it: sizes by the name "KxV", or "KxV few" where rows
-are few. An entry says when and at which commit it was timed; before that it passed in float64 what tune.admitted asks.
+The table is tuned.json beside this file; entries of the user's own table come before its. An entry is named "KxV", or
+"KxV few" for calls of few rows times heads. It says when and at which commit it was timed, and stands there only if the
+op passed the float64 cases of tuning.py with it.
 """
 
 import functools
@@ -11,8 +12,8 @@ from typing import ClassVar
 from pallas_kernels import tuned
 from pallas_kernels.admission import minor
 
-MANY_ROWS = 256  # no entry for few rows applies
-ONE_EACH = 128  # programs of a serial pass: about one a multiprocessor
+MANY_ROWS = 256  # rows times heads to which no entry for few applies
+ONE_EACH = 128  # at most so many programs of a serial pass, about one a multiprocessor, are few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +22,7 @@ class Prepare:
 
     key_tile: int = 64  # key columns of one product
     warps: int = 4  # of one program
-    num_stages: int = 3  # turns of a loop whose loads are on their way at once
+    num_stages: int = 3  # iterations of a loop whose loads are on their way at once
 
 
 @dataclass(frozen=True, kw_only=True)

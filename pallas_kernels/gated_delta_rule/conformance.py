@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, held
+from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, round_to
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import configurations
 from pallas_kernels.gated_delta_rule.api import gated_delta_rule, resolve
@@ -94,8 +94,8 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
     state = normal((case.B, case.Hv, case.K, case.V)) * case.carried
     segments = drawn_documents(random, case.B, case.T, case.documents)
     do, d_state = normal(value), normal(state.shape) * case.carried
-    q, k, v, do = (held(x, case.dtype) for x in (q, k, normal(value), do))
-    g, beta, state, d_state = (held(x, jnp.float32) for x in (g, beta, state, d_state))
+    q, k, v, do = (round_to(x, case.dtype) for x in (q, k, normal(value), do))
+    g, beta, state, d_state = (round_to(x, jnp.float32) for x in (g, beta, state, d_state))
     return Inputs([q, k, v, g, beta, state], segments, [do, d_state])
 
 
@@ -142,11 +142,7 @@ CHECKED = ("documents", "decay 0.3", "beta in (1,2)", "resets strewn in")  # of 
 
 def check(K: int, V: int) -> list[str]:
     """For admission: what the kernels miss at these sizes, as configured for many rows and for few."""
-    kind, found = jax.devices()[0].device_kind, []
-    for configuration in dict.fromkeys(
-        configurations.choose(K, V, kind, rows) for rows in (configurations.MANY_ROWS, 1)
-    ):
-        for case in (replace(case, K=K, V=V, dtype="bfloat16") for case in CASES if case.name in CHECKED):
-            missed = failures(case, "triton", seed=6, configuration=configuration)
-            found += [f"{case.name}: {failure}" for failure in missed]
-    return found
+    kind = jax.devices()[0].device_kind
+    cases = [replace(case, K=K, V=V, dtype="bfloat16") for case in CASES if case.name in CHECKED]
+    both = dict.fromkeys(configurations.choose(K, V, kind, rows) for rows in (configurations.MANY_ROWS, 1))
+    return [failure for configuration in both for failure in SUITE.missed(cases, configuration)]

@@ -1,7 +1,7 @@
 """The gradients of every chunk of 64 tokens, all chunks at once, in one kernel.
 
-With S the state entering the chunk, dS' the gradient of the one leaving it, D the decays between its tokens and
-leaving_j what the leaving state has of token j,
+With S the state entering the chunk, dS' the gradient of the state S' leaving it, and D, gamma and leaving as in
+triton_prepare.py,
 
     M1 = scale D . (dO rho^T) diag(beta)       M2 = -strict(D . (dV rho^T)) diag(beta)
     dQ = scale gamma (dO S^T) + M1 K
@@ -10,10 +10,11 @@ leaving_j what the leaving state has of token j,
     dg_m = sum_{i >= m} (q_i . dQ_i + k_i . dR_i - k_i . dW_i) + <S', dS'>
     <S', dS'> = gamma_C <S, dS'> + sum_j k_j . (beta leaving rho dS'^T)_j
 
-dR is what token i reads of keys before it, dW what it wrote for those after. A pair after m is in both and cancels in
-dg, which under strong decay is small beside it: so both have it from one rounded entry of M1 or M2, with beta in it,
-and no beta is smaller than LEAST. M1 and M2 go through memory, since a transposed accumulator must not feed a product
-(some Triton releases miscompile it on Hopper): they lie where dQ and dK will be until those take their place.
+dR is the part of dK from a token's own reads of the state, dW the part from what later tokens read of its write. A pair
+of tokens that both come after m contributes to both and cancels in dg_m, which under strong decay is small beside it.
+So both take it from the same rounded entry of M1 or M2, with beta already in it, and |beta| is at least triton_terms'
+LEAST. M1 and M2 go through memory, since a transposed accumulator must not feed a product (some Triton releases
+miscompile it on Hopper): they lie in the outputs dQ and dK until those are written.
 
 Heads of at most `value_tile` value columns have dO, dV and rho in shared memory from the start, and the loop over key
 tiles is the one whose loads the compiler pipelines. Wider ones run over value columns within each key tile.
@@ -45,31 +46,31 @@ def make_gradients(
         total, gamma, leaving, b = (ref[...] for ref in (refs.total, refs.gamma, refs.leaving, refs.beta))
         b = terms.nonzero(b)
         sources = {"do": refs.do, "dv": refs.dv, "rho": refs.rho}
-        held = {name: ref[...] for name, ref in sources.items()} if config.value_tile >= V else {}
+        loaded = {name: ref[...] for name, ref in sources.items()} if config.value_tile >= V else {}
         after = terms.square(0) - terms.square(1)  # rows after columns
         allowed = after >= 0
         if refs.numbers is not None:
             allowed = allowed & (refs.numbers[...][:, None] == refs.numbers[...][None, :])
 
         def values(name, columns):
-            return held[name] if held else sources[name][rows, columns]
+            return loaded[name] if loaded else sources[name][rows, columns]
 
-        def pairs(columns, m1, m2):
+        def add_pairs(columns, m1, m2):
             rho = values("rho", columns).T
             return m1 + triton.dot(values("do", columns), rho), m2 + triton.dot(values("dv", columns), rho)
 
-        m1, m2 = terms.over_values(value_tiles, pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        m1, m2 = terms.over_values(value_tiles, add_pairs, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = terms.pair_decay(total, total, allowed, interpret) * b[None, :]
         for ref, m in ((refs.dq, scale * decay * m1), (refs.dk, jnp.where(after == 0, 0.0, -decay * m2))):
             ref[rows, rows] = m.astype(jnp.bfloat16).astype(dtype)
         triton.barrier(interpret)
         m1, m2 = (ref[rows, rows].astype(jnp.bfloat16) for ref in (refs.dq, refs.dk))
 
-        def key_columns(sums, tile):
+        def make_key_columns(sums, tile):
             columns = tile.place
             d_total, d_log_beta, d_last, inner = sums
 
-            def states(values_at, asked, read, d_write, inner):
+            def add_states(values_at, asked, read, d_write, inner):
                 state, d_state = refs.states[values_at, columns], refs.d_states[values_at, columns]
                 inner = inner + terms.inner_product(state, d_state, tile, inner.size)
                 asked = asked + triton.dot(values("do", values_at), state)
@@ -79,7 +80,7 @@ def make_gradients(
 
             key, query = tile.load_columns(refs.k, rows), tile.load_columns(refs.q, rows)
             zero = jnp.zeros((CHUNK, tile.width), jnp.float32)
-            asked, read, d_write, inner = terms.over_values(value_tiles, states, zero, zero, zero, inner)
+            asked, read, d_write, inner = terms.over_values(value_tiles, add_states, zero, zero, zero, inner)
             dq = (scale * gamma)[:, None] * asked + triton.dot(m1, key)
             tile.store_columns(refs.dq, rows, dq)
             read = -gamma[:, None] * read + triton.dot(m2, key)
@@ -93,7 +94,7 @@ def make_gradients(
 
         none = jnp.zeros((CHUNK,), jnp.float32)
         sums = none, none, none, jnp.zeros((value_tiles.width,), jnp.float32)
-        d_total, d_log_beta, d_last, inner = Tiling(K, config.key_tile).over(key_columns, sums)
+        d_total, d_log_beta, d_last, inner = Tiling(K, config.key_tile).over(make_key_columns, sums)
         refs.dbeta[...] = d_log_beta / b
         d_total -= d_log_beta
         d_last = jnp.sum(d_last) + refs.gamma[CHUNK - 1] * jnp.sum(inner)

@@ -1,8 +1,9 @@
-"""The gradients of every block of 128 tokens, all blocks at once: half as many states as triton_chunks.py takes.
+"""The gradients of every block of 128 tokens, all blocks at once, from half as many states as triton_chunks.py takes.
 
-The equations are those of triton_chunks.py, of a block for a chunk. A block has two halves, and pairs of tokens are in
-one of three tiles: both in the first half, late in the second and early in the first, both in the second. M1 and M2 go
-through memory, since a transposed accumulator must not feed a product (some Triton releases miscompile it on Hopper).
+The equations are those of triton_chunks.py with a block in a chunk's place. A block has two halves of 64. A pair of
+tokens, one later than the other, lies in one of three tiles: both in the first half, the later one in the second half
+and the earlier one in the first, or both in the second. M1 and M2 go through memory, since a transposed accumulator
+must not feed a product (some Triton releases miscompile it on Hopper).
 """
 
 import jax
@@ -15,7 +16,7 @@ from pallas_kernels.gated_delta_rule.arrays import BLOCK, CHUNK, Gradients, Kept
 from pallas_kernels.tiles import Tile, Tiling
 from pallas_kernels.triton_calls import BlockSpec
 
-TILES = 3  # of pairs, numbered late half + early half
+TILES = 3  # of pairs; a tile's number is the half (0 or 1) of its later tokens plus that of its earlier ones
 
 
 def pair_tokens(
@@ -33,12 +34,12 @@ def pair_tokens(
         if refs.late_numbers is not None:
             allowed = allowed & (refs.late_numbers[...][:, None] == refs.early_numbers[...][None, :])
 
-        def products(at, m1, m2):
+        def add_products(at, m1, m2):
             early = refs.rho[rows, at].T
             return m1 + triton.dot(refs.do[rows, at], early), m2 + triton.dot(refs.dv[rows, at], early)
 
         m1, m2 = terms.over_values(
-            Tiling(V, config.value_tile), products, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2
+            Tiling(V, config.value_tile), add_products, *(jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2
         )
         until = refs.early_total[...] - jnp.where(same, 0.0, refs.early_total[CHUNK - 1])
         decay = (
@@ -50,7 +51,7 @@ def pair_tokens(
         refs.m2[late, early] = jnp.where(same & (order == 0), 0.0, -decay * m2).astype(jnp.bfloat16)
 
         @triton.when(number == 1)
-        def future():
+        def clear_future():
             for m in (refs.m1, refs.m2):
                 m[triton.ds(0, CHUNK), triton.ds(CHUNK, CHUNK)] = jnp.zeros((CHUNK, CHUNK), jnp.bfloat16)
 
@@ -83,9 +84,9 @@ def sum_gradients(
     """dQ, dK and the sums that dg and dbeta are made of: q . dQ + k . dR - k . dW, k . dW and <S', dS'>, each over its
     own tile of key columns.
 
-    A program makes a tile of key columns for a block. Where what is left of K takes several narrow tiles, there is one
-    as wide as the others instead, over columns of its neighbour, whose results it makes once more. dQ is first: what it
-    reads of S is then still in the L2 cache when dK reads it.
+    A program makes a tile of key columns of one block. Where the columns that full tiles leave would take several
+    narrow tiles, one full tile takes them instead: it overlaps its neighbour and makes some of its columns a second
+    time. dQ comes first, so that the states it reads are still in the L2 cache when dK reads them.
     """
     B, T, H, K = kept.tokens.q.shape
     Hv, V = kept.rho.shape[2:]
@@ -106,7 +107,7 @@ def sum_gradients(
         def body(tile):
             columns, zero = tile.place, jnp.zeros((BLOCK, tile.width), jnp.float32)
 
-            def states(at, read, d_write, inner):
+            def add_states(at, read, d_write, inner):
                 state, d_state = refs.states[at, columns], refs.d_states[at, columns]
                 read = read + triton.dot(refs.dv[rows, at], state)
                 inner = inner + terms.inner_product(state, d_state, tile, inner.size)
@@ -119,33 +120,33 @@ def sum_gradients(
                 else:
                     tile.store_columns(ref, rows, x)
 
-            def key_pairs(part, read, d_write):
+            def add_key_pairs(part, read, d_write):
                 key = refs.k[part, columns]
                 d_write = d_write + triton.dot(refs.m2[part, rows].T, key)
                 d_write = d_write + triton.dot(refs.m1[part, rows].T, refs.q[part, columns])
                 return read + triton.dot(refs.m2[rows, part], key), d_write
 
-            def asked_states(at, asked):
+            def add_asked(at, asked):
                 return (asked + triton.dot(refs.do[rows, at], refs.states[at, columns]),)
 
-            def query_pairs(part, dq):
+            def add_query_pairs(part, dq):
                 return (dq + triton.dot(refs.m1[rows, part], refs.k[part, columns]),)
 
             late = jax.lax.broadcasted_iota(jnp.int32, (BLOCK,), 0) >= CHUNK
             first, last = refs.gamma[CHUNK - 1], refs.gamma[BLOCK - 1]  # what each half leaves
             gamma = refs.gamma[...] * jnp.where(late, first, 1.0)
-            (asked,) = terms.over_values(value_tiles, asked_states, zero)
-            (dq,) = over_pairs(query_pairs, (scale * gamma)[:, None] * asked)
+            (asked,) = terms.over_values(value_tiles, add_asked, zero)
+            (dq,) = over_pairs(add_query_pairs, (scale * gamma)[:, None] * asked)
             query = tile.own(refs.q[rows, columns].astype(jnp.float32))
             of_queries = jnp.sum(query * dq, axis=1)
             store(refs.dq, dq)
 
             none = jnp.zeros((value_tiles.width,), jnp.float32)
-            read, d_write, inner = terms.over_values(value_tiles, states, zero, zero, none)
+            read, d_write, inner = terms.over_values(value_tiles, add_states, zero, zero, none)
             d_write *= (terms.nonzero(refs.beta[...]) * refs.leaving[...] * jnp.where(late, 1.0, last))[:, None]
             key = tile.own(refs.k[rows, columns].astype(jnp.float32))
             refs.d_last[0] = jnp.sum(jnp.sum(key * d_write, axis=1)) + first * last * jnp.sum(inner)
-            read, d_write = over_pairs(key_pairs, -gamma[:, None] * read, d_write)
+            read, d_write = over_pairs(add_key_pairs, -gamma[:, None] * read, d_write)
             d_log_beta = jnp.sum(key * d_write, axis=1)
             refs.d_log_beta[...] = d_log_beta
             refs.d_total[...] = of_queries + jnp.sum(key * read, axis=1) - d_log_beta

@@ -1,13 +1,14 @@
-"""The gated delta rule as Triton kernels: which sizes, which configuration, and the stages put together.
+"""The gated delta rule as Triton kernels: which sizes, which configuration, and the kernels put together.
 
 block 64    prepare (parallel) -> forward (serial)                      reverse (serial) -> chunks (parallel)
 block 128   prepare (parallel) -> state (serial) -> output (parallel)   reverse (serial) -> pairs, tokens (parallel)
 
-A block is the tokens between kept states: every 64 they are twice the traffic, but outputs come with them and gradients
-need one kernel; every 128 both take one more. Which is faster is measured.
+A state is kept for the backward at the start of every block of tokens. With blocks of 64 there are twice as many states
+to write and read, but the serial pass makes the outputs too, and one kernel makes the gradients; with blocks of 128
+outputs and gradients take one more kernel each. Which is faster at a size is measured by `gdn tune`.
 
-A serial pass has one program for each row, head and tile of value columns. Where that is too few for the device, long
-rows are cut into pieces that run side by side, exactly (triton_pieces.py).
+A serial pass has one program for each row, head and tile of value columns. Where those are too few to fill the device,
+long rows are cut into pieces that run side by side; the result is the same but for rounding (triton_pieces.py).
 """
 
 from functools import partial
@@ -32,8 +33,9 @@ from pallas_kernels.gated_delta_rule.configurations import Configuration, Every6
 
 SIZES = ((64, 64), (64, 128), (128, 64), (128, 128), (128, 256), (192, 384), (200, 400), (256, 256), (256, 512))
 
-FEW_PROGRAMS, MANY_PROGRAMS = 32, 256  # of a serial pass: at most few, rows are cut into pieces, for at most many
-SHORTEST_PIECE = 1024
+# a serial pass of at most FEW_PROGRAMS has its rows cut into pieces, as long as it then has at most MANY_PROGRAMS
+FEW_PROGRAMS, MANY_PROGRAMS = 32, 256
+SHORTEST_PIECE = 1024  # tokens
 
 
 def largest_array(batch: int, tokens: int, value_heads: int, key_dim: int, value_dim: int) -> int:
@@ -69,13 +71,19 @@ class _Static(NamedTuple):
     configuration: Configuration
 
 
+def _prepared(static, tokens):
+    """(what the tokens of each chunk do to each other, the serial pass forward with its configuration)."""
+    chosen, constants = static.configuration, {"scale": static.scale, "interpret": static.interpret}
+    prepared = triton_prepare.solve_chunks(tokens, config=chosen.prepare, **constants)
+    serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
+    return prepared, partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
+
+
 def _forward(static, tokens, initial_state, *, read, keep):
     """(o where `read`, final state of every piece, what the backward takes where `keep`)."""
     chosen, constants = static.configuration, {"scale": static.scale, "interpret": static.interpret}
     at_once = read and isinstance(chosen, Every64)  # outputs come with the states
-    prepared = triton_prepare.solve_chunks(tokens, config=chosen.prepare, **constants)
-    serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
-    scan = partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
+    prepared, scan = _prepared(static, tokens)
     maps = None
     if static.pieces > 1:
         maps, local = _maps_and_local(scan, tokens, prepared)
@@ -175,12 +183,9 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, scale, residu
 
 
 def part(k, v, g, beta, segment_ids, configuration, interpret):
-    """(M [B,Hv,K,K], F [B,Hv,K,V]) of each row, S_T = M S_0 + F, fp32. No gradient."""
+    """(M [B,Hv,K,K], F [B,Hv,K,V]) of each row in fp32: its final state is M S_0 + F. It has no gradient."""
     static, given = _given(k, k, v, g, beta, segment_ids, 1.0, "inputs", configuration, interpret)
-    chosen, constants = static.configuration, {"scale": 1.0, "interpret": interpret}
-    prepared = triton_prepare.solve_chunks(given, config=chosen.prepare, **constants)
-    serial = chosen.forward if isinstance(chosen, Every64) else chosen.state
-    scan = partial(triton_state.scan_forward, block=chosen.block, config=serial, **constants)
+    prepared, scan = _prepared(static, given)
     pieces = (x.reshape(-1, static.pieces, *x.shape[1:]) for x in _maps_and_local(scan, given, prepared))
     (whole, *maps), (final, *local) = (jnp.moveaxis(x, 1, 0) for x in pieces)
     for after, added in zip(maps, local, strict=True):
@@ -190,7 +195,7 @@ def part(k, v, g, beta, segment_ids, configuration, interpret):
 
 
 def _maps_and_local(scan, tokens, prepared):
-    """What the serial pass makes of the identity without values [B,Hv,K,K], and of zero with them [B,Hv,K,V]."""
+    """Final states of the serial pass: from the identity with v = 0 [B,Hv,K,K], and from zero with v [B,Hv,K,V]."""
     (rows, _, _, K), heads = tokens.k.shape, tokens.beta.shape[1]
     identity = jnp.broadcast_to(jnp.eye(K, dtype=jnp.float32), (rows, heads, K, K))
     maps = scan(tokens._replace(v=None), prepared, identity, read=False, keep=False).final

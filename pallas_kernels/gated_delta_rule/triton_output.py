@@ -3,8 +3,8 @@
     first 64          O = scale gamma (Q S) + attention rho
     last 64           O = scale gamma (gamma_64 Q S + (Q K_1^T) diag(write_1) rho_1) + attention rho
 
-with K_1, write_1 and rho_1 of the first 64: what they add to the state that the others read. gamma_64 is what they
-leave of S.
+where K_1, write_1 and rho_1 are those of the first 64 tokens, which write to the state that the last 64 read, and
+gamma_64 is the fraction of S that is left after them.
 """
 
 import jax
@@ -37,7 +37,7 @@ def make_outputs(
         crossing = (reads[1][:, None] * crossing * refs.write[first][None, :]).astype(jnp.bfloat16)
         gamma_end = refs.gamma[CHUNK - 1]
 
-        def part(_, tile):
+        def store_values(_, tile):
             values = tile.place
             states = [refs.states[values, tile.place].T for tile in columns]
 
@@ -52,7 +52,7 @@ def make_outputs(
             late = gamma_end * asked(1) + triton.dot(pairs[1], refs.rho[last, values])
             refs.o[last, values] = (late + triton.dot(crossing, early)).astype(jnp.bfloat16)
 
-        Tiling(V, config.value_tile).over(part, None)
+        Tiling(V, config.value_tile).over(store_values, None)
 
     key = BlockSpec((None, BLOCK, None, K), lambda n, h, b: (b, n, triton.quotient(h, Hv // H), 0))
     value = BlockSpec((None, BLOCK, None, V), lambda n, h, b: (b, n, h, 0))

@@ -1,8 +1,9 @@
 """Long rows in pieces: the state that enters each, from what every piece does to a state.
 
-A piece is an affine map of its entering state, S' = M S + B, and of gradients, dS = M^T dS' + B. M is its pass over the
-identity without values, B its pass from zero, for all pieces side by side. Here the maps are chained, one program a
-head and tile of value columns, with products to 2^-16: each operand is two bf16 tiles, its leading bits and the rest.
+A piece is an affine map of the state S that enters it: S' = M S + B. For gradients it is dS = M^T dS' + B', with dS' of
+the state that leaves it. M is the final state of a pass that starts from the identity with v = 0, B that of a pass that
+starts from zero; all pieces make theirs side by side. This kernel chains the maps, one program a head and tile of value
+columns. Its products are right to 2^-16: each operand is the sum of two bf16 tiles, its leading bits and the rest.
 """
 
 import jax

@@ -1,13 +1,14 @@
-"""What the 64 tokens of a chunk do to each other, for every chunk and head at once: stage 1 of the Triton kernels.
+"""What the 64 tokens of a chunk do to each other, for every chunk and head at once: the first of the kernels.
 
     inverse   = (I + strict(D . K K^T) diag(beta))^-1        rho = inverse (V - gamma (K S))
     attention = scale D . (Q K^T) diag(beta)                 O   = scale gamma (Q S) + attention rho
     total_i   = g_1 + ... + g_i
-    gamma_i   = exp(total_i)                                 what the entering state has left at token i
-    leaving_j = exp(g_j+1 + ... + g_C)                       what the leaving state has of token j
-    write_j   = leaving_j beta_j                             what token j's error adds to it
+    gamma_i   = exp(total_i)                                 the fraction of the entering state left at token i
+    leaving_j = exp(g_j+1 + ... + g_C)                       the fraction of token j's write left at the chunk's end
+    write_j   = leaving_j beta_j                             the factor of k_j rho_j^T in the leaving state
 
-with D_ij = gamma_i / gamma_j for i >= j in one document, else 0.
+with D_ij = exp(total_i - total_j) for i >= j in one document, else 0. gamma is 0 outside the document that enters the
+chunk, leaving outside the one that leaves it. S is the entering state, rho the prediction errors (triton_state.py).
 """
 
 import jax
@@ -61,12 +62,12 @@ def solve_chunks(tokens: Tokens, *, scale: float, config: configurations.Prepare
         refs.leaving[...] = leaving
         refs.write[...] = leaving * b
 
-        def products(sums, tile):
+        def add_products(sums, tile):
             kk, qk = sums
             query, key = tile.load_columns(refs.q, rows), tile.load_columns(refs.k, rows)
             return kk + triton.dot(key, key.T), qk + triton.dot(query, key.T)
 
-        kk, qk = Tiling(K, config.key_tile).over(products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
+        kk, qk = Tiling(K, config.key_tile).over(add_products, (jnp.zeros((CHUNK, CHUNK), jnp.float32),) * 2)
         decay = pair_decay(total, total, allowed, interpret)
         refs.attention[...] = (scale * decay * qk * b[None, :]).astype(jnp.bfloat16)
         lower = jnp.where(square(0) > square(1), decay * kk * b[None, :], 0.0)

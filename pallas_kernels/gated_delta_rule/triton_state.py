@@ -10,13 +10,14 @@ reverse, with dO and the gradient dS' of the leaving state:
     drho = attention^T dO + write (K dS')     dV = inverse^T drho
     dS   = gamma_C dS' + Q^T (scale gamma dO) - K^T (gamma dV)
 
-Both keep what the gradient stage needs, the state entering and the gradient of the state leaving every block of 64 or
-128 tokens. Outputs of wide heads come from triton_output.py instead, for want of registers here.
+For the kernels that make the gradients, the first keeps the state that enters every block of 64 or 128 tokens, the
+second the gradient of the state that leaves it. Outputs of wide heads come from triton_output.py instead, for want of
+registers here.
 
-Everything with value columns is held as it stands, or transposed. Transposed, state and errors are the register operand
-of every product and only keys and pairs go through shared memory: fewer barriers. As it stands, they go through shared
-memory themselves: fewer registers, which is what matters once the state takes half of them. So are the last columns of
-a size that tiles of 64 do not divide: a product takes no fewer than 64 rows.
+State, errors and outputs are held in registers as they stand in memory, or transposed. Transposed, state and errors
+are operands in registers of every product and only keys and pairs go through shared memory: fewer barriers. As they
+stand, they go through shared memory themselves: fewer registers, which matters once the state takes half of them. The
+last columns of a V that tiles of 64 do not divide are always held as they stand: a product has at least 64 rows.
 """
 
 from collections.abc import Callable

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from pallas_kernels import triton_calls as triton
 from pallas_kernels.gated_delta_rule.arrays import CHUNK
 
-LEAST = 2.0**-40  # of beta here: far below what fp32 sees in a sum, far above what a quotient could not bear
+# The least |beta| here, where it divides: too small to show in a sum in fp32, and its quotients are far from overflow.
+LEAST = 2.0**-40
 
 
 def square(axis):
@@ -25,13 +26,13 @@ def nonzero(beta):
 
 
 def where_nonzero(beta, d_write):
-    """dW of every token, or 0 where beta is: there it stands for LEAST."""
+    """dW of every token, or 0 where beta is 0, for which LEAST stands."""
     return jnp.where(jnp.abs(beta) <= LEAST, 0.0, 1.0)[:, None] * d_write
 
 
 def inner_product(state, d_state, tile, size):
-    """[size] that adds up to S . dS' over the key columns that a tile owns: by value columns, which needs no exchange
-    between warps, where there are `size` of them."""
+    """[size] numbers whose sum is <S, dS'> over a tile's own key columns: one for each value column, which needs no
+    exchange between warps, where there are `size` of them; else the whole sum and zeros."""
     sums = jnp.sum(tile.own(state.astype(jnp.float32) * d_state.astype(jnp.float32)), axis=1)
     if sums.size == size:
         return sums

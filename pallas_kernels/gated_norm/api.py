@@ -25,20 +25,24 @@ def resolve(
     groups: int = 1,
     dtype: Any = jnp.bfloat16,
 ) -> dispatch.Choice:
-    """Which implementation `impl` means on this machine for x of this shape and the widest dtype of x and gate, and why
-    a faster one was refused.
+    """Which implementation `impl` means on this machine, and why a faster one was refused.
 
-    Without a gate, and for few vectors, "auto" takes "chunked": XLA joins it with what stands around it.
+    shape: that of x
+    gated: whether there is a gate
+    groups: equal parts of a vector that are normalised by themselves
+    dtype: the widest of x and gate
+
+    Without a gate, and for fewer than FEW_VECTORS vectors, "auto" takes "chunked", which XLA joins with the operations
+    around it. Raises dispatch.CannotRun for a named one that cannot run.
     """
     if impl == "auto" and (not gated or math.prod(shape[:-1]) < FEW_VECTORS):
         return dispatch.Choice(NAME, "chunked")
 
     def why_not(interpret):
-        if dtype == jnp.float64:
-            return "it computes in float32, and x or gate is float64"
         return triton_norm.why_not(math.prod(shape[:-1]) * groups, shape[-1] // groups, interpret=interpret)
 
-    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, D=shape[-1], groups=groups))
+    admits = partial(admission.refusal, NAME, D=shape[-1], groups=groups)
+    return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype)
 
 
 @jaxtyped(typechecker=beartype)
@@ -64,7 +68,7 @@ def gated_norm(
     eps     > 0
     groups  divides D
     impl    "auto" takes the fastest for this device and this use; a named one never falls back. The kernels compute in
-            fp32 on vectors of at most 8,192 elements
+            fp32, refuse float64, and take groups of at most 8,192 elements
 
     Returns y like x, in x's dtype; inside at least fp32, float64 for float64 inputs. The gradient reaches x, weight and
     gate.
@@ -93,6 +97,3 @@ def _on_one_device(x, weight, gate, *, eps, gate_first, groups, impl):
         return triton_norm.gated_norm(x, weight, gate, eps, gate_first, groups, interpret=impl == "triton_interpret")
     op = reference if impl == "reference" else chunked
     return op.gated_norm(x, weight, gate, eps, gate_first, groups)
-
-
-__all__ = ["IMPLS", "gated_norm", "resolve"]

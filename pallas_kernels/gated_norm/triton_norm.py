@@ -1,8 +1,8 @@
 """RMS norm with a SiLU gate as one Triton kernel forward and one backward, each reading and writing every array once.
 
-A program holds whole vectors: `rows` of them at a time, one or more times. The backward makes r, n and the gate again
-from the inputs, which it reads anyway, so that nothing else is kept; equations as in chunked.py. The weight's gradient
-is a sum over all vectors: a program makes its own part, and the parts are added outside.
+A program holds `rows` whole vectors at a time, and works through one or more such sets. The backward makes r, n and
+SiLU(gate) again from the inputs, which it reads anyway, so that nothing else is kept; equations as in chunked.py. The
+weight's gradient is a sum over all vectors: each program makes its own part, and XLA adds the parts.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ LARGEST = 8192  # elements of a vector
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Of one of the two kernels."""
+    """The configuration of one of the two kernels."""
 
     elements: int = 1024  # of the vectors that a program holds at once, at least one vector
     warps: int = 4
-    turns: int = 1  # how often a program takes the next vectors
+    repeats: int = 1  # how many such sets of vectors a program works through, one after another
 
 
 FORWARD = Config()
-BACKWARD = Config(turns=32)
+BACKWARD = Config(repeats=32)
 
 
 def why_not(vectors: int, size: int, *, interpret: bool) -> str | None:
@@ -48,17 +48,17 @@ class _Static(NamedTuple):
 
 
 class _Vectors(NamedTuple):
-    """How vectors [count, groups, size] are split: a program takes `rows` neighbours of one group `turns` times."""
+    """How vectors [count, groups, size] are split: a program takes `rows` neighbours of one group, `repeats` times."""
 
     count: int
     size: int
     rows: int
-    turns: int
+    repeats: int
 
     @classmethod
     def of(cls, shape, config):
         count, _, size = shape
-        return cls(count, size, max(1, config.elements // power_of_two(size)), config.turns)
+        return cls(count, size, max(1, config.elements // power_of_two(size)), config.repeats)
 
     @property
     def wide(self):
@@ -67,18 +67,18 @@ class _Vectors(NamedTuple):
 
     @property
     def programs(self):
-        return -(-self.count // (self.rows * self.turns))
+        return -(-self.count // (self.rows * self.repeats))
 
     def of_program(self):
         """(number of its first one, number of its group)."""
-        return triton.program_id(0) * (self.turns * self.rows), triton.program_id(1)
+        return triton.program_id(0) * (self.repeats * self.rows), triton.program_id(1)
 
-    def held(self, first, group, turn):
-        """Those that a program holds in its turn number `turn`."""
+    def places(self, first, group, repeat):
+        """Those that a program holds in its repeat number `repeat`."""
         iota = partial(jax.lax.broadcasted_iota, jnp.int32)
-        at, columns = first + turn * self.rows + iota((self.rows, 1), 0), iota((1, self.wide), 1)
+        at, columns = first + repeat * self.rows + iota((self.rows, 1), 0), iota((1, self.wide), 1)
         exists = None
-        if self.count % (self.rows * self.turns) or self.size != self.wide:
+        if self.count % (self.rows * self.repeats) or self.size != self.wide:
             exists = (at < self.count) & (columns < self.size)
         return Places((at, group, columns), exists)
 
@@ -107,12 +107,12 @@ def _forward(static, x, weight, gate):
     config, interpret = static.forward, static.interpret
     (_, groups, size), vectors = x.shape, _Vectors.of(x.shape, config)
 
-    def norm(refs):
+    def normalise(refs):
         first, group = vectors.of_program()
         w = vectors.weight(refs.weight)
 
-        def turn(i, carry):
-            here = vectors.held(first, group, i)
+        def normalise_rows(i, carry):
+            here = vectors.places(first, group, i)
             u = here.load(refs.x)
             opened = None if gate is None else _gate(here.load(refs.gate), interpret)[1]
             if gate is not None and static.gate_first:
@@ -123,10 +123,10 @@ def _forward(static, x, weight, gate):
             here.store(refs.y, y)
             return carry
 
-        jax.lax.fori_loop(jnp.int32(0), jnp.int32(config.turns), turn, jnp.int32(0))
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(config.repeats), normalise_rows, jnp.int32(0))
 
     made = triton.call(
-        norm,
+        normalise,
         {"x": (x, _whole(x)), "weight": (weight, _whole(weight)), "gate": (gate, _whole(gate))},
         {"y": (jax.ShapeDtypeStruct(x.shape, x.dtype), _whole(x))},
         grid=(vectors.programs, groups), warps=config.warps, num_stages=1, interpret=interpret,
@@ -139,12 +139,12 @@ def _backward(static, x, weight, gate, dy):
     config, interpret = static.backward, static.interpret
     (_, groups, size), vectors = x.shape, _Vectors.of(x.shape, config)
 
-    def reverse_norm(refs):
+    def reverse_normalise(refs):
         first, group = vectors.of_program()
         w = vectors.weight(refs.weight)
 
-        def turn(i, total):
-            here = vectors.held(first, group, i)
+        def reverse_rows(i, total):
+            here = vectors.places(first, group, i)
             u, d_scaled = here.load(refs.x), here.load(refs.dy)  # the latter of weight n, once the gate is taken in
             if gate is not None:
                 z = here.load(refs.gate)
@@ -170,14 +170,14 @@ def _backward(static, x, weight, gate, dy):
             return total + d_scaled * n
 
         total = jnp.zeros((vectors.rows, vectors.wide), jnp.float32)
-        total = jax.lax.fori_loop(jnp.int32(0), jnp.int32(config.turns), turn, total)
+        total = jax.lax.fori_loop(jnp.int32(0), jnp.int32(config.repeats), reverse_rows, total)
         columns = jax.lax.broadcasted_iota(jnp.int32, (vectors.wide,), 0)
         part = jnp.sum(total, axis=0)
         triton.store_where(refs.parts, (columns,), part, None if size == vectors.wide else columns < size)
 
     like = lambda y: None if y is None else jax.ShapeDtypeStruct(y.shape, y.dtype)  # noqa: E731
     made = triton.call(
-        reverse_norm,
+        reverse_normalise,
         {"x": (x, _whole(x)), "dy": (dy, _whole(dy)), "weight": (weight, _whole(weight)), "gate": (gate, _whole(gate))},
         {
             "dx": (like(x), _whole(x)),

@@ -25,17 +25,19 @@ def resolve(
 ) -> dispatch.Choice:
     """Which implementation `impl` means on this machine for these sizes, and why a faster one was refused.
 
-    shape is [B, T, Hv, K, V], channels whether g has a decay for each key channel, `dtype` the widest of q, k and v.
-    "auto" takes the kernels for bfloat16 alone: they round wider inputs to it, which is for the caller to ask for.
+    shape: [B, T, Hv, K, V]
+    channels: whether g has a decay for each key channel
+    dtype: the widest of q, k and v
+
+    "auto" takes the kernels for bfloat16 alone, since they round wider inputs to it. Raises dispatch.CannotRun for a
+    named one that cannot run.
     """
 
     def why_not(interpret):
-        if dtype == jnp.float64:
-            return "it would round float64 to bfloat16"
         return triton_head.why_not(shape, interpret=interpret)
 
     admits = partial(admission.refusal, NAME, K=shape[3], V=shape[4], channels=channels)
-    return dispatch.choose(NAME, impl, why_not, admits, rounded=dtype)
+    return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype, rounds_to=jnp.bfloat16)
 
 
 @jaxtyped(typechecker=beartype)
@@ -65,12 +67,13 @@ def linear_attention(
     initial_state  [B, Hv, K, V], zero when absent; what is inf or NaN in it reaches the first segment alone
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
     impl           "auto" takes the fastest for this device, these sizes and dtypes; a named one never falls back. The
-                   kernels ("triton") take K and V from 16 to 512 and round operands to bf16
+                   kernels ("triton") take K and V from 16 to 512, round operands to bf16 and refuse float64
     chunk          16, 32, 64 or 128 tokens at once in "chunked"; the kernels have their own
-    residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk;
-                   "inputs" runs the forward again instead
-    configuration  of the kernels, triton_head's or, for decays a channel, triton_channel's: absent, the one for these
-                   sizes; no other implementation reads it
+    residuals      what the forward keeps for the backward. "saved": besides the inputs, the state entering each chunk
+                   (and in g's place, with decays a channel in the kernels, the sums of g in each chunk). "inputs": the
+                   inputs alone; the forward runs again
+    configuration  of the kernels: triton_head's, or triton_channel's for decays a channel; when absent, the one for
+                   these sizes. Other implementations do not read it
 
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
     q, k, v are bfloat16 (bf16 operands at the dots, fp32 elsewhere), float32 or float64 (exact throughout, but
@@ -101,7 +104,7 @@ def linear_attention(
 
 
 def _across_devices(q, k, v, g, initial_state, segment_ids, *, axis, **static):
-    """The same where each device has a part of every row's tokens."""
+    """`_on_one_device` where each device has a part of every row's tokens."""
     if initial_state is None:
         initial_state = jnp.zeros((q.shape[0], v.shape[2], q.shape[3], v.shape[3]), g.dtype)
 
@@ -163,6 +166,3 @@ def linear_attention_step(
     g = g[..., None] if g.ndim == 2 else g
     o, state = reference.step(q, k, *(x.astype(exact) for x in (v, g, state)), scale)
     return o.astype(v.dtype), state
-
-
-__all__ = ["IMPLS", "linear_attention", "linear_attention_step", "resolve"]

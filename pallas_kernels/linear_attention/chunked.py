@@ -3,22 +3,23 @@
 One head, one chunk of C tokens, rows q_i, k_i [K] and v_i [V], state S [K, V] entering the chunk; the decay is one
 number a token (RetNet, Mamba2) or one for each key channel (HGRN2), all products with it are per channel:
 
-    G_i = g_1 + ... + g_i     gamma_i = exp(G_i)     r_j = exp(g_{j+1} + ... + g_C)
+    total_i = g_1 + ... + g_i     gamma_i = exp(total_i)     leaving_j = exp(g_{j+1} + ... + g_C)
     P_ij = sum_k q_ik k_jk exp(g_{j+1} + ... + g_i)_k for i >= j, else 0
     O   = scale (gamma Q) S + scale P V
-    S'  = gamma_C S + (r K)^T V
+    S'  = gamma_C S + (leaving K)^T V
 
-Every exponent is a sum of log decays, so none is ever positive, however strong the decay. With a scalar decay P is
-(Q K^T) . D, D_ij = exp(G_i - G_j) summed over its own tokens. Per channel the decay cannot be taken out of the sum over
-k; P is then built by halves: a pair (i, j) across the middle m of a block has the decay exp(m..i) exp(j..m), which
-splits into a factor of q_i and one of k_j, and pairs within a half are the same problem at half the size: log2 C levels
-of ordinary products, no [C, C, K] array, and no division by a decay.
+Every exponent is a sum of log decays, so none is ever positive, however strong the decay. With one decay a token, P is
+(Q K^T) . D with D_ij = exp(g_{j+1} + ... + g_i). With one a channel, the decay stands inside the sum over k. P is then
+built by halves. Let m be the last token of a block's first half. A pair with j <= m < i has the decay exp(g_{m+1} + ...
++ g_i) exp(g_{j+1} + ... + g_m): one factor belongs to q_i, the other to k_j, and an ordinary product has all such
+pairs. Pairs within a half are the same problem at half the size. So there are log2 C levels of products, no [C, C, K]
+array, and no division by a decay.
 
 The backward differentiates these lines by hand. dg_m sums over the pairs i >= m > j that g_m lies between, rows of one
 sign at a time: as a cumulative sum of q dq - k dk it would cancel to rounding noise where decay is strong.
 
 Documents: a pair interacts when both are of one document; gamma_i counts when token i still belongs to the document
-that entered the chunk; r_j when it belongs to the last one.
+that entered the chunk; leaving_j when it belongs to the last one.
 
 Axes in einsum strings: b batch, h key head, r value heads of a key head, i j tokens, k key dim, v value dim.
 """
@@ -41,19 +42,19 @@ def _earlier(x):
     return jnp.cumsum(jnp.pad(x[..., :-1, :], ((0, 0),) * (x.ndim - 2) + ((1, 0), (0, 0))), axis=-2)
 
 
-def _decays(g, runs):
-    """gamma, r [b h r i G] and gamma_C [b h r 1 G] of a chunk, and which pairs interact [b 1 1 i j]."""
+def _decays(g, numbers):
+    """gamma, leaving [b h r i G] and gamma_C [b h r 1 G] of a chunk, and which pairs interact [b 1 1 i j]."""
     tokens = jnp.arange(g.shape[-2])
     pairs = (tokens[:, None] >= tokens)[None, None, None]
     entered = leaves = jnp.ones((), bool)
-    if runs is not None:
-        run = runs[:, None, None, 1:]
-        pairs = pairs & (run[..., :, None] == run[..., None, :])
-        entered = (run == runs[:, None, None, :1])[..., None]
-        leaves = (run == run[..., -1:])[..., None]
+    if numbers is not None:
+        number = numbers[:, None, None, 1:]
+        pairs = pairs & (number[..., :, None] == number[..., None, :])
+        entered = (number == numbers[:, None, None, :1])[..., None]
+        leaves = (number == number[..., -1:])[..., None]
     gamma = jnp.exp(jnp.where(entered, jnp.cumsum(g, axis=-2), -jnp.inf))
-    r = jnp.exp(jnp.where(leaves, _later(g), -jnp.inf))
-    return gamma, r, gamma[..., -1:, :], pairs
+    leaving = jnp.exp(jnp.where(leaves, _later(g), -jnp.inf))
+    return gamma, leaving, gamma[..., -1:, :], pairs
 
 
 # --- the pairs of a chunk, scalar decay ---
@@ -156,7 +157,7 @@ def _pairs_backward(q, k, g, pairs, d_pairs, operand):
     return dq.sum(2), dk.sum(2), dg
 
 
-def _forward(q, k, v, g, initial_state, runs, scale, chunk, *, read=True, keep=False):
+def _forward(q, k, v, g, initial_state, numbers, scale, chunk, *, read=True, keep=False):
     """((o if `read`, final state), state entering each chunk [N, b, h, r, K, V] if `keep`)."""
     batch, length, heads, key_dim = q.shape
     operand = operand_dtype(q, k, v)
@@ -164,15 +165,15 @@ def _forward(q, k, v, g, initial_state, runs, scale, chunk, *, read=True, keep=F
     def step(carry, start):
         state, o = carry
         kept = state.astype(operand) if keep else None
-        qc, kc, vc, gc, runsc = cut((q, k, v, g), runs, start, chunk)
+        qc, kc, vc, gc, numbers_c = cut((q, k, v, g), numbers, start, chunk)
         qc, kc = _exact(qc, kc)
-        gamma, r, gamma_all, pairs = _decays(gc, runsc)
+        gamma, leaving, gamma_end, pairs = _decays(gc, numbers_c)
         if read:
             oc = dot("bhrik,bhrkv->bhriv", gamma * qc[:, :, None], state, operand)
             oc += dot("bhrij,bhrjv->bhriv", _pairs(qc, kc, gc, pairs, operand), vc, operand)
             o = put(o, scale * oc, start)
-        written = dot("bhrik,bhriv->bhrkv", r * kc[:, :, None], vc, operand)
-        return (jnp.swapaxes(gamma_all, -1, -2) * state + written, o), kept
+        written = dot("bhrik,bhriv->bhrkv", leaving * kc[:, :, None], vc, operand)
+        return (jnp.swapaxes(gamma_end, -1, -2) * state + written, o), kept
 
     state = initial_state.reshape(batch, heads, v.shape[2] // heads, key_dim, v.shape[-1])
     o = jnp.zeros_like(v) if read else None
@@ -180,11 +181,11 @@ def _forward(q, k, v, g, initial_state, runs, scale, chunk, *, read=True, keep=F
     return (o, state.reshape(initial_state.shape)), kept
 
 
-def _backward(q, k, v, g, runs, kept, do, d_final, scale, chunk):
+def _backward(q, k, v, g, numbers, kept, do, d_final, scale, chunk):
     """All gradients in one reverse scan over chunks; S entered the chunk, dS' is the gradient of the state it left.
 
-    dV = P^T dO + (r K) dS'       dP = tril(dO V^T)        dS = gamma_C dS' + (gamma Q)^T dO
-    dQ = gamma (dO S^T) + pairs   dK = r (V dS'^T) + pairs
+    dV = P^T dO + (leaving K) dS'       dP = tril(dO V^T)        dS = gamma_C dS' + (gamma Q)^T dO
+    dQ = gamma (dO S^T) + pairs   dK = leaving (V dS'^T) + pairs
     dg_m = pairs + (reads of S by i >= m) + (writes by j < m that leave) + gamma_C <S, dS'>
     """
     batch, length, heads, key_dim = q.shape
@@ -195,20 +196,20 @@ def _backward(q, k, v, g, runs, kept, do, d_final, scale, chunk):
     def step(carry, x):
         d_left, dq, dk, dv, dg = carry
         start, state = x
-        qc, kc, vc, gc, doc, runsc = cut((q, k, v, g, do), runs, start, chunk)
+        qc, kc, vc, gc, doc, numbers_c = cut((q, k, v, g, do), numbers, start, chunk)
         qc, kc, doc = _exact(qc, kc, doc)
         doc = scale * doc
-        gamma, r, gamma_all, pairs = _decays(gc, runsc)
+        gamma, leaving, gamma_end, pairs = _decays(gc, numbers_c)
         dvc = product("bhrij,bhriv->bhrjv", _pairs(qc, kc, gc, pairs, operand), doc)
-        dvc += product("bhrik,bhrkv->bhriv", r * kc[:, :, None], d_left)
+        dvc += product("bhrik,bhrkv->bhriv", leaving * kc[:, :, None], d_left)
         d_pairs = product("bhriv,bhrjv->bhrij", doc, vc)
         dqc, dkc, dgc = _pairs_backward(qc, kc, gc, pairs, d_pairs, operand)
         dq_read = gamma * product("bhriv,bhrkv->bhrik", doc, state)
-        dk_write = r * product("bhriv,bhrkv->bhrik", vc, d_left)
+        dk_write = leaving * product("bhriv,bhrkv->bhrik", vc, d_left)
         dgc += reverse_cumsum(reduce(qc[:, :, None] * dq_read), axis=-2)
         dgc += _earlier(reduce(kc[:, :, None] * dk_write))
-        dgc += gamma_all * reduce((state * d_left).sum(-1))[..., None, :]
-        d_state = jnp.swapaxes(gamma_all, -1, -2) * d_left
+        dgc += gamma_end * reduce((state * d_left).sum(-1))[..., None, :]
+        d_state = jnp.swapaxes(gamma_end, -1, -2) * d_left
         d_state += product("bhrik,bhriv->bhrkv", gamma * qc[:, :, None], doc)
         put_key = lambda buffer, tile: put(buffer, tile[:, :, None], start)  # noqa: E731
         new = put_key(dq, dqc + dq_read.sum(2)), put_key(dk, dkc + dk_write.sum(2)), put(dv, dvc, start)
@@ -222,22 +223,22 @@ def _backward(q, k, v, g, runs, kept, do, d_final, scale, chunk):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _op(q, k, v, g, initial_state, runs, scale, chunk, residuals):
-    return _forward(q, k, v, g, initial_state, runs, scale, chunk)[0]
+def _op(q, k, v, g, initial_state, numbers, scale, chunk, residuals):
+    return _forward(q, k, v, g, initial_state, numbers, scale, chunk)[0]
 
 
-def _op_fwd(q, k, v, g, initial_state, runs, scale, chunk, residuals):
+def _op_fwd(q, k, v, g, initial_state, numbers, scale, chunk, residuals):
     keep = residuals == "saved"
-    outputs, kept = _forward(q, k, v, g, initial_state, runs, scale, chunk, keep=keep)
+    outputs, kept = _forward(q, k, v, g, initial_state, numbers, scale, chunk, keep=keep)
     # the initial state is needed only to run the forward again
-    return outputs, (q, k, v, g, runs, kept if keep else initial_state)
+    return outputs, (q, k, v, g, numbers, kept if keep else initial_state)
 
 
 def _op_bwd(scale, chunk, residuals, kept, cotangents):
-    q, k, v, g, runs, states = kept
+    q, k, v, g, numbers, states = kept
     if residuals == "inputs":
-        _, states = _forward(q, k, v, g, states, runs, scale, chunk, read=False, keep=True)
-    return *_backward(q, k, v, g, runs, states, *cotangents, scale, chunk), None
+        _, states = _forward(q, k, v, g, states, numbers, scale, chunk, read=False, keep=True)
+    return *_backward(q, k, v, g, numbers, states, *cotangents, scale, chunk), None
 
 
 _op.defvjp(_op_fwd, _op_bwd)
@@ -247,8 +248,8 @@ def linear_attention(q, k, v, g, initial_state, segment_ids, scale, chunk, resid
     """g [B, T, Hv, 1 or K], the rest as in api; segment_ids may be None. Any T: the tail is empty tokens."""
     length = q.shape[1]
     padding = -length % chunk
-    runs = document_numbers(segment_ids, padding)
+    numbers = document_numbers(segment_ids, padding)
     # k = v = g = 0 writes nothing and keeps the state
     q, k, v, g = (pad_tokens(x, padding) for x in (q, k, v, g))
-    o, state = _op(q, k, v, g, initial_state, runs, scale, chunk, residuals)
+    o, state = _op(q, k, v, g, initial_state, numbers, scale, chunk, residuals)
     return o[:, :length], state

@@ -1,11 +1,11 @@
 """What makes an implementation of linear attention correct: cases, float64 oracle, errors and their limits."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, held
+from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, round_to
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.linear_attention.api import linear_attention, resolve
 
@@ -77,8 +77,8 @@ def inputs(case: Case, seed: int = 0) -> Inputs:
     state = normal((case.B, case.Hv, case.K, case.V)) * case.carried
     segments = drawn_documents(random, case.B, case.T, case.documents)
     do, d_state = normal(value), normal(state.shape) * case.carried
-    q, k, v, do = (held(x, case.dtype) for x in (q, k, normal(value), do))
-    g, state, d_state = (held(x, jnp.float32) for x in (g, state, d_state))
+    q, k, v, do = (round_to(x, case.dtype) for x in (q, k, normal(value), do))
+    g, state, d_state = (round_to(x, jnp.float32) for x in (g, state, d_state))
     return Inputs([q, k, v, g, state], segments, [do, d_state])
 
 
@@ -110,9 +110,6 @@ CHECKED = ("documents", "decay 0.3", "decay 0 strewn in")  # of one length, so o
 
 def check(K: int, V: int, channels: bool) -> list[str]:
     """For admission: what the kernels miss at these sizes, with one value head a key head and with four."""
-    found = []
-    for members in (1, 4):
-        for case in (Case(**case) for case in BOTH if case["name"] in CHECKED):
-            sized = replace(case, H=1, Hv=members, K=K, V=V, channels=channels, dtype="bfloat16")
-            found += [f"{case.name}: {failure}" for failure in failures(sized, "triton", seed=6)]
-    return found
+    sizes = {"H": 1, "K": K, "V": V, "channels": channels, "dtype": "bfloat16"}
+    chosen = [case for case in BOTH if case["name"] in CHECKED]
+    return SUITE.missed(Case(**case, Hv=members, **sizes) for members in (1, 4) for case in chosen)

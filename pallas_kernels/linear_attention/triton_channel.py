@@ -1,30 +1,33 @@
 """Linear attention with one decay a key channel as four Triton kernels, forward and backward.
 
-Tokens are taken in chunks of C. total_i is the sum of a chunk's log decays up to token i, gamma_i = exp(total_i) what
-the entering state has left there, leaving_j = exp(total_C - total_j) what the leaving state has of token j; all of them
-for each key channel. With S entering and dS' leaving a chunk:
+Tokens are taken in chunks of C. For each key channel, total_i is the sum of a chunk's log decays up to token i,
+gamma_i = exp(total_i) the fraction of the entering state that is left at token i, and leaving_j = exp(total_C -
+total_j) the fraction of token j's write that is left at the chunk's end. With S the state that enters a chunk and dS'
+the gradient of the state that leaves it:
 
     sums    total
     carry   S'  = gamma_C S + (leaving K)^T V            dS  = gamma_C dS' + (scale gamma Q)^T dO
     read    O   = scale P V + (scale gamma Q) S          dV  = scale P^T dO + (leaving K) dS'
     back    dQ  = pairs + scale gamma (dO S^T)           dK  = pairs + leaving (V dS'^T)
 
-The decay of a pair, P_ij = sum over channels of q_i k_j exp(total_i - total_j), is inside the sum over channels. It
-leaves the sum in two ways. In blocks of 2 s tokens, a pair whose middle m lies between its tokens, j <= m < i, has
+P_ij = sum over channels of q_i k_j exp(total_i - total_j): the decay stands inside the sum, so P is no product of
+matrices as it is. It becomes one, or a few, in two ways. First, by levels: cut the chunk into blocks of 2 s tokens, and
+let m be the last token of a block's first half. A pair with j <= m < i has
 
     exp(total_i - total_j) = exp(total_i - total_m) exp(total_m - total_j),     E_t = exp(-|total_t - total_m|)
 
-and no exponent is positive: right at any decay. Every pair i > j is in exactly one of the levels s = C/2, ..., 2, 1:
-there i xor j lies in [s, 2 s). Where no |total_t - total_m| of a block passes WITHIN, no factor can overflow or vanish,
-and one product has all pairs of the block, with E_t = exp(total_t - total_m) for a query, its inverse for a key. Each
-tile of channels does so for the largest blocks that allow it, of 64 or 16 tokens or of a single one, and takes the
-levels from there up. With M the pairs of a level or of blocks, dP = scale dO V^T below the diagonal:
+and no exponent is positive, so that this is right at any decay. Every pair i > j belongs to exactly one of the levels
+s = C/2, ..., 2, 1: the one with i xor j in [s, 2 s). Second, by whole blocks: where no |total_t - total_m| of a block
+is above WITHIN, no factor can overflow or vanish, and one product has all pairs of the block, with E_t = exp(total_t -
+total_m) for a query and its inverse for a key. Each tile of channels takes the largest whole blocks that allow this, of
+64 or 16 tokens or of a single one, and the levels above them. With M the mask of the pairs of one level, or of whole
+blocks, and dP = scale dO V^T below the diagonal:
 
     P  = sum over M of M . (E Q) (E K)^T
     dQ = sum over M of E . ((M . dP) (E K)) + dP_ii k_i      dK = sum over M of E . ((M . dP)^T (E Q)) + dP_ii q_i
 
-so that all work is in products of matrices. A log decay g_t acts on the pairs and on the reads and writes of the state
-that it lies between; the diagonal has no part in it:
+so that all work is in products of matrices. The log decay g_t scales the pairs i >= t > j, the reads of S by tokens
+i >= t and the writes to S' by tokens j < t; the diagonal has no part in it:
 
     dg_t = sum over i >= t of (q_i dq_i - k_i dk_i) + sum over values of S' dS'
 
@@ -119,11 +122,11 @@ class _Static(NamedTuple):
 
 
 class _Documents(NamedTuple):
-    """Of every token [B,T]; all None where a row is one document."""
+    """Where each token [B,T] stands among the documents of its row; all None where a row is one document."""
 
     numbers: jax.Array | None = None  # int32
-    entered: jax.Array | None = None  # fp32: 1 where the document that entered the chunk lasts, else 0
-    leaves: jax.Array | None = None  # fp32: 1 in the document that leaves the chunk, else 0
+    entered: jax.Array | None = None  # fp32: 1 in the document of the token before the chunk, else 0
+    leaves: jax.Array | None = None  # fp32: 1 in the document of the chunk's last token, else 0
 
 
 def _documents(numbers):
@@ -137,7 +140,7 @@ def _documents(numbers):
 
 
 def _sums(g, *, config, interpret):
-    """The sums of the log decays g [B,T,Hv,K] within each chunk up to a token, and that token's."""
+    """total [B,T,Hv,K] fp32: the sums of the log decays g [B,T,Hv,K] from a chunk's first token to each."""
     B, T, Hv, K = g.shape
     size = Hv * K
 
@@ -163,24 +166,25 @@ def _sums(g, *, config, interpret):
 
 
 def _weight(refs, tokens, total, end, *, late, scale, interpret):
-    """Of tokens [C, channels]: `scale gamma` if `late`, for reads of the state that entered; else `leaving`, for what
-    is written to the one that leaves. `end` [channels] is the last token's total."""
+    """[C, channels]: `scale gamma` where `late`, the weight of a token's read of the entering state; else `leaving`,
+    that of its write to the leaving state. `end` [channels] is the last token's total."""
     weight = scale * triton.exp(total, interpret) if late else triton.exp(end[None, :] - total, interpret)
     lasts = refs.entered if late else refs.leaves
     return weight if lasts is None else weight * lasts[tokens][:, None]
 
 
-def _kept(refs, last, end, interpret):
+def _gamma_end(refs, last, end, interpret):
     """gamma_C [channels]."""
     gamma = triton.exp(end, interpret)
     return gamma if refs.entered is None else gamma * refs.entered[last]
 
 
 def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret):
-    """The states on the way, from initial [B,Hv,K,V] fp32 or None for zeros, and the last one: S' = end S + (w X)^T Y.
+    """(states [B,Hv,N,K,V] bf16, final state [B,Hv,K,V] fp32) of S' = gamma_C S + (w X)^T Y, chunk after chunk.
 
-    x [B,T,H,K], y [B,T,Hv,V]. states [B,Hv,N,K,V] bf16: forward those that enter each chunk, w is `leaving`; in reverse
-    the gradients of those that leave it, w is `scale gamma`.
+    x [B,T,H,K], y [B,T,Hv,V]; initial [B,Hv,K,V] fp32, or None for zeros. Forward, w is `leaving` and states are those
+    that enter the chunks. In reverse, from the last chunk to the first, w is `scale gamma` and states are the gradients
+    of those that leave the chunks.
     """
     (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
     N, group = T // CHUNK, Hv // H
@@ -200,7 +204,7 @@ def _carry(x, y, total, documents, initial, *, reverse, scale, config, interpret
                 total, end = refs.total[tokens, keys], refs.total[last, keys]
                 weight = _weight(refs, tokens, total, end, late=reverse, scale=scale, interpret=interpret)
                 weighted = (weight * refs.x[tokens, keys].astype(jnp.float32)).astype(jnp.bfloat16)
-                kept = _kept(refs, last, end, interpret)
+                kept = _gamma_end(refs, last, end, interpret)
                 return kept[:, None] * state + triton.dot(weighted.T, refs.y[tokens, values])
 
             if initial is None:
@@ -260,7 +264,7 @@ def _largest_blocks(total, refs_total, index):
 
 
 class _Pairs(NamedTuple):
-    """Pairs that are one product: of whole blocks of 2^log_block tokens, or those that its middle lies between."""
+    """The pairs of one product: all within blocks of 2^log_block tokens, or only those across a block's middle."""
 
     log_block: jax.Array
     whole: jax.Array  # 1 or 0
@@ -325,7 +329,7 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
         origin = 0 * triton.program_id(0)
         rows = triton.ds(0, CHUNK)
 
-        def pairs_of(pairs, inner):
+        def add_pairs(pairs, inner):
             keys = inner.place32(origin)
             total = refs.total[rows, keys]
             x, z = inner.own(refs.x[rows, keys]), refs.z[rows, keys]
@@ -338,13 +342,13 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
 
             return _over_pairs(step, _largest_blocks(total, refs.total, (keys,)), pairs)
 
-        pairs = Tiling(K, config.pair_tile).over(pairs_of, jnp.zeros((CHUNK, CHUNK), jnp.float32))
+        pairs = Tiling(K, config.pair_tile).over(add_pairs, jnp.zeros((CHUNK, CHUNK), jnp.float32))
         pairs = _bf16(jnp.where(_allowed(refs, late), scale * pairs, 0.0), interpret)
 
-        def columns(done, tile):
+        def store_values(done, tile):
             values = tile.place32(origin)
 
-            def of_state(out, inner):
+            def add_state(out, inner):
                 keys = inner.place32(origin)
                 total, end = refs.total[rows, keys], refs.total[CHUNK - 1, keys]
                 weight = _weight(refs, rows, total, end, late=late, scale=scale, interpret=interpret)
@@ -352,10 +356,10 @@ def _read(x, z, y, total, states, documents, *, late, scale, config, interpret):
                 return out + triton.dot(_bf16(x, interpret), refs.states[keys, values])
 
             out = triton.dot(pairs, refs.y[rows, values])
-            tile.store_columns(refs.out, rows, Tiling(K, config.key_tile).over(of_state, out))
+            tile.store_columns(refs.out, rows, Tiling(K, config.key_tile).over(add_state, out))
             return done
 
-        Tiling(V, config.value_tile).over(columns, ())
+        Tiling(V, config.value_tile).over(store_values, ())
 
     key = BlockSpec((None, CHUNK, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
     of_value_head = lambda size: BlockSpec((None, CHUNK, None, size), lambda n, h, b: (b, n, h, 0))  # noqa: E731
@@ -385,38 +389,38 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
         def body(tile):
             keys = tile.place32(origin)
 
-            def member(m, sums):
-                def values(sums, inner):
-                    pairs, turned, read, d_write, both = sums
+            def add_member(m, sums):
+                def add_values(sums, inner):
+                    pairs, transposed, read, d_write, both = sums
                     columns = inner.place32(origin)
                     v = inner.own(refs.v[rows, m, columns])
                     do = inner.own(refs.do[rows, m, columns])
                     state, d_state = refs.states[m, keys, columns], refs.d_states[m, keys, columns]
                     met = inner.own(state.astype(jnp.float32) * d_state.astype(jnp.float32))
-                    pairs, turned = pairs + triton.dot(do, v.T), turned + triton.dot(v, do.T)
+                    pairs, transposed = pairs + triton.dot(do, v.T), transposed + triton.dot(v, do.T)
                     read, d_write = read + triton.dot(do, state.T), d_write + triton.dot(v, d_state.T)
                     # the states are not for products alone
-                    return pairs, turned, read, triton.finished(d_write, interpret), both + jnp.sum(met, axis=1)
+                    return pairs, transposed, read, triton.finished(d_write, interpret), both + jnp.sum(met, axis=1)
 
                 of_pairs, of_keys = jnp.zeros((CHUNK, CHUNK), jnp.float32), jnp.zeros((CHUNK, keys.size), jnp.float32)
                 zero = of_pairs, of_pairs, of_keys, of_keys, jnp.zeros((keys.size,), jnp.float32)
-                pairs, turned, read, d_write, both = Tiling(V, config.value_tile).over(values, zero)
-                # each made by its own product: a product turned for the next one is miscompiled (Triton 3.4 to 3.7)
+                pairs, transposed, read, d_write, both = Tiling(V, config.value_tile).over(add_values, zero)
+                # each by its own product: one that is transposed to feed another is miscompiled (Triton 3.4 to 3.7)
                 diagonal = scale * jnp.sum(_diagonal(pairs), axis=1)[:, None]
                 pairs = _bf16(jnp.where(_apart(refs, late=True), scale * pairs, 0.0), interpret)
-                turned = _bf16(jnp.where(_apart(refs, late=False), scale * turned, 0.0), interpret)
+                transposed = _bf16(jnp.where(_apart(refs, late=False), scale * transposed, 0.0), interpret)
 
                 total, end = refs.total[rows, m, keys], refs.total[CHUNK - 1, m, keys]
                 q, k = refs.q[rows, keys].astype(jnp.float32), refs.k[rows, keys].astype(jnp.float32)
                 weight = partial(_weight, refs, rows, total, end, scale=scale, interpret=interpret)
                 dq, dk = weight(late=True) * read, weight(late=False) * d_write
-                behind = _kept(refs, CHUNK - 1, end, interpret) * both + jnp.sum(k * dk, axis=0)
+                behind = _gamma_end(refs, CHUNK - 1, end, interpret) * both + jnp.sum(k * dk, axis=0)
 
                 def step(which, sums):
                     dq, dk = sums
                     queries, of_keys = which.factors(total, refs.total, (m, keys), interpret)
                     dq += queries * triton.dot(which.of(pairs), _bf16(of_keys * k, interpret))
-                    dk += of_keys * triton.dot(which.of(turned), _bf16(queries * q, interpret))
+                    dk += of_keys * triton.dot(which.of(transposed), _bf16(queries * q, interpret))
                     return dq, dk
 
                 dq, dk = _over_pairs(step, _largest_blocks(total, refs.total, (m, keys)), (dq, dk))
@@ -429,9 +433,9 @@ def _back(q, k, v, do, total, states, d_states, documents, *, scale, config, int
 
             sums = (jnp.zeros((CHUNK, keys.size), jnp.float32),) * 2
             if members == 1:
-                sums = member(0, sums)
+                sums = add_member(0, sums)
             else:
-                sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), member, sums)
+                sums = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), add_member, sums)
             tile.store_columns(refs.dq, rows, sums[0])
             tile.store_columns(refs.dk, rows, sums[1])
 

@@ -1,9 +1,9 @@
 """Linear attention with one decay a head as two Triton kernels, each of which the forward and the backward run.
 
-Tokens are taken in chunks of C. total_i is the sum of a chunk's log decays up to token i, gamma_i = exp(total_i) what
-the entering state has left there, leaving_j = exp(total_C - total_j) what the leaving state has of token j, and
-D_ij = gamma_i / gamma_j for i >= j of one document, else 0. One kernel carries a state from chunk to chunk, the other
-does the rest, all chunks at once:
+Tokens are taken in chunks of C. total_i is the sum of a chunk's log decays up to token i. gamma_i = exp(total_i) is the
+fraction of the entering state that is left at token i, leaving_j = exp(total_C - total_j) the fraction of token j's
+write that is left at the chunk's end, and D_ij = exp(total_i - total_j) for i >= j of one document, else 0. One kernel
+carries a state from chunk to chunk, the other does the rest, all chunks at once:
 
     carry   S'  = gamma_C S + K^T (leaving V)            dS  = gamma_C dS' + Q^T (scale gamma dO)
     join    O   = (scale D . Q K^T) V + scale gamma (Q S)
@@ -12,14 +12,15 @@ does the rest, all chunks at once:
             dK  = (scale D . dO V^T)^T Q + leaving (V dS'^T)
 
 with S entering and dS' leaving a chunk. All four joins are out = (scale D . X Z^T) Y + w (X S). Where several value
-heads read one key head, those of dQ and dK are summed over them in fp32 inside the program. A log decay g_t acts on
-every pair that it lies between and on the state behind the chunk, so that with sums over a row
+heads read one key head, those of dQ and dK are summed over them in fp32 inside the program. The log decay g_t scales
+every pair i >= t > j of the chunk and the state S' that leaves it, so that
 
     dg_t = sum over i >= t in the chunk of (q_i . dq_i - k_i . dk_i) + <S', dS'>
 
-Pairs are made again for each join instead of being kept: their products are small beside the bytes. A chunk may
-be longer than the BLOCK tokens whose rows a program of join makes: it then meets the chunk's other blocks one by one,
-those before it (O, dQ) or after it (dV, dK). The longer the chunk, the fewer states are written and read.
+Each join makes its pairs again: keeping them would cost more time for their bytes than their products take. A program
+of join makes the rows of BLOCK tokens. Where a chunk is longer, it adds the pairs with the chunk's other blocks one
+block at a time: those before its own for O and dQ, those after it for dV and dK. The longer the chunk, the fewer states
+are written and read.
 """
 
 from dataclasses import dataclass
@@ -100,13 +101,13 @@ class _Static(NamedTuple):
 
 
 class _Decays(NamedTuple):
-    """Of every token or chunk, fp32 unless it says so; T is a multiple of C."""
+    """Decays of tokens and chunks, fp32, T a multiple of C; gamma, leaving, end are 0 across a document's border."""
 
     total: jax.Array  # [B,Hv,T] the chunk's log decays up to a token
-    gamma: jax.Array  # [B,Hv,T] what the entering state has left at a token
-    leaving: jax.Array  # [B,Hv,T] what the leaving state has of a token
+    gamma: jax.Array  # [B,Hv,T] the fraction of the entering state that is left at a token
+    leaving: jax.Array  # [B,Hv,T] the fraction of a token's write that is left at the chunk's end
     end: jax.Array  # [B,Hv,N] gamma of a chunk's last token
-    numbers: jax.Array | None  # [B,T] int32, the token's document; None where a row is one document
+    numbers: jax.Array | None  # [B,T] int32: the token's document; None where a row is one document
 
 
 def _decays(g, numbers, chunk):
@@ -127,12 +128,12 @@ def _decays(g, numbers, chunk):
 
 
 def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpret):
-    """The state before each chunk on the way, from initial [B,Hv,K,V] fp32 or None for zeros, and the last one:
-    S' = end S + X^T (weight Y).
+    """(states, final state [B,Hv,K,V] fp32, inner products or None) of S' = end S + X^T (weight Y), chunk after chunk.
 
-    x [B,T,H,K], y [B,T,Hv,V], weight [B,Hv,T], end [B,Hv,N]. Forward: states [B,Hv,N+1,K,V] bf16, the last after the
-    last chunk. In reverse: states [B,Hv,N,K,V], the gradient of what leaves each chunk; with the forward's states as
-    `other` their inner product with it, [tiles,B,Hv,N].
+    x [B,T,H,K], y [B,T,Hv,V], weight [B,Hv,T], end [B,Hv,N]; initial [B,Hv,K,V] fp32, or None for zeros. Forward:
+    states [B,Hv,N+1,K,V] bf16 are those that enter the chunks, and the last. In reverse, from the last chunk to the
+    first: states [B,Hv,N,K,V] are the gradients dS' of those that leave the chunks. With the forward's states as
+    `other`, <S', dS'> of each chunk is made too, a part for each tile of the state: [tiles,B,Hv,N].
     """
     (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
     N, group = T // chunk, Hv // H
@@ -196,21 +197,21 @@ def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpr
 
 
 class _Operands(NamedTuple):
-    """Of one join, out = (scale D . X Z^T) Y + w (X S); tokens [B,T,heads,size] of key heads or value heads."""
+    """Of one join, out = (scale D . X Z^T) Y + w (X S); x, z, y are [B,T,heads,size] of key heads or value heads."""
 
     x: jax.Array
     z: jax.Array
     y: jax.Array
     w: jax.Array  # [B,Hv,T]
     states: jax.Array  # [B,Hv,N or N+1,K,V]
-    turned: bool  # the states are read as S^T
-    late: bool  # rows are the later tokens of a pair; else the earlier ones
-    other: jax.Array | None  # like out: the rowwise inner products of each value head's part with it are wanted too
+    transposed: bool  # the states are read transposed, S^T
+    late: bool  # the rows of `out` are the later tokens of their pairs; else the earlier ones
+    other: jax.Array | None  # like out: its inner product with each value head's part of out is made too, row by row
 
 
 def _join(operands, decays, heads, *, scale, config, chunk, interpret):
     """(out [B,T,heads,size] bf16, inner products [tiles,B,Hv,T] or None), where heads is H or Hv."""
-    x, z, y, w, states, turned, late, other = operands
+    x, z, y, w, states, transposed, late, other = operands
     (B, T), Hv, size = y.shape[:2], w.shape[1], y.shape[3]
     N, blocks, members = T // chunk, chunk // BLOCK, Hv // heads  # value heads that are summed
     tiles = Tiling(size, config.column_tile).number
@@ -226,16 +227,16 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
         def body(tile):
             columns = tile.place32(origin)
 
-            def member(m, out):
+            def add_member(m, out):
                 at = lambda array: m if array.shape[2] == Hv else origin  # noqa: E731  one key head for all
                 zero = jnp.zeros((BLOCK, BLOCK), jnp.float32)
 
-                def met(inner, there):
+                def multiply(inner, there):
                     depth = inner.place32(origin)
                     mine = inner.own(refs.x[rows, at(x), depth])
                     return mine, triton.dot(mine, refs.z[there, at(z), depth].T)
 
-                def added(pairs, there, allowed):
+                def weigh(pairs, there, allowed):
                     """Of the tokens `there`, from their products with the rows."""
                     if decays.numbers is not None:
                         same = refs.numbers[rows][:, None] == refs.numbers[there][None, :]
@@ -246,25 +247,25 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
                     pairs = scale * triton.exp(between, interpret) * pairs
                     return triton.dot(pairs.astype(jnp.bfloat16), refs.y[there, at(y), columns])
 
-                def own_block(sums, inner):
+                def add_own_block(sums, inner):
                     pairs, read = sums
-                    mine, product = met(inner, rows)
+                    mine, product = multiply(inner, rows)
                     depth = inner.place32(origin)
-                    state = refs.states[m, columns, depth].T if turned else refs.states[m, depth, columns]
+                    state = refs.states[m, columns, depth].T if transposed else refs.states[m, depth, columns]
                     return pairs + product, read + triton.dot(mine, state)
 
-                def other_block(b, part):
+                def add_other_block(b, part):
                     there = triton.ds(b * BLOCK, BLOCK)
-                    products = lambda pairs, inner: pairs + met(inner, there)[1]  # noqa: E731
+                    products = lambda pairs, inner: pairs + multiply(inner, there)[1]  # noqa: E731
                     pairs = Tiling(x.shape[3], config.inner_tile).over(products, zero)
-                    return part + added(pairs, there, None)
+                    return part + weigh(pairs, there, None)
 
                 sums = zero, jnp.zeros((BLOCK, columns.size), jnp.float32)
-                pairs, read = Tiling(x.shape[3], config.inner_tile).over(own_block, sums)
-                part = refs.w[m, rows][:, None] * read + added(pairs, rows, causal)
+                pairs, read = Tiling(x.shape[3], config.inner_tile).over(add_own_block, sums)
+                part = refs.w[m, rows][:, None] * read + weigh(pairs, rows, causal)
                 if blocks > 1:
                     first, last = (origin, block) if late else (block + 1, origin + blocks)
-                    part = jax.lax.fori_loop(first, last, other_block, part)
+                    part = jax.lax.fori_loop(first, last, add_other_block, part)
                 if other is not None:
                     product = refs.other[rows, columns].astype(jnp.float32) * part
                     refs.inner[m, rows] = jnp.sum(tile.own(product), axis=1)
@@ -272,9 +273,9 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
 
             out = jnp.zeros((BLOCK, columns.size), jnp.float32)
             if members == 1:
-                out = member(origin, out)
+                out = add_member(origin, out)
             else:
-                out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), member, out)
+                out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), add_member, out)
             tile._replace(start=columns.start).store_columns(refs.out, rows, out)
 
         Tiling(size, config.column_tile).at(triton.remainder(number, tiles), body)
@@ -325,7 +326,7 @@ def _joined(static, decays, heads, config, operands):
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Wanted:
-    """Which gradients the caller differentiates for, as far as work is saved without them."""
+    """Whether the caller asked for dg: without it the backward saves its sums."""
 
     dg: bool
 

@@ -36,7 +36,7 @@ def linear_cross_entropy(
 
     targets lie in [0, vocab), or are -100: such a token is left out, as if its weight were 0, and so are its
     gradients, that of its weight included. For a mean over the others divide by the sum of their weights.
-    The logits exist for `chunk` tokens of every row at a time, never as [B, T, vocab]; T need not be a
+    "chunked" makes the logits of `chunk` tokens of every row at a time, never [B, T, vocab]; T need not be a
     multiple of chunk. Operands of the GEMMs have x's dtype (kernel is cast to it), statistics, loss and the
     sum of the kernel's gradient are fp32. Differentiable once in x, kernel and weights. "auto" is "chunked";
     "reference" makes all logits and is the oracle. Raises ValueError for chunk < 1, T = 0, another dtype of x

@@ -19,15 +19,18 @@ IMPLS = dispatch.WITH_KERNELS
 def resolve(
     impl: str = "auto", *, shape: tuple[int, int, int, int] = (1, 4096, 4096, 16), dtype: Any = jnp.bfloat16
 ) -> dispatch.Choice:
-    """Which implementation `impl` means on this machine for [B, T, D, N], and why a faster one was refused; `dtype` is
-    the widest of x, B and C."""
+    """Which implementation `impl` means on this machine, and why a faster one was refused.
+
+    shape: [B, T, D, N]
+    dtype: the widest of x, B and C
+
+    Raises dispatch.CannotRun for a named one that cannot run.
+    """
 
     def why_not(interpret):
-        if dtype == jnp.float64:
-            return "it would round float64 to float32"
         return triton_scan.why_not(shape, interpret=interpret)
 
-    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, N=shape[3]))
+    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, N=shape[3]), dtype=dtype)
 
 
 @jaxtyped(typechecker=beartype)
@@ -47,7 +50,7 @@ def selective_scan(
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D N"]]:
     """Selective state space scan of every channel, and the state after the last token.
 
-        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,    y_t = h_t C_t + D x_t          (each channel has its own h [N])
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,    y_t = sum_n C_t h_t + D x_t    (each channel has its own h [N])
 
     x              [B, T, D]
     dt             [B, T, D] step sizes, >= 0 (after softplus)
@@ -58,9 +61,9 @@ def selective_scan(
     segment_ids    [B, T], any values: the state resets where they change; the first segment continues initial_state
     impl           "auto" takes the fastest that runs here, a named one never falls back; the kernels ("triton") take N
                    up to 32 and bfloat16 or float32
-    chunk          16, 32, 64 or 128 tokens whose [D, N] states exist at once; the kernels have runs of their own
-    residuals      what the forward keeps for the backward: "saved" keeps, besides the inputs, the state every chunk or
-                   run; "inputs" runs the forward again instead
+    chunk          16, 32, 64 or 128 tokens whose [D, N] states exist at once in "chunked"; the kernels do not read it
+    residuals      what the forward keeps for the backward. "saved": besides the inputs, the state that enters each
+                   chunk, or in the kernels each 4 tokens. "inputs": the inputs alone; the forward runs again
 
     Returns y [B, T, D] in x's dtype and the final state [B, D, N] in fp32 (float64 for float64 inputs). x, B and C are
     bfloat16, float32 or float64; all arithmetic is at least fp32.
@@ -78,18 +81,18 @@ def selective_scan(
         initial_state = jnp.zeros((x.shape[0], *A.shape))
     initial_state = initial_state.astype(exact)
     static = {"impl": impl, "chunk": chunk, "residuals": residuals}
-    token, shared, state = ("batch", "tokens", "heads"), ("batch", "tokens", None), ("batch", "heads", None)
+    token, of_all, state = ("batch", "tokens", "heads"), ("batch", "tokens", None), ("batch", "heads", None)
     return dispatch.shard(
         partial(_on_one_device, carried=carried, **static),
         (x, dt, A, B, C, D, initial_state, segment_ids),
-        (token, token, ("heads", None), shared, shared, ("heads",), state, shared[:2]),
+        (token, token, ("heads", None), of_all, of_all, ("heads",), state, of_all[:2]),
         (token, state),
         across=partial(_across_devices, **static),
     )
 
 
 def _across_devices(x, dt, A, B, C, D, initial_state, segment_ids, *, axis, **static):
-    """The same where each device has a part of every row's tokens."""
+    """`_on_one_device` where each device has a part of every row's tokens."""
 
     def op(inputs, state, segment_ids):
         return _on_one_device(*inputs, state, segment_ids, carried=True, **static)
@@ -132,6 +135,3 @@ def selective_scan_step(
     exact = jnp.promote_types(jnp.float32, x.dtype)
     y, state = reference.step(*(array.astype(exact) for array in (x, dt, A, B, C, D, state)))
     return y.astype(x.dtype), state
-
-
-__all__ = ["IMPLS", "resolve", "selective_scan", "selective_scan_step"]

@@ -5,10 +5,11 @@ One chunk of C tokens, state h_0 [D, N] entering it, all products elementwise on
     h_t = a_t h_{t-1} + u_t B_t       a_t = exp(dt_t A), 0 where a document starts      u_t = dt_t x_t
     y_t = sum_n C_t h_t + D x_t
 
-The C states of a chunk are found in three passes: all runs of RUN tokens side by side, token after token, as if each
-began with an empty state; the runs one after another, which gives the state entering each; and that state, times the
-product of decays since, added to every token. Decays only ever multiply, never divide. Outside the current chunk no
-[T, D, N] array exists: the forward keeps the state entering each chunk, and the backward makes a chunk's states again.
+The C states of a chunk are found in three passes. The first goes through all runs of RUN tokens side by side, token
+after token, as if each run began with an empty state. The second goes from run to run and gives the state that enters
+each. The third adds that state, times the product of the decays since, to every token. Decays only ever multiply, never
+divide. States exist for the tokens of one chunk at a time: the forward keeps the state that enters each chunk, and the
+backward makes a chunk's states again.
 
 Backward, with dh'_C the gradient of the state that leaves the chunk:
     dh_t = C_t dy_t + a_{t+1} dh_{t+1}      the same three passes from the right
@@ -50,18 +51,18 @@ def _across(state, written, product, reverse=False):
     return jnp.moveaxis(entering, 0, 1), state
 
 
-def _chunk(arrays, runs, start, size, dtype):
+def _chunk(arrays, numbers, start, size, dtype):
     """A chunk of x, dt, B, C, ... by runs, and by runs whether a token goes on from the one before it."""
     slices = [jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(dtype) for x in arrays]
     goes_on = jnp.ones(slices[0].shape[:2], bool)
-    if runs is not None:
-        run = jax.lax.dynamic_slice_in_dim(runs, start, size + 1, axis=1)
-        goes_on = run[:, 1:] == run[:, :-1]
+    if numbers is not None:
+        number = jax.lax.dynamic_slice_in_dim(numbers, start, size + 1, axis=1)
+        goes_on = number[:, 1:] == number[:, :-1]
     return *(_runs(x) for x in slices), _runs(goes_on)
 
 
 def _states(u, dt, B, goes_on, A, state, keep_decay=False):
-    """h of every token [RUN, B, R, D, N], what entered each run, the state after the last token; decays if asked."""
+    """(h of every token [RUN, B, R, D, N], state entering each run, state after the last token, decays if kept)."""
 
     def step(carry, token):
         (written, product), (u, dt, B, goes_on) = carry, token
@@ -93,12 +94,12 @@ def _put(buffer, tile, start):
     return jax.lax.dynamic_update_slice_in_dim(buffer, _tokens(tile).astype(buffer.dtype), start, axis=1)
 
 
-def _forward(x, dt, A, B, C, D, initial_state, runs, chunk, *, read=True, keep=False):
+def _forward(x, dt, A, B, C, D, initial_state, numbers, chunk, *, read=True, keep=False):
     """((y if `read`, final state), state entering each chunk [N, B, D, N] if `keep`)."""
 
     def step(carry, start):
         state, y = carry
-        xc, dtc, Bc, Cc, goes_on = _chunk((x, dt, B, C), runs, start, chunk, A.dtype)
+        xc, dtc, Bc, Cc, goes_on = _chunk((x, dt, B, C), numbers, start, chunk, A.dtype)
         h, _, left, _ = _states(dtc * xc, dtc, Bc, goes_on, A, state)
         if read:
             y = _put(y, (h * Cc[..., None, :]).sum(-1) + D * xc, start)
@@ -109,11 +110,11 @@ def _forward(x, dt, A, B, C, D, initial_state, runs, chunk, *, read=True, keep=F
     return (y, state), kept
 
 
-def _backward(x, dt, A, B, C, D, runs, kept, dy, d_final, chunk):
+def _backward(x, dt, A, B, C, D, numbers, kept, dy, d_final, chunk):
     def step(carry, scanned):
         d_left, dx, ddt, dB, dC, dA, dD = carry
         start, state = scanned
-        xc, dtc, Bc, Cc, dyc, goes_on = _chunk((x, dt, B, C, dy), runs, start, chunk, A.dtype)
+        xc, dtc, Bc, Cc, dyc, goes_on = _chunk((x, dt, B, C, dy), numbers, start, chunk, A.dtype)
         u = dtc * xc
         h, entering, _, decay = _states(u, dtc, Bc, goes_on, A, state, keep_decay=True)
         dh, d_state = _gradients_of_states(dyc, Cc, decay, d_left)
@@ -137,22 +138,22 @@ def _backward(x, dt, A, B, C, D, runs, kept, dy, d_final, chunk):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(8, 9))
-def _op(x, dt, A, B, C, D, initial_state, runs, chunk, residuals):
-    return _forward(x, dt, A, B, C, D, initial_state, runs, chunk)[0]
+def _op(x, dt, A, B, C, D, initial_state, numbers, chunk, residuals):
+    return _forward(x, dt, A, B, C, D, initial_state, numbers, chunk)[0]
 
 
-def _op_fwd(x, dt, A, B, C, D, initial_state, runs, chunk, residuals):
+def _op_fwd(x, dt, A, B, C, D, initial_state, numbers, chunk, residuals):
     keep = residuals == "saved"
-    outputs, kept = _forward(x, dt, A, B, C, D, initial_state, runs, chunk, keep=keep)
+    outputs, kept = _forward(x, dt, A, B, C, D, initial_state, numbers, chunk, keep=keep)
     # the initial state is needed only to run the forward again
-    return outputs, (x, dt, A, B, C, D, runs, kept if keep else initial_state)
+    return outputs, (x, dt, A, B, C, D, numbers, kept if keep else initial_state)
 
 
 def _op_bwd(chunk, residuals, kept, cotangents):
-    x, dt, A, B, C, D, runs, states = kept
+    x, dt, A, B, C, D, numbers, states = kept
     if residuals == "inputs":
-        _, states = _forward(x, dt, A, B, C, D, states, runs, chunk, read=False, keep=True)
-    return *_backward(x, dt, A, B, C, D, runs, states, *cotangents, chunk), None
+        _, states = _forward(x, dt, A, B, C, D, states, numbers, chunk, read=False, keep=True)
+    return *_backward(x, dt, A, B, C, D, numbers, states, *cotangents, chunk), None
 
 
 _op.defvjp(_op_fwd, _op_bwd)
@@ -162,8 +163,8 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, chunk, residua
     """Arguments as in api.selective_scan; segment_ids may be None. Any T: the tail is padded with empty tokens."""
     length = x.shape[1]
     padding = -length % chunk
-    runs = document_numbers(segment_ids, padding)
+    numbers = document_numbers(segment_ids, padding)
     # dt = 0 writes nothing and keeps the state
     x, dt, B, C = (pad_tokens(y, padding) for y in (x, dt, B, C))
-    y, state = _op(x, dt, A, B, C, D, initial_state, runs, chunk, residuals)
+    y, state = _op(x, dt, A, B, C, D, initial_state, numbers, chunk, residuals)
     return y[:, :length], state

@@ -1,15 +1,17 @@
 """Mamba's selective scan as one Triton kernel forward and one backward, each of which walks along a row's tokens.
 
-A program is one warp: 32 lanes hold the states of 32 / G x P channels in registers. G lanes share a channel, N / G of
-its N numbers each, and each lane has P channels. All values are vectors with one element a lane.
+A program is one warp: its 32 lanes hold the states of 32 / G x P channels in registers. Each channel's state of N
+numbers is spread over G lanes, N / G numbers in each, and each lane has numbers of P channels. All values are vectors
+with one element a lane.
 
     a_t = 2^(dt_t A log2 e + start_t)     start_t is -inf where a document starts, else 0
     h_t = a_t h_{t-1} + u_t B_t           u_t = dt_t x_t
     y_t = sum_n C_t h_t + D x_t
 
-A token's B and C are N / G numbers a lane, its dt and x are P. Sums over n run over G lanes and sums over channels over
-the other 32 / G: at each step a lane hands half of its values to another lane and adds what it gets to the other half,
-which for V values over L lanes are V - 1 exchanges and not V log2 L. So no sum depends on the order of programs.
+Of a token each lane has N / G numbers of B and of C, and P of dt and of x. A sum over n runs over the G lanes of a
+channel, a sum over channels over the 32 / G lanes with the same numbers n. At each step a lane hands half of its values
+to another lane and adds what it gets to its other half: for V values over L <= V lanes V - V / L exchanges, where a sum
+of each value by itself would take V log2 L. The order of the terms is fixed, so every run gives the same bits.
 
 The forward keeps the state that enters every run of a few tokens, in the dtype of x. The backward makes the states of a
 run again from it, in registers, then goes back through it. dh_t is the gradient of h_t, g what that leaves for h_{t-1}:
@@ -42,11 +44,11 @@ LOG2_E = math.log2(math.e)
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """How a program's channels lie in its lanes; powers of two."""
+    """How a program's channels lie in its lanes, and how often a state is kept; powers of two."""
 
-    channels: int = 2  # of a lane
-    shared: int = 4  # lanes that share a channel
-    run: int = 4  # tokens between two states that are kept, and whose states are in registers at once
+    channels_per_lane: int = 2
+    lanes_per_channel: int = 4
+    run: int = 4  # tokens: a state is kept before each run, and the backward has a run's states in registers at once
 
 
 CONFIG = Config()
@@ -73,16 +75,16 @@ class _Tiling(NamedTuple):
 
     D: int
     N: int
-    channels: int  # P
-    shared: int  # G
+    channels_per_lane: int  # P
+    lanes_per_channel: int  # G
 
     @property
     def along(self):
-        return self.N // self.shared
+        return self.N // self.lanes_per_channel
 
     @property
     def tile(self):
-        return LANES // self.shared * self.channels
+        return LANES // self.lanes_per_channel * self.channels_per_lane
 
     @property
     def programs(self):
@@ -90,16 +92,18 @@ class _Tiling(NamedTuple):
 
     @property
     def spread(self):
-        return self.channels * self.along
+        return self.channels_per_lane * self.along
 
     def to_lanes(self, x):
         """[..., D, N] -> [..., programs, LANES, P N / G]: what each lane holds."""
-        x = x.reshape(*x.shape[:-2], self.programs, LANES // self.shared, self.channels, self.shared, self.along)
+        P, G = self.channels_per_lane, self.lanes_per_channel
+        x = x.reshape(*x.shape[:-2], self.programs, LANES // G, P, G, self.along)
         return jnp.swapaxes(x, -3, -2).reshape(*x.shape[:-5], self.programs, LANES, self.spread)
 
     def from_lanes(self, x):
         """The inverse of to_lanes."""
-        x = x.reshape(*x.shape[:-3], self.programs, LANES // self.shared, self.shared, self.channels, self.along)
+        P, G = self.channels_per_lane, self.lanes_per_channel
+        x = x.reshape(*x.shape[:-3], self.programs, LANES // G, G, P, self.along)
         return jnp.swapaxes(x, -3, -2).reshape(*x.shape[:-5], self.D, self.N)
 
 
@@ -108,7 +112,7 @@ class _Lanes:
 
     def __init__(self, tiling, interpret):
         self.tiling, self.interpret = tiling, interpret
-        P, G, along = tiling.channels, tiling.shared, tiling.along
+        P, G, along = tiling.channels_per_lane, tiling.lanes_per_channel, tiling.along
         self.number = jax.lax.broadcasted_iota(jnp.int32, (LANES,), 0)
         number = jax.lax.broadcasted_iota(jnp.int32, (LANES, 1), 0)
         place, share = triton.quotient(number, G), triton.remainder(number, G)
@@ -118,13 +122,13 @@ class _Lanes:
         self.across_shares = _masks(G // 2, 1)
         self.across_places = _masks(LANES // 2, G)
         # what a lane has after a sum over shares of P values, and over places of two tokens' N / G
-        self.own_channel = self.first + place * P + _held(share, G, P)
-        held = _held(place, LANES // G, 2 * along)
-        self.own_token = triton.quotient(held, along)
-        self.own_number = share * along + triton.remainder(held, along)
+        self.own_channel = self.first + place * P + _sums_of(share, G, P)
+        sums = _sums_of(place, LANES // G, 2 * along)
+        self.own_token = triton.quotient(sums, along)
+        self.own_number = share * along + triton.remainder(sums, along)
 
     def touch(self, ref, t, rows, columns, first=0):
-        """Rows from t on of ref[T, columns from `first` on], on the way to the cache for the run that comes next."""
+        """Starts loading ref[t : t + rows, first : first + columns] into the L2 cache, for the run that comes next."""
         across = max(1, columns * jnp.dtype(ref.dtype).itemsize // SECTOR)
         for part in range(0, rows * across, LANES):
             sector = jnp.minimum(self.number + part, rows * across - 1)
@@ -132,7 +136,8 @@ class _Lanes:
             triton.touch(ref, (t + row, first + column * (columns // across)), self.interpret)
 
     def scatter_sum(self, values, masks):
-        """The sums of `values` over the lanes whose numbers differ in the bits of `masks`, each lane its own few."""
+        """The sums of `values` over the lanes whose numbers differ in the bits of `masks`; each lane gets those that
+        `_sums_of` says."""
         for mask in masks:
             if len(values) == 1:
                 values = [values[0] + triton.from_lane(values[0], mask, self.interpret)]
@@ -160,8 +165,8 @@ def _masks(most, least):
     return [1 << bit for bit in range(most.bit_length() - 1, least.bit_length() - 2, -1)] if most >= least else []
 
 
-def _held(lane, lanes, values):
-    """Which of `values` sums lane number `lane` of `lanes` has after scatter_sum: [LANES, how many it has]."""
+def _sums_of(lane, lanes, values):
+    """The numbers of the sums, of `values`, that lane `lane` of `lanes` has after scatter_sum: [LANES, count]."""
     if values >= lanes:
         return lane * (values // lanes) + _iota(values // lanes)
     return triton.quotient(lane, lanes // values)
@@ -180,18 +185,18 @@ def _inputs(tiling, x, dt, A, B, C, D, start):
         "x": (x, token), "dt": (dt, token),
         "B": (B.astype(jnp.float32), for_all), "C": (C.astype(jnp.float32), for_all),
         "A": (tiling.to_lanes(A * LOG2_E), BlockSpec((None, LANES, tiling.spread), lambda c, b: (c, 0, 0))),
-        "D": (D / tiling.shared, BlockSpec((tiling.D,), lambda c, b: (0,))),
+        "D": (D / tiling.lanes_per_channel, BlockSpec((tiling.D,), lambda c, b: (0,))),
         "start": (start, BlockSpec((None, T), lambda c, b: (b, 0))),
     }  # fmt: skip
 
 
 def _of_row(tiling):
-    """A state of every channel of a row."""
+    """The block spec of a state of a program's channels in one row."""
     return BlockSpec((None, None, LANES, tiling.spread), lambda c, b: (b, c, 0, 0))
 
 
 class _Kept(NamedTuple):
-    """The state before each run, in pieces of which each lane has 16 bytes next to one another."""
+    """The states before each run in memory: in pieces, of which each lane has at most 16 bytes next to one another."""
 
     runs: int
     pieces: int
@@ -225,8 +230,8 @@ class _Kept(NamedTuple):
 def _forward(static, x, dt, A, B, C, D, initial, start, *, read=True, keep=False):
     """(y or None, final state [B, D, N], state before each run as the lanes have them or None)."""
     (rows, T, channels), interpret = x.shape, static.interpret
-    tiling = _Tiling(channels, A.shape[1], static.config.channels, static.config.shared)
-    P, along, length = tiling.channels, tiling.along, static.config.run
+    tiling = _Tiling(channels, A.shape[1], static.config.channels_per_lane, static.config.lanes_per_channel)
+    P, along, length = tiling.channels_per_lane, tiling.along, static.config.run
     runs = T // length
     form = _Kept.of(tiling, runs, x.dtype)
 
@@ -249,7 +254,7 @@ def _forward(static, x, dt, A, B, C, D, initial, start, *, read=True, keep=False
                 for t in tokens
             ]
 
-        def run(r, carry):
+        def scan_run(r, carry):
             states, loaded = carry
             ahead = load(jnp.minimum(r + 1, runs - 1))  # the next run's, while this one's are used
             if keep:
@@ -274,18 +279,18 @@ def _forward(static, x, dt, A, B, C, D, initial, start, *, read=True, keep=False
             return tuple(states), ahead
 
         carry = tuple(triton.columns(refs.initial[...])), load(jnp.int32(0))
-        states, _ = jax.lax.fori_loop(jnp.int32(0), jnp.int32(runs), run, carry)
+        states, _ = jax.lax.fori_loop(jnp.int32(0), jnp.int32(runs), scan_run, carry)
         refs.final[...] = triton.from_columns(states)
 
     array = jax.ShapeDtypeStruct
-    held = (tiling.programs, LANES, tiling.spread)
+    state_shape = (tiling.programs, LANES, tiling.spread)
     arrays = _inputs(tiling, x, dt, A, B, C, D, start)
     made = triton.call(
         scan_forward,
         arrays | {"initial": (tiling.to_lanes(initial), _of_row(tiling))},
         {
             "y": (array(x.shape, x.dtype) if read else None, arrays["x"][1]),
-            "final": (array((rows, *held), jnp.float32), _of_row(tiling)),
+            "final": (array((rows, *state_shape), jnp.float32), _of_row(tiling)),
             "kept": (form.shape(rows, tiling, x.dtype) if keep else None, form.spec()),
         },
         grid=(tiling.programs, rows), warps=1, num_stages=1, interpret=interpret,
@@ -296,8 +301,8 @@ def _forward(static, x, dt, A, B, C, D, initial, start, *, read=True, keep=False
 def _backward(static, x, dt, A, B, C, D, start, kept, dy, d_final):
     """The gradients of x, dt, A, B, C, D and the initial state; those of A, B, C and D in fp32."""
     (rows, T, channels), interpret = x.shape, static.interpret
-    tiling = _Tiling(channels, A.shape[1], static.config.channels, static.config.shared)
-    P, along, length = tiling.channels, tiling.along, static.config.run
+    tiling = _Tiling(channels, A.shape[1], static.config.channels_per_lane, static.config.lanes_per_channel)
+    P, along, length = tiling.channels_per_lane, tiling.along, static.config.run
     runs = T // length
     form = _Kept.of(tiling, runs, x.dtype)
     size = range(tiling.spread)
@@ -328,7 +333,7 @@ def _backward(static, x, dt, A, B, C, D, start, kept, dy, d_final):
             sums = lanes.scatter_sum(parts[0] + parts[1], lanes.across_places)
             ref[first + lanes.own_token, lanes.own_number] = sums.astype(B.dtype)
 
-        def run(i, carry):
+        def reverse_run(i, carry):
             r = runs - 1 - i
             gradients, d_rates, d_direct = carry
             touch(jnp.maximum(r - 1, 0))
@@ -378,13 +383,13 @@ def _backward(static, x, dt, A, B, C, D, start, kept, dy, d_final):
             return tuple(gradients), tuple(d_rates), tuple(d_direct)
 
         carry = tuple(triton.columns(refs.d_final[...])), (*(zero() for _ in size),), (*(zero() for _ in range(P)),)
-        gradients, d_rates, d_direct = jax.lax.fori_loop(jnp.int32(0), jnp.int32(runs), run, carry)
+        gradients, d_rates, d_direct = jax.lax.fori_loop(jnp.int32(0), jnp.int32(runs), reverse_run, carry)
         refs.d_initial[...] = triton.from_columns(gradients)
         refs.dA[...] = triton.from_columns(d_rates)
         refs.dD[lanes.channels] = triton.from_columns(d_direct)  # the same from all lanes that share a channel
 
     array = jax.ShapeDtypeStruct
-    held = (rows, tiling.programs, LANES, tiling.spread)
+    of_lanes = array((rows, tiling.programs, LANES, tiling.spread), jnp.float32)
     arrays = _inputs(tiling, x, dt, A, B, C, D, start)
     token = arrays["x"][1]
     sums = array((tiling.programs, *B.shape), B.dtype)
@@ -398,7 +403,7 @@ def _backward(static, x, dt, A, B, C, D, start, kept, dy, d_final):
         {
             "dx": (array(x.shape, x.dtype), token), "ddt": (array(x.shape, jnp.float32), token),
             "dB": (sums, of_sums), "dC": (sums, of_sums),
-            "dA": (array(held, jnp.float32), _of_row(tiling)), "d_initial": (array(held, jnp.float32), _of_row(tiling)),
+            "dA": (of_lanes, _of_row(tiling)), "d_initial": (of_lanes, _of_row(tiling)),
             "dD": (array((rows, channels), jnp.float32), BlockSpec((None, tiling.D), lambda c, b: (b, 0))),
         },
         grid=(tiling.programs, rows), warps=1, num_stages=1, interpret=interpret,
@@ -437,9 +442,9 @@ def selective_scan(x, dt, A, B, C, D, initial_state, segment_ids, residuals, *, 
     What does not divide is filled up: tokens with dt = 0, which keep the state, and channels and numbers of zeros.
     """
     (_, T, channels), N = x.shape, A.shape[1]
-    tile = LANES // config.shared * config.channels
+    tile = LANES // config.lanes_per_channel * config.channels_per_lane
     tokens, more = -T % config.run, -channels % tile
-    wide = power_of_two(max(N, config.shared)) - N
+    wide = power_of_two(max(N, config.lanes_per_channel)) - N
     start = None
     if segment_ids is not None:
         starts = jnp.where(document_starts(segment_ids), jnp.float32(-jnp.inf), jnp.float32(0.0))

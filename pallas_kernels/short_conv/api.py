@@ -24,17 +24,24 @@ def resolve(
     l2norm: int | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> dispatch.Choice:
-    """Which implementation `impl` means on this machine for x [B, T, C] of this shape, and why a faster one was
-    refused. For a few tokens "auto" takes "chunked"."""
+    """Which implementation `impl` means on this machine, and why a faster one was refused.
+
+    shape: [B, T, C] of x
+    width: W, the rows of the filter
+    l2norm: the channels of a head that is brought to norm 1, or None
+    dtype: that of x
+
+    For fewer than LEAST_TOKENS tokens "auto" takes "chunked". Raises dispatch.CannotRun for a named one that cannot
+    run.
+    """
     if impl == "auto" and shape[1] < LEAST_TOKENS:
         return dispatch.Choice(NAME, "chunked")
 
     def why_not(interpret):
-        if dtype == jnp.float64:
-            return "it computes in float32, and x is float64"
         return triton_conv.why_not(shape, width, l2norm, interpret=interpret)
 
-    return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, W=width, l2norm=l2norm))
+    admits = partial(admission.refusal, NAME, W=width, l2norm=l2norm)
+    return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype)
 
 
 @jaxtyped(typechecker=beartype)
@@ -63,7 +70,7 @@ def short_conv(
     initial_state  [B, W-1, C], the inputs before the first token, oldest first; zero when absent
     segment_ids    [B, T], any values: no tap reaches over a change; the first segment continues initial_state
     impl           "auto" takes the fastest for this device and these sizes; a named one never falls back. The kernels
-                   compute in fp32, for at least 16 tokens, at most 8 rows of the filter and heads of at most 512
+                   compute in fp32 and refuse float64; they take at least 16 tokens, W up to 8 and l2norm up to 512
 
     Returns y [B, T, C] and the final state [B, W-1, C], the last W-1 inputs of the last segment with zeros where it is
     shorter; both in x's dtype. Inside at least fp32, float64 for float64 inputs. For one token at a time call it with
@@ -90,7 +97,7 @@ def short_conv(
 
 
 def _across_devices(x, weight, bias, initial_state, segment_ids, *, axis, **static):
-    """The same where each device has a part of every row's tokens."""
+    """`_on_one_device` where each device has a part of every row's tokens."""
     before = context.last_inputs(x, weight.shape[0] - 1, initial_state, segment_ids, axis=axis)
     y, last = _on_one_device(x, weight, bias, before, segment_ids, **static)
     return y, context.of_last(last, axis=axis)
@@ -108,6 +115,3 @@ def _on_one_device(x, weight, bias, initial_state, segment_ids, *, activation, l
         initial_state = jnp.zeros((x.shape[0], weight.shape[0] - 1, x.shape[2]), x.dtype)
     op = reference if impl == "reference" else chunked
     return op.short_conv(x, weight, bias, initial_state, segment_ids, activation, l2norm)
-
-
-__all__ = ["IMPLS", "LEAST_TOKENS", "resolve", "short_conv"]

@@ -1,14 +1,13 @@
 """The short convolution, its SiLU and its L2 norm as one Triton kernel forward and one backward.
 
-One program is one warp that walks along the tokens of a piece of a row with a tile of channels in registers: the last
-W - 1 inputs going forward; going backward also the parts of dx that later tokens have added. So every array is read and
-written once, but for the W - 1 tokens around a piece. Where vectors are normalised, a tile is one head, or several
-small ones.
+A program walks along the tokens of a piece of a row for one tile of channels. It holds in registers the last W - 1
+inputs, and going backward also what later tokens have added to dx of the W - 1 tokens before them. So every array is
+read and written once, but for the W - 1 tokens around a piece. With l2norm a tile is one head, or several small ones.
 
     z_t = bias + sum_j weight_{W-1-j} x_{t-j}      a = SiLU(z)      y = r a      r = (|a|^2 + eps)^-1/2
     da = r dy - r^3 (dy . a) a      dz = da SiLU'(z)      dx_s = sum_j weight_{W-1-j} dz_{s+j}
 
-The gradients of weight and bias are sums over all tokens: a program makes its own part, which are added outside.
+The gradients of weight and bias are sums over all tokens: each program makes its own part, and XLA adds the parts.
 """
 
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ LARGEST_HEAD = 512
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Of one of the two kernels."""
+    """The configuration of one of the two kernels."""
 
     tile: int = 256  # channels of one program
     warps: int = 2
@@ -95,7 +94,7 @@ class _Channels(NamedTuple):
 
 
 def _met(x, reach, back):
-    """x, the input `back` tokens before a token that sees `reach` tokens back."""
+    """x, the input `back` tokens before a token whose filter reaches `reach` tokens back; 0 where that is fewer."""
     return x if reach is None or back == 0 else jnp.where(reach >= back, x, 0.0)
 
 
@@ -129,7 +128,7 @@ def _forward(static, x, weight, bias, state, reach):
             past = jnp.clip(token + (W - 1), 0, W - 2)
             return given + tile.load(refs.state, past, only=token < 0)
 
-        def turn(i, window):
+        def convolve_tokens(i, window):
             first = start + i * config.unroll
             tokens = [first + u for u in range(config.unroll)]
             inside = [t < T if ragged else None for t in tokens]
@@ -150,7 +149,7 @@ def _forward(static, x, weight, bias, state, reach):
             return window
 
         window = tuple(before(start - j) for j in range(1, W))
-        jax.lax.fori_loop(jnp.int32(0), jnp.int32(piece // config.unroll), turn, window)
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(piece // config.unroll), convolve_tokens, window)
 
     row = BlockSpec((None, T, H, K), lambda c, p, b: (b, 0, 0, 0))
     made = triton.call(
@@ -229,7 +228,7 @@ def _backward(static, x, weight, bias, state, reach, dy):
             return da, met, sums[0], window[1:], tuple(sums[1:])
 
         def after(token):
-            """dx parts and window on entering `piece`: what the W - 1 tokens behind it add."""
+            """(window, later) at the piece's last token, from the W - 1 tokens after it, the last of them `token`."""
             window = tuple(given(token - j) for j in range(W - 1))
             later = tuple(jnp.zeros((tiling.across, tiling.wide), jnp.float32) for _ in range(W - 1))
             for back in range(W - 1):
@@ -237,7 +236,7 @@ def _backward(static, x, weight, bias, state, reach, dy):
                 _, _, _, window, later = step(at, window, later, *loads(at))
             return window, later
 
-        def turn(i, carry):
+        def reverse_tokens(i, carry):
             window, later, totals = carry
             last = start + (piece - 1) - i * config.unroll
             tokens = [last - u for u in range(config.unroll)]
@@ -250,8 +249,8 @@ def _backward(static, x, weight, bias, state, reach, dy):
 
         window, later = after(start + piece + (W - 2))
         totals = tuple(jnp.zeros((tiling.across, tiling.wide), jnp.float32) for _ in range(parts))
-        turns = jnp.int32(piece // config.unroll)
-        _, _, totals = jax.lax.fori_loop(jnp.int32(0), turns, turn, (window, later, totals))
+        count = jnp.int32(piece // config.unroll)
+        _, _, totals = jax.lax.fori_loop(jnp.int32(0), count, reverse_tokens, (window, later, totals))
         for j, total in enumerate(totals):
             tile.store(refs.parts, total, W - 1 - j if j < W else W)
 
@@ -291,12 +290,15 @@ def _op(static, x, weight, bias, state, documents):
     return _run(static, x, weight, bias, state, documents)
 
 
-def _run(static, x, weight, bias, state, documents):
+def _as_read(static, x, weight, bias, state, documents):
+    """What both kernels read: the arrays by heads, parameters in fp32, and how far each token's filter reaches."""
     exact = [None if y is None else _by_head(static, y.astype(jnp.float32)) for y in (weight, bias)]
-    y = _forward(
-        static, _by_head(static, x), *exact, _by_head(static, state) if len(weight) > 1 else None,
-        _reach(documents, len(weight)),
-    )  # fmt: skip
+    x, state = _by_head(static, x), _by_head(static, state) if len(weight) > 1 else None
+    return x, *exact, state, _reach(documents, len(weight))
+
+
+def _run(static, x, weight, bias, state, documents):
+    y = _forward(static, *_as_read(static, x, weight, bias, state, documents))
     return y.reshape(x.shape), chunked.final_state(x[:, x.shape[1] - (len(weight) - 1) :], documents, x.shape[1])
 
 
@@ -307,11 +309,7 @@ def _op_fwd(static, *arrays):
 def _op_bwd(static, kept, cotangents):
     x, weight, bias, state, documents = kept
     (dy, d_final), W, T = cotangents, len(weight), x.shape[1]
-    exact = [None if y is None else _by_head(static, y.astype(jnp.float32)) for y in (weight, bias)]
-    dx, d_weight, d_bias = _backward(
-        static, _by_head(static, x), *exact, _by_head(static, state) if W > 1 else None,
-        _reach(documents, W), _by_head(static, dy),
-    )  # fmt: skip
+    dx, d_weight, d_bias = _backward(static, *_as_read(static, *kept), _by_head(static, dy))
     dx = dx.reshape(x.shape)
     d_weight = d_weight.reshape(weight.shape).astype(weight.dtype)
     d_bias = None if bias is None else d_bias.reshape(bias.shape).astype(bias.dtype)

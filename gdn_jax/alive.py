@@ -114,7 +114,7 @@ class Alive:
         """At once: an orderly end would wait for the process that is silent."""
         if self._left.is_set() or not self._ended.acquire(blocking=False):
             return
-        print(sentence, file=sys.stderr, flush=True)
+        print(sentence, file=sys.__stderr__, flush=True)  # sys.stderr may be held back: reading.silent
         if self._index == 0:
             time.sleep(2 * self._every)  # the others read the verdict; without process 0 jax would abort them
         os._exit(1)

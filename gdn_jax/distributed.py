@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gdn_jax.errors import UserError
+from gdn_jax.errors import Damaged, UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of `srun` and `mpirun`, whose rest jax reads itself
@@ -124,17 +124,21 @@ def described() -> str:
 
 
 def on_every(make: Callable[[], T]) -> T:
-    """Calls make() in every process and returns its value; where it raises UserError in one, all raise it."""
+    """Calls make() in every process and returns its value; where it raises UserError or Damaged in one, all raise it.
+
+    make() must wait for no other process: it may be refused before they come.
+    """
     if alone():
         return make()
-    value, refused = None, ""
+    value, mine = None, ("", False)
     try:
         value = make()
     except UserError as error:
-        refused = str(error)
-    for index, sentence in enumerate(gathered(refused)):
+        mine = str(error), isinstance(error, Damaged)
+    for index, text in enumerate(gathered(json.dumps(mine))):
+        sentence, damaged = json.loads(text)
         if sentence:
-            raise UserError(sentence if index == jax.process_index() else f"Process {index} was refused: {sentence}")
+            raise (Damaged if damaged else UserError)(mine[0] or f"Process {index} was refused: {sentence}")
     return value
 
 

@@ -6,6 +6,7 @@ checkpoint holds parameters and optimizer state, and batch number n is a functio
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -21,9 +22,9 @@ import numpy as np
 import optax
 
 from gdn_jax import alive, data, distributed, fine_tuning, sharding
-from gdn_jax.checkpoint import Checkpoints, Damaged, checkpoint_bytes, write_config
+from gdn_jax.checkpoint import Checkpoints, checkpoint_bytes, write_config
 from gdn_jax.config import Experiment
-from gdn_jax.errors import UserError
+from gdn_jax.errors import Damaged, UserError
 from gdn_jax.files import write_json
 from gdn_jax.flops import train_flops_per_token
 from gdn_jax.implementations import admit, traced
@@ -249,14 +250,15 @@ def _prepare(experiment: Experiment) -> tuple[Trainer, dict, data.Prepared, data
 def _newest(checkpoints: Checkpoints, state: Callable[[int], tuple], progress: Progress) -> tuple[int, tuple]:
     """(step, its state) of the newest checkpoint that is whole, or the beginning; a damaged one is set aside.
 
-    Not the only one: that would begin again. Nor by several processes, of which some may have read it whole.
+    Not the only one: that would begin again. Which there are is what process 0 sees.
     """
     while True:
-        step = checkpoints.latest or 0
+        steps = json.loads(distributed.gathered(json.dumps(checkpoints.steps()))[0])
+        step = max(steps, default=0)
         try:
             return step, state(step)
         except Damaged:
-            if len(checkpoints.steps()) == 1 or not distributed.alone():
+            if len(steps) < 2:
                 raise
         aside = checkpoints.set_aside(step)
         progress.say(f"The checkpoint of step {step} is damaged; it is now {aside}, and the one before it is taken.")

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -293,18 +293,8 @@ class _Loop:
 
     def _steps(self, model, opt_state, start: int, stop: list[int]) -> int | None:
         """Trains to the end, or to a spike to rewind from, and returns the step to go back to."""
-        run, optim, group = self.experiment.run, self.experiment.optim, self.experiment.data
-        process_index, process_count = sharding.own_rows(self.trainer.mesh)
-        batches = data.train_batches(
-            self.prepared,
-            seq_len=group.seq_len,
-            batch_size=optim.batch_size,
-            seed=run.seed,
-            start_step=start + self.watch.passed,
-            with_segments=group.reset_at_documents,
-            process_index=process_index,
-            process_count=process_count,
-        )
+        run, optim = self.experiment.run, self.experiment.optim
+        batches = self._batches(start, *sharding.own_rows(self.trainer.mesh))
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(batches))
             profile = stack.enter_context(contextlib.ExitStack())
@@ -348,6 +338,20 @@ class _Loop:
                     self.checkpoints.wait()
                     raise Interrupted(step + 1, stop[0] if stop else signal.SIGTERM)
         return None
+
+    def _batches(self, start: int, part: int, parts: int) -> Iterator[data.Batch]:
+        """This part of the batch of step `start` + 1 and of those after it."""
+        group = self.experiment.data
+        return data.train_batches(
+            self.prepared,
+            seq_len=group.seq_len,
+            batch_size=self.experiment.optim.batch_size,
+            seed=self.experiment.run.seed,
+            start_step=start + self.watch.passed,
+            with_segments=group.reset_at_documents,
+            process_index=part,
+            process_count=parts,
+        )
 
     def _log(self, step: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> int | None:
         """The step to go back to because of this one."""
@@ -408,9 +412,10 @@ class _Loop:
             self.watch = watch.back(back, step, self.checkpoints.spikes(back) if back else None)
             return back
         self.checkpoints.wait()
-        name = "spike" if distributed.alone() else f"spike-of-process-{jax.process_index()}"
-        path = self.directory / f"{name}-step-{step}.npz"
-        np.savez_compressed(path, **batch)
+        path = self.directory / f"spike-step-{step}.npz"
+        if distributed.first():
+            with contextlib.closing(self._batches(step - 1, 0, 1)) as whole:  # the rows of all processes
+                np.savez_compressed(path, **next(whole))
         at = "none" if self.checkpoints.latest is None else f"step {self.checkpoints.latest}"
         raise UserError(
             f"{spike}{stops} lower optim.lr {self.experiment.optim.lr}, or look at the batch in {path}; the last "

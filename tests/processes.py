@@ -38,7 +38,7 @@ def started(tmp_path, commands, launched=by_hand, program=PROGRAM, before=()):
         through = before if index == len(commands) - 1 else ()
         with (tmp_path / f"{index}.out").open("wb") as out, (tmp_path / f"{index}.err").open("wb") as err:
             process = subprocess.Popen(
-                [*through, *program, *command],
+                [*through, *map(str, program), *command],
                 env=env, stdout=out, stderr=err, cwd=Path(__file__).parent.parent,
             )  # fmt: skip
         found.append(process)

@@ -257,7 +257,7 @@ class Checkpoints:
         return f"move {self._directory / str(step)} away to {then}"
 
     def _no_write(self, error: Exception) -> UserError:
-        distributed.end_if_left(error, self.latest)
+        distributed.end_if_left(error)
         reason = "no space left" if "RESOURCE_EXHAUSTED" in str(error) else getattr(error, "strerror", None)
         reason = reason or str(error).partition("\n")[0][:120]
         return UserError(
@@ -379,9 +379,9 @@ def read_config(run_dir: Path) -> Experiment:
 
 
 def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int, Identity]:
-    """(experiment, model, step, data trained on) of a run's newest checkpoint, or of `step`, on the default device."""
+    """(experiment, model, step, data trained on) of a run's newest checkpoint, or of `step`, on one device."""
     experiment = read_config(run_dir)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract_model(experiment.model)
     )

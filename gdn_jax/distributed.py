@@ -1,16 +1,17 @@
-"""Several processes that train one model together: how they find each other, what they agree on, when they stop.
+"""Several processes that train or measure one model together: how they find each other, agree, and when they stop.
 
 jax.distributed is the engine. Process 0 owns the run: its lock, configuration, metrics and words. All write the
 checkpoints, so all must see one run directory.
 """
 
+import contextlib
 import json
 import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -28,6 +29,7 @@ SILENCE = 60  # seconds without a sign of life after which a process counts as d
 SILENCE_VARIABLE, SHORTEST = "GDN_SILENCE", 5  # another number of seconds than SILENCE, SHORTEST at least
 # seconds for which process 0 outlives its last word: without it jax aborts the others before they have theirs
 LINGER = 2
+GO_ON, BEGIN = "they go on from the last checkpoint", "they begin again"  # what another start then does
 STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 OF_ANOTHER = re.compile("gloo|nccl|connection|peer|heartbeat|coordination", re.IGNORECASE)
 
@@ -142,6 +144,21 @@ def on_every(make: Callable[[], T]) -> T:
     return value
 
 
+@contextlib.contextmanager
+def clear_stdout() -> Iterator[None]:
+    """What libraries print in here, as gloo does of its connections, goes to stderr: stdout is for the result."""
+    if alone():
+        yield
+        return
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def agree(facts: dict[str, Any]) -> None:
     """Raises UserError, naming the first difference, unless all processes have the same facts."""
     if alone():
@@ -186,7 +203,7 @@ def any_process(mesh: Mesh) -> Callable[[bool], bool]:
     return said
 
 
-def end_if_left(error: Exception, saved: int | None) -> None:
+def end_if_left(error: Exception, then: str = GO_ON) -> None:
     """Ends this process with one sentence where `error` means that another process is gone; else returns.
 
     It exits at once, without jax's orderly shutdown, which would wait for the missing process and then abort.
@@ -194,11 +211,10 @@ def end_if_left(error: Exception, saved: int | None) -> None:
     text = str(error)
     if alone() or not (STATUS.match(text) and OF_ANOTHER.search(text)):
         return
-    then = "begin again" if saved is None else f"go on from step {saved}"
     reason = text.partition("\n")[0][:120]
     print(
-        f"Another process of this training has ended or cannot be reached ({reason}); start all of them again with the "
-        f"same command, and they {then}.",
+        f"Another process has ended or cannot be reached ({reason}); start all of them again with the same command: "
+        f"{then}.",
         file=sys.stderr,
         flush=True,
     )

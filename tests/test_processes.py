@@ -78,7 +78,7 @@ def saved(run):
 
 def left(words_of_it):
     """Whether a process's last line says that another one has gone."""
-    gone = "Another process of this training has ended or cannot be reached (", "start all of them again with the same"
+    gone = "Another process has ended or cannot be reached (", "start all of them again with the same"
     silent = "Process ", "was last heard of", "start all again with the same command"
     return any(all(part in words_of_it for part in parts) for parts in (gone, silent))
 
@@ -234,6 +234,65 @@ def test_what_one_is_refused_or_has_otherwise_stops_all(alone, tmp_path):
         codes == [2, 2] and said[0] == f"Process 1 was refused: {said[1]}" and "'elsewhere' is not prepared" in said[1]
     )
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, ("--stride", "8", "--windows", "7")),
+        pytest.param(4, ("--windows", "9"), marks=pytest.mark.slow),
+        pytest.param(4, ("--windows", "30", "--data.reset_at_documents", "True"), marks=pytest.mark.slow),
+    ],
+)
+def test_processes_share_the_windows_of_an_evaluation(alone, tmp_path, capsys, count, options):
+    """In batches of four, so that one has fewer windows than another, or none."""
+    shutil.copytree(alone[0] / "run", tmp_path / "run")
+    command = ["eval", str(tmp_path / "run"), "--json", *options]
+    capsys.readouterr()
+    assert main(command) == 0
+    wanted, kept = json.loads(capsys.readouterr().out), tmp_path / "run" / "evaluation.json"
+    by_one = json.loads(kept.read_text())
+    kept.unlink()
+    codes, said = ended(tmp_path, started(tmp_path, [command] * count))
+    assert codes == [0] * count, said
+    found = json.loads((tmp_path / "0.out").read_text())
+    numbers = [name for name, value in wanted.items() if isinstance(value, float)]
+    assert len(numbers) > 5 and [found[name] for name in numbers] == pytest.approx(
+        [wanted[name] for name in numbers], rel=1e-6
+    )
+    assert [found[name] for name in wanted if name not in numbers] == [
+        wanted[name] for name in wanted if name not in numbers
+    ]
+    assert [row["token_nll"] for row in json.loads(kept.read_text())] == [found["token_nll"]] and len(by_one) == 1
+    assert not any((tmp_path / f"{index}.out").read_text() for index in range(1, count))
+
+
+@pytest.mark.slow
+def test_what_keeps_one_from_evaluating_ends_both(alone, tmp_path, monkeypatch):
+    monkeypatch.setenv(distributed.SILENCE_VARIABLE, "6")
+    run = alone[0] / "run"
+    ours, there = ["eval", str(run)], run / "evaluation.json"
+    before = there.read_text() if there.exists() else ""
+    for word, refusal in (
+        (["--stride", "3"], "Process 1 has stride 3 and process 0 has None; start all processes with the same"),
+        (["--data.source", "elsewhere"], "'elsewhere' is not prepared"),
+        (["--stride", "0"], "stride is 0; it must be between 1 and"),
+    ):
+        codes, said = ended(tmp_path, started(tmp_path, [ours, [*ours, *word]]))
+        assert codes == [2, 2] and refusal in said[0] and refusal in said[1], said
+    processes = started(tmp_path, [ours] * 2)
+    while "process 1 of 2" not in (tmp_path / "1.err").read_text():
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGSTOP)
+    before_end = time.monotonic()
+    assert processes[0].wait(timeout=60) == 1 and time.monotonic() - before_end < 20
+    processes[1].kill()
+    _, said = ended(tmp_path, processes)
+    assert re.match(r"Process 1 of 2.* was last heard of \d+ seconds ago; end it, .* they begin again\.", said[0])
+    codes, said = ended(tmp_path, started(tmp_path, [[*ours, "--text", __file__]] * 2))
+    sentence = "--text is answered by one process; several share the windows of held-out text alone."
+    assert codes == [2, 2] and said == [sentence] * 2
+    assert (there.read_text() if there.exists() else "") == before
 
 
 @pytest.mark.slow

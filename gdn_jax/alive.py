@@ -1,4 +1,4 @@
-"""Which process of a training stopped giving signs of life: each writes one now and then, and reads the others'.
+"""Which of several processes stopped giving signs of life: each writes one now and then, and reads the others'.
 
 They go through the key-value store of jax.distributed, whose own heartbeats end a process with pages of C++ and do not
 name the one that is gone; these stay behind ours, with twice the time. A stopped process (SIGSTOP, a frozen host) gives
@@ -17,18 +17,23 @@ from collections.abc import Iterator
 import jax
 from jax._src.distributed import global_state  # the client that jax.distributed.initialize made has no public name
 
+from gdn_jax import distributed
 from gdn_jax.errors import UserError
 from gdn_jax.files import explained
 
 KEY, VERDICT = "gdn_jax/alive/", "gdn_jax/ended"
-DONE, REFUSED = "done", "refused "  # signs of a process that trains no more; the latter with its sentence
+DONE, REFUSED = "done", "refused "  # signs of a process that works no more; the latter with its sentence
 
 
 class Alive:
-    """Ends this process once another has been silent for `seconds`; set `step` as training goes on."""
+    """Ends this process once another has been silent for `seconds`; set `step` as training goes on.
 
-    def __init__(self, seconds: float):
-        self.seconds, self.step = seconds, 0
+    then    what another start of all processes does
+    """
+
+    def __init__(self, seconds: float, then: str):
+        self.seconds, self.then = seconds, then
+        self.step: int | None = None
         self._every = min(5.0, seconds / 10)
         self._index, self._count = jax.process_index(), jax.process_count()
         self._left, self._ended = threading.Event(), threading.Lock()
@@ -104,26 +109,26 @@ class Alive:
         host, step = "", ""
         if not (sign := self._signs.get(index, DONE)).startswith((DONE, REFUSED)):
             name, reached, _ = json.loads(sign)
-            host, step = f" on {name}", f", at step {reached}"
+            host, step = f" on {name}", "" if reached is None else f", at step {reached}"
         return (
             f"Process {index} of {self._count}{host} was last heard of {now - self._heard[index]:.0f} seconds "
-            f"ago{step}; end it, and start all again with the same command: they go on from the last checkpoint."
+            f"ago{step}; end it, and start all again with the same command: {self.then}."
         )
 
     def _end(self, sentence: str) -> None:
         """At once: an orderly end would wait for the process that is silent."""
         if self._left.is_set() or not self._ended.acquire(blocking=False):
             return
-        print(sentence, file=sys.stderr, flush=True)
+        print(sentence, file=sys.__stderr__, flush=True)  # sys.stderr may be held back: reading.silent
         if self._index == 0:
             time.sleep(2 * self._every)  # the others read the verdict; without process 0 jax would abort them
         os._exit(1)
 
 
 @contextlib.contextmanager
-def watched(seconds: float) -> Iterator[Alive]:
-    """An Alive that works while several processes train, and nothing where there is one."""
-    alive = Alive(seconds)
+def watched(seconds: float, then: str = distributed.GO_ON) -> Iterator[Alive]:
+    """An Alive that works while several processes do, and nothing where there is one."""
+    alive = Alive(seconds, then)
     if jax.process_count() > 1:
         alive.start()
     try:
@@ -131,6 +136,9 @@ def watched(seconds: float) -> Iterator[Alive]:
     except (UserError, OSError) as error:
         if jax.process_count() > 1:
             alive.refuse(explained(error) if isinstance(error, OSError) else str(error))
+        raise
+    except (ValueError, RuntimeError) as error:
+        distributed.end_if_left(error, then)
         raise
     finally:
         if jax.process_count() > 1:

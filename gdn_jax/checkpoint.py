@@ -6,14 +6,10 @@ the metadata are written with it and verified whenever it is read.
 """
 
 import contextlib
-import gc
 import hashlib
-import io
 import json
 import logging
 import shutil
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +20,11 @@ from gdn_jax import distributed
 from gdn_jax.checksums import checksums
 from gdn_jax.config import MIXER_FIELDS, Experiment, canonical, flat, from_dict, to_dict
 from gdn_jax.disk import check_space, free_space, in_words
-from gdn_jax.errors import UserError
+from gdn_jax.errors import Damaged, UserError
 from gdn_jax.files import write_json
 from gdn_jax.fingerprint import Identity
 from gdn_jax.model import LM, abstract_model
+from gdn_jax.reading import by_itself, silent
 from gdn_jax.tree import named_leaves, with_leaves
 
 LAYOUT = 2  # of run directories and checkpoints; another one is refused
@@ -37,7 +34,6 @@ WRITE_BYTES = 1 << 27  # in flight to the disk, at least
 FILES_BYTES = 1 << 17  # of a checkpoint's small files, and for each array what Orbax and the checksums note of it
 ARRAY_BYTES = 1 << 10
 NAMED = 4  # fields or runs in a refusal
-QUIET_SECONDS = 0.3  # without a word from threads whose reads failed: they have ended
 
 
 class Checkpoints:
@@ -52,17 +48,18 @@ class Checkpoints:
         self._experiment = experiment
         self._data = data
         self._directory = directory
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.resolve(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(experiment.run.keep),
-            cleanup_tmp_directories=writes,  # to a reader they may be the trainer's, under way
-        )
+        self._checkpointer = None  # for a reader: Orbax's waits for all processes, and tidies the trainer's writes away
+        if writes:
+            self._checkpointer = ocp.training.Checkpointer(
+                directory.resolve(),
+                preservation_policy=ocp.training.preservation_policies.LatestN(experiment.run.keep),
+                cleanup_tmp_directories=True,
+            )
 
     @property
     def latest(self) -> int | None:
         """The newest finished step, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return max(self.steps(), default=None)
 
     def check_space(self, size: int, saves: int) -> None:
         """A UserError where the disk has no room for the next `saves` checkpoints of `size` bytes each.
@@ -139,59 +136,75 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes the write under way."""
-        self.wait()
-        self._checkpointer.close()
+        if self._checkpointer is not None:
+            self.wait()
+            self._checkpointer.close()
 
     def load(self, step: int, model: Any, optimizer: Any) -> tuple[Any, Any]:
         """(model, optimizer state) of `step` to go on from, placed like the given abstract ones.
 
-        Raises UserError where they were trained on other data.
+        All processes must call it. Raises Damaged in all where any of them reads something else than was written, and
+        UserError where they were trained on other data.
         """
-        saved = self.check(step)
-        if saved.fingerprint != self._data.fingerprint:
-            raise UserError(
-                f"{self._directory / str(step)} was trained on data {_short(saved.fingerprint)}, the data prepared now "
-                f"are {_short(self._data.fingerprint)}; prepare the former text again, or choose another run.dir."
-            )
-        return tuple(self._load(step, {MODEL: model, OPTIMIZER: optimizer})[1].values())
+        wanted = {MODEL: model, OPTIMIZER: optimizer}
+
+        def read() -> tuple[_Saved, dict[str, Any]]:
+            trained_on = self.check(step).fingerprint
+            if trained_on != self._data.fingerprint:
+                raise UserError(
+                    f"{self._directory / str(step)} was trained on data {_short(trained_on)}, the data prepared now "
+                    f"are {_short(self._data.fingerprint)}; prepare the former text again, or choose another run.dir."
+                )
+            return self._read(step, wanted)
+
+        saved, found = distributed.on_every(read)
+        sums = {name: checksums(leaves) for name, leaves in found.items()}  # by all processes together
+        distributed.on_every(lambda: self._compare(step, saved, sums))
+        return tuple(with_leaves(tree, found[name]) for name, tree in wanted.items())
 
     def set_aside(self, step: int) -> Path:
-        """Moves the checkpoint of `step` out of the way, to where it is returned."""
+        """Moves the checkpoint of `step` out of the way, to where it is returned. All processes must call it."""
         aside = self._directory.parent / f"damaged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)
-        (self._directory / str(step)).rename(aside)
+        if distributed.first():
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._directory / str(step)).rename(aside)
+        distributed.gathered("")  # until it is done
         self._checkpointer.reload()
         return aside
 
     def load_model(self, step: int, model: LM) -> tuple[LM, Identity]:
         """The parameters alone, and the data they were trained on."""
-        saved, found = self._load(step, {MODEL: model})
-        return found[MODEL], saved
+        saved, found = self._read(step, {MODEL: model})
+        self._compare(step, saved, {MODEL: checksums(found[MODEL])})
+        return with_leaves(model, found[MODEL]), saved.data
 
-    def _load(self, step: int, wanted: dict[str, Any]) -> tuple[Identity, dict[str, Any]]:
+    def _read(self, step: int, wanted: dict[str, Any]) -> tuple["_Saved", dict[str, Any]]:
+        """What this process reads, by itself: arrays by the names of `wanted` and of its leaves."""
         where = self._directory / str(step)
         names = {name: named_leaves(tree) for name, tree in wanted.items()}
-        with _silent():
+        with silent():
             saved = self._saved(step)
             if other := _other_shape(saved.shapes, {name: leaf.shape for name, leaf in names[MODEL].items()}):
                 raise UserError(
                     f"The checkpoint {where} is damaged, or its model's code has changed: {other}; restore that code, "
                     f"or {self._way_out(step)}."
                 )
-            try:
-                found = self._checkpointer.load_checkpointables(step, names)
-                trees = {name: with_leaves(tree, found[name]) for name, tree in wanted.items()}
-            except (ValueError, KeyError, TypeError, OSError):
-                raise Damaged(f"The checkpoint {where} is damaged; {self._way_out(step)}.") from None
-        for name, leaves in found.items():
-            if name in wanted:
-                now, then = checksums(leaves), saved.checksums.get(name, {})
-                if altered := [leaf for leaf in now if now[leaf] != then.get(leaf)]:
-                    raise Damaged(
-                        f"The checkpoint {where} is damaged: {name}/{altered[0]} is not what was written "
-                        f"(checksum {now[altered[0]]}); {self._way_out(step)}."
-                    )
-        return saved.data, trees
+            found: dict[str, Any] = {}
+            with contextlib.suppress(ValueError, KeyError, TypeError, OSError), by_itself():
+                found = ocp.load_checkpointables(where.resolve(), names)
+            if any(set(found.get(name, ())) != set(leaves) for name, leaves in names.items()):
+                raise Damaged(f"The checkpoint {where} is damaged; {self._way_out(step)}.")
+        return saved, {name: found[name] for name in names}
+
+    def _compare(self, step: int, saved: "_Saved", sums: dict[str, dict[str, str]]) -> None:
+        """Raises Damaged unless the arrays' checksums are those that were saved."""
+        for name, now in sums.items():
+            then = saved.checksums.get(name, {})
+            if altered := [leaf for leaf in now if now[leaf] != then.get(leaf)]:
+                raise Damaged(
+                    f"The checkpoint {self._directory / str(step)} is damaged: {name}/{altered[0]} is not what was "
+                    f"written (checksum {now[altered[0]]}); {self._way_out(step)}."
+                )
 
     def check(self, step: int) -> Identity:
         """What data the checkpoint of `step` was trained on; a UserError where it is not one of this experiment."""
@@ -207,9 +220,12 @@ class Checkpoints:
 
     def _saved(self, step: int) -> "_Saved":
         where, foreign = self._directory / str(step), False
+        if step not in self.steps():
+            steps = ", ".join(map(str, self.steps())) or "none"
+            raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.")
         try:
-            with _silent():
-                found = self._checkpointer.checkpointables_metadata(step)
+            with silent():
+                found = ocp.checkpointables_metadata(where.resolve())
             metadata = dict(found.custom_metadata or {})
             foreign = not metadata and _json(where / "_CHECKPOINT_METADATA")
             if "experiment" in metadata and metadata.get("layout") != LAYOUT:
@@ -221,9 +237,6 @@ class Checkpoints:
             experiment = from_dict(Experiment, metadata["experiment"])
             data, spikes = Identity(**metadata["data"]), metadata.get("spikes")
             saved = _Saved(experiment, data, metadata["checksums"], shapes, spikes)
-        except ocp.training.errors.StepNotFoundError:
-            steps = ", ".join(map(str, self.steps())) or "none"
-            raise UserError(f"{self._directory} holds no checkpoint of step {step}; there are {steps}.") from None
         except OlderLayout:
             raise
         except (ValueError, KeyError, TypeError, OSError, UserError):
@@ -233,7 +246,9 @@ class Checkpoints:
         return saved
 
     def steps(self) -> list[int]:
-        """Of all finished checkpoints."""
+        """Of all finished checkpoints, the oldest first."""
+        if self._checkpointer is None:
+            return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def _way_out(self, step: int) -> str:
@@ -242,7 +257,7 @@ class Checkpoints:
         return f"move {self._directory / str(step)} away to {then}"
 
     def _no_write(self, error: Exception) -> UserError:
-        distributed.end_if_left(error, self.latest)
+        distributed.end_if_left(error)
         reason = "no space left" if "RESOURCE_EXHAUSTED" in str(error) else getattr(error, "strerror", None)
         reason = reason or str(error).partition("\n")[0][:120]
         return UserError(
@@ -273,10 +288,6 @@ class _Saved(NamedTuple):
     checksums: dict[str, dict[str, str]]
     shapes: dict[str, tuple[int, ...]]  # of its parameters
     spikes: dict | None
-
-
-class Damaged(UserError):
-    """A checkpoint that is not what was written."""
 
 
 class OlderLayout(UserError):
@@ -313,22 +324,6 @@ def _sha256(metadata: dict) -> str:
 
 def _short(fingerprint: str | None) -> str:
     return "of another program" if fingerprint is None else fingerprint[:8]
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Keeps back what Orbax's threads print of a damaged checkpoint: pages, some of them after the error is raised."""
-    with contextlib.redirect_stderr(io.StringIO()) as printed:
-        failed = True
-        try:
-            yield
-            failed = False
-        finally:
-            before = -1 if failed else 0
-            while before < printed.tell():
-                before = printed.tell()
-                time.sleep(QUIET_SECONDS)
-                gc.collect()
 
 
 def check_same(found: Experiment, wanted: Experiment, where: Path) -> None:
@@ -384,9 +379,9 @@ def read_config(run_dir: Path) -> Experiment:
 
 
 def load(run_dir: Path, step: int | None = None) -> tuple[Experiment, LM, int, Identity]:
-    """(experiment, model, step, data trained on) of a run's newest checkpoint, or of `step`, on the default device."""
+    """(experiment, model, step, data trained on) of a run's newest checkpoint, or of `step`, on one device."""
     experiment = read_config(run_dir)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), abstract_model(experiment.model)
     )

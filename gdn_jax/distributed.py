@@ -1,16 +1,17 @@
-"""Several processes that train one model together: how they find each other, what they agree on, when they stop.
+"""Several processes that train or measure one model together: how they find each other, agree, and when they stop.
 
 jax.distributed is the engine. Process 0 owns the run: its lock, configuration, metrics and words. All write the
 checkpoints, so all must see one run directory.
 """
 
+import contextlib
 import json
 import os
 import re
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gdn_jax.errors import UserError
+from gdn_jax.errors import Damaged, UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of `srun` and `mpirun`, whose rest jax reads itself
@@ -28,6 +29,7 @@ SILENCE = 60  # seconds without a sign of life after which a process counts as d
 SILENCE_VARIABLE, SHORTEST = "GDN_SILENCE", 5  # another number of seconds than SILENCE, SHORTEST at least
 # seconds for which process 0 outlives its last word: without it jax aborts the others before they have theirs
 LINGER = 2
+GO_ON, BEGIN = "they go on from the last checkpoint", "they begin again"  # what another start then does
 STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
 OF_ANOTHER = re.compile("gloo|nccl|connection|peer|heartbeat|coordination", re.IGNORECASE)
 
@@ -124,18 +126,37 @@ def described() -> str:
 
 
 def on_every(make: Callable[[], T]) -> T:
-    """Calls make() in every process and returns its value; where it raises UserError in one, all raise it."""
+    """Calls make() in every process and returns its value; where it raises UserError or Damaged in one, all raise it.
+
+    make() must wait for no other process: it may be refused before they come.
+    """
     if alone():
         return make()
-    value, refused = None, ""
+    value, mine = None, ("", False)
     try:
         value = make()
     except UserError as error:
-        refused = str(error)
-    for index, sentence in enumerate(gathered(refused)):
+        mine = str(error), isinstance(error, Damaged)
+    for index, text in enumerate(gathered(json.dumps(mine))):
+        sentence, damaged = json.loads(text)
         if sentence:
-            raise UserError(sentence if index == jax.process_index() else f"Process {index} was refused: {sentence}")
+            raise (Damaged if damaged else UserError)(mine[0] or f"Process {index} was refused: {sentence}")
     return value
+
+
+@contextlib.contextmanager
+def clear_stdout() -> Iterator[None]:
+    """What libraries print in here, as gloo does of its connections, goes to stderr: stdout is for the result."""
+    if alone():
+        yield
+        return
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def agree(facts: dict[str, Any]) -> None:
@@ -182,7 +203,7 @@ def any_process(mesh: Mesh) -> Callable[[bool], bool]:
     return said
 
 
-def end_if_left(error: Exception, saved: int | None) -> None:
+def end_if_left(error: Exception, then: str = GO_ON) -> None:
     """Ends this process with one sentence where `error` means that another process is gone; else returns.
 
     It exits at once, without jax's orderly shutdown, which would wait for the missing process and then abort.
@@ -190,11 +211,10 @@ def end_if_left(error: Exception, saved: int | None) -> None:
     text = str(error)
     if alone() or not (STATUS.match(text) and OF_ANOTHER.search(text)):
         return
-    then = "begin again" if saved is None else f"go on from step {saved}"
     reason = text.partition("\n")[0][:120]
     print(
-        f"Another process of this training has ended or cannot be reached ({reason}); start all of them again with the "
-        f"same command, and they {then}.",
+        f"Another process has ended or cannot be reached ({reason}); start all of them again with the same command: "
+        f"{then}.",
         file=sys.stderr,
         flush=True,
     )

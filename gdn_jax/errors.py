@@ -8,6 +8,10 @@ class UserError(Exception):
     """Wrong input. The command line prints the message alone and exits with 2."""
 
 
+class Damaged(UserError):
+    """A checkpoint that is not what was written."""
+
+
 def nearest(name: str, options: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the closest option, or nothing when none is close."""
     close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)

@@ -6,12 +6,13 @@ checkpoint holds parameters and optimizer state, and batch number n is a functio
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import signal
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +22,9 @@ import numpy as np
 import optax
 
 from gdn_jax import alive, data, distributed, fine_tuning, sharding
-from gdn_jax.checkpoint import Checkpoints, Damaged, checkpoint_bytes, write_config
+from gdn_jax.checkpoint import Checkpoints, checkpoint_bytes, write_config
 from gdn_jax.config import Experiment
-from gdn_jax.errors import UserError
+from gdn_jax.errors import Damaged, UserError
 from gdn_jax.files import write_json
 from gdn_jax.flops import train_flops_per_token
 from gdn_jax.implementations import admit, traced
@@ -224,7 +225,7 @@ def train(experiment: Experiment) -> Path:
         try:
             loop.run(state, start, begin, stop)
         except (ValueError, RuntimeError) as error:
-            distributed.end_if_left(error, checkpoints.latest)
+            distributed.end_if_left(error)
             raise
     return directory
 
@@ -249,14 +250,15 @@ def _prepare(experiment: Experiment) -> tuple[Trainer, dict, data.Prepared, data
 def _newest(checkpoints: Checkpoints, state: Callable[[int], tuple], progress: Progress) -> tuple[int, tuple]:
     """(step, its state) of the newest checkpoint that is whole, or the beginning; a damaged one is set aside.
 
-    Not the only one: that would begin again. Nor by several processes, of which some may have read it whole.
+    Not the only one: that would begin again. Which there are is what process 0 sees.
     """
     while True:
-        step = checkpoints.latest or 0
+        steps = json.loads(distributed.gathered(json.dumps(checkpoints.steps()))[0])
+        step = max(steps, default=0)
         try:
             return step, state(step)
         except Damaged:
-            if len(checkpoints.steps()) == 1 or not distributed.alone():
+            if len(steps) < 2:
                 raise
         aside = checkpoints.set_aside(step)
         progress.say(f"The checkpoint of step {step} is damaged; it is now {aside}, and the one before it is taken.")
@@ -291,18 +293,8 @@ class _Loop:
 
     def _steps(self, model, opt_state, start: int, stop: list[int]) -> int | None:
         """Trains to the end, or to a spike to rewind from, and returns the step to go back to."""
-        run, optim, group = self.experiment.run, self.experiment.optim, self.experiment.data
-        process_index, process_count = sharding.own_rows(self.trainer.mesh)
-        batches = data.train_batches(
-            self.prepared,
-            seq_len=group.seq_len,
-            batch_size=optim.batch_size,
-            seed=run.seed,
-            start_step=start + self.watch.passed,
-            with_segments=group.reset_at_documents,
-            process_index=process_index,
-            process_count=process_count,
-        )
+        run, optim = self.experiment.run, self.experiment.optim
+        batches = self._batches(start, *sharding.own_rows(self.trainer.mesh))
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.closing(batches))
             profile = stack.enter_context(contextlib.ExitStack())
@@ -346,6 +338,20 @@ class _Loop:
                     self.checkpoints.wait()
                     raise Interrupted(step + 1, stop[0] if stop else signal.SIGTERM)
         return None
+
+    def _batches(self, start: int, part: int, parts: int) -> Iterator[data.Batch]:
+        """This part of the batch of step `start` + 1 and of those after it."""
+        group = self.experiment.data
+        return data.train_batches(
+            self.prepared,
+            seq_len=group.seq_len,
+            batch_size=self.experiment.optim.batch_size,
+            seed=self.experiment.run.seed,
+            start_step=start + self.watch.passed,
+            with_segments=group.reset_at_documents,
+            process_index=part,
+            process_count=parts,
+        )
 
     def _log(self, step: int, metrics: dict[str, jax.Array], batch: dict[str, np.ndarray]) -> int | None:
         """The step to go back to because of this one."""
@@ -406,9 +412,10 @@ class _Loop:
             self.watch = watch.back(back, step, self.checkpoints.spikes(back) if back else None)
             return back
         self.checkpoints.wait()
-        name = "spike" if distributed.alone() else f"spike-of-process-{jax.process_index()}"
-        path = self.directory / f"{name}-step-{step}.npz"
-        np.savez_compressed(path, **batch)
+        path = self.directory / f"spike-step-{step}.npz"
+        if distributed.first():
+            with contextlib.closing(self._batches(step - 1, 0, 1)) as whole:  # the rows of all processes
+                np.savez_compressed(path, **next(whole))
         at = "none" if self.checkpoints.latest is None else f"step {self.checkpoints.latest}"
         raise UserError(
             f"{spike}{stops} lower optim.lr {self.experiment.optim.lr}, or look at the batch in {path}; the last "

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,15 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import FLAGS, by_slurm, ended, free_port, reach, started
 
 from experiments.run import main
 from gdn_jax import distributed
+from gdn_jax.metrics import read_rows
 
-FLAGS = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=1")
 ID, STEPS = "table3/gated-deltanet/tiny", 16
 RECIPE = {
     "optim.steps": STEPS, "optim.batch_size": 4, "data.seq_len": 32, "run.log_every": 1, "run.eval_every": 8,
-    "run.save_every": 4, "run.eval_windows": 6, "run.micro_batches": 1,
+    "run.save_every": 4, "run.keep": 9, "run.eval_windows": 6, "run.micro_batches": 1,
 }  # fmt: skip
 
 
@@ -45,54 +47,6 @@ def losses(directory):
     found = [(row["step"], kind, row[kind]) for row in rows for kind in kinds if kind in row]
     assert [step for step, kind, _ in found if kind == "loss"] == list(range(1, len(found) - 1)), "each step once"
     return found
-
-
-def by_hand(port, count, index):
-    return dict(zip(distributed.VARIABLES, (f"localhost:{port}", str(count), str(index)), strict=True))
-
-
-def by_slurm(port, count, index):
-    """What `srun` sets; jax makes the port of the job's number."""
-    names = {"NTASKS": count, "STEP_NUM_TASKS": count, "PROCID": index, "LOCALID": index, "STEP_NUM_NODES": 1}
-    names |= {"JOB_ID": port, "STEP_NODELIST": "localhost"}
-    return {f"SLURM_{name}": str(value) for name, value in names.items()}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
-
-
-def started(tmp_path, commands, launched=by_hand):
-    """A process of each command, in one group of them."""
-    port, found = free_port(), []
-    for index, command in enumerate(commands):
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS} | launched(port, len(commands), index)
-        with (tmp_path / f"{index}.out").open("wb") as out, (tmp_path / f"{index}.err").open("wb") as err:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "experiments.run", *command],
-                env=env, stdout=out, stderr=err, cwd=Path(__file__).parent.parent,
-            )  # fmt: skip
-        found.append(process)
-    return found
-
-
-def ended(tmp_path, processes):
-    """The exit code and the last line of stderr of each."""
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return codes, [(tmp_path / f"{i}.err").read_text().splitlines()[-1] for i in range(len(processes))]
-
-
-def reach(tmp_path, text, processes):
-    """Returns once process 0 has said the text."""
-    while text not in (tmp_path / "0.err").read_text():
-        assert all(process.poll() is None for process in processes), (tmp_path / "0.err").read_text()
-        time.sleep(0.05)
 
 
 def check_equal(found, wanted):
@@ -124,7 +78,7 @@ def saved(run):
 
 def left(words_of_it):
     """Whether a process's last line says that another one has gone."""
-    gone = "Another process of this training has ended or cannot be reached (", "start all of them again with the same"
+    gone = "Another process has ended or cannot be reached (", "start all of them again with the same"
     silent = "Process ", "was last heard of", "start all again with the same command"
     return any(all(part in words_of_it for part in parts) for parts in (gone, silent))
 
@@ -160,6 +114,72 @@ def test_random_kills_lose_no_step_and_repeat_no_window(alone, tmp_path, monkeyp
     check_equal(losses(run), wanted)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len({row["batch"] for row in rows if "batch" in row}) == STEPS
+
+
+@pytest.fixture
+def earlier(alone, tmp_path):
+    """A copy of the run as it was after 12 of its steps."""
+    shutil.copytree(alone[0] / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
+    return tmp_path / "run"
+
+
+def cut_short(checkpoint):
+    largest = max((checkpoint / "model" / "d").iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+
+
+def altered(checkpoint):
+    content = bytearray((checkpoint / "_CHECKPOINT_METADATA").read_bytes())
+    content[len(content) // 2] ^= 1
+    (checkpoint / "_CHECKPOINT_METADATA").write_bytes(content)
+
+
+def damaged_for_one(checkpoint):
+    """What makes the last process read something else than the first."""
+    other = checkpoint.parent.parent.parent / "damaged"
+    shutil.copytree(checkpoint, other)
+    cut_short(other)
+    through = ["unshare", "-m", "sh", "-c", f'mount --bind {other} {checkpoint} && exec "$0" "$@"']
+    if subprocess.run([*through, "true"], capture_output=True).returncode:
+        pytest.skip("a file system cannot be mounted here")
+    return through
+
+
+@pytest.mark.parametrize(
+    "damage", [damaged_for_one, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (cut_short, altered))]
+)
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_taken(alone, earlier, tmp_path, damage):
+    data_root, wanted = alone
+    through = damage(earlier / "checkpoints" / "12") or ()
+    codes, _ = ended(tmp_path, started(tmp_path, [words(data_root, earlier)] * 2, before=through))
+    said = [(tmp_path / f"{index}.err").read_text() for index in (0, 1)]
+    assert codes == [0, 0], said
+    sentence = f"The checkpoint of step 12 is damaged; it is now {earlier}/damaged-12, and the one before it is taken."
+    assert said[0].count(sentence) == 1 and "damaged" not in said[1] and "Traceback" not in said[0] + said[1]
+    starts = [row["step"] for row in read_rows(earlier) if row.get("event") == "start"]
+    assert starts == [0, 8] and (earlier / "damaged-12").is_dir() and saved(earlier) == STEPS
+    check_equal(losses(earlier), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [damaged_for_one, cut_short, altered])
+def test_the_only_checkpoint_is_not_set_aside(alone, earlier, tmp_path, damage):
+    for step in (4, 8):
+        shutil.rmtree(earlier / "checkpoints" / str(step))
+    through = damage(earlier / "checkpoints" / "12") or ()
+    codes, said = ended(tmp_path, started(tmp_path, [words(alone[0], earlier)] * 2, before=through))
+    assert codes == [2, 2] and (earlier / "checkpoints" / "12").is_dir()
+    if through:
+        assert said[0] == f"Process 1 was refused: {said[1]}"
+        said = said[1:]
+    newest = earlier / "checkpoints" / "12"
+    sentence = (
+        f"{newest} is another program's checkpoint or damaged"
+        if damage is altered
+        else f"The checkpoint {newest} is damaged"
+    )
+    assert set(said) == {f"{sentence}; move {newest} away to begin again."}
 
 
 @pytest.mark.slow
@@ -214,6 +234,65 @@ def test_what_one_is_refused_or_has_otherwise_stops_all(alone, tmp_path):
         codes == [2, 2] and said[0] == f"Process 1 was refused: {said[1]}" and "'elsewhere' is not prepared" in said[1]
     )
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, ("--stride", "8", "--windows", "7")),
+        pytest.param(4, ("--windows", "9"), marks=pytest.mark.slow),
+        pytest.param(4, ("--windows", "30", "--data.reset_at_documents", "True"), marks=pytest.mark.slow),
+    ],
+)
+def test_processes_share_the_windows_of_an_evaluation(alone, tmp_path, capsys, count, options):
+    """In batches of four, so that one has fewer windows than another, or none."""
+    shutil.copytree(alone[0] / "run", tmp_path / "run")
+    command = ["eval", str(tmp_path / "run"), "--json", *options]
+    capsys.readouterr()
+    assert main(command) == 0
+    wanted, kept = json.loads(capsys.readouterr().out), tmp_path / "run" / "evaluation.json"
+    by_one = json.loads(kept.read_text())
+    kept.unlink()
+    codes, said = ended(tmp_path, started(tmp_path, [command] * count))
+    assert codes == [0] * count, said
+    found = json.loads((tmp_path / "0.out").read_text())
+    numbers = [name for name, value in wanted.items() if isinstance(value, float)]
+    assert len(numbers) > 5 and [found[name] for name in numbers] == pytest.approx(
+        [wanted[name] for name in numbers], rel=1e-6
+    )
+    assert [found[name] for name in wanted if name not in numbers] == [
+        wanted[name] for name in wanted if name not in numbers
+    ]
+    assert [row["token_nll"] for row in json.loads(kept.read_text())] == [found["token_nll"]] and len(by_one) == 1
+    assert not any((tmp_path / f"{index}.out").read_text() for index in range(1, count))
+
+
+@pytest.mark.slow
+def test_what_keeps_one_from_evaluating_ends_both(alone, tmp_path, monkeypatch):
+    monkeypatch.setenv(distributed.SILENCE_VARIABLE, "6")
+    run = alone[0] / "run"
+    ours, there = ["eval", str(run)], run / "evaluation.json"
+    before = there.read_text() if there.exists() else ""
+    for word, refusal in (
+        (["--stride", "3"], "Process 1 has stride 3 and process 0 has None; start all processes with the same"),
+        (["--data.source", "elsewhere"], "'elsewhere' is not prepared"),
+        (["--stride", "0"], "stride is 0; it must be between 1 and"),
+    ):
+        codes, said = ended(tmp_path, started(tmp_path, [ours, [*ours, *word]]))
+        assert codes == [2, 2] and refusal in said[0] and refusal in said[1], said
+    processes = started(tmp_path, [ours] * 2)
+    while "process 1 of 2" not in (tmp_path / "1.err").read_text():
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGSTOP)
+    before_end = time.monotonic()
+    assert processes[0].wait(timeout=60) == 1 and time.monotonic() - before_end < 20
+    processes[1].kill()
+    _, said = ended(tmp_path, processes)
+    assert re.match(r"Process 1 of 2.* was last heard of \d+ seconds ago; end it, .* they begin again\.", said[0])
+    codes, said = ended(tmp_path, started(tmp_path, [[*ours, "--text", __file__]] * 2))
+    sentence = "--text is answered by one process; several share the windows of held-out text alone."
+    assert codes == [2, 2] and said == [sentence] * 2
+    assert (there.read_text() if there.exists() else "") == before
 
 
 @pytest.mark.slow

@@ -1,15 +1,19 @@
 """Spikes in real runs, for each run.on_spike: what is recorded, and a stopped run goes on as if it had not been."""
 
+import contextlib
 import copy
 import json
 import random
 import signal
+import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import poisoned
 import pytest
-from small import experiment, with_steps
+from poisoned import POISON, STEPS
+from processes import ended, started
+from small import experiment
 
 from gdn_jax import checkpoint, prepare, sharding, spikes, train
 from gdn_jax.errors import UserError
@@ -19,10 +23,8 @@ from gdn_jax.progress import SILENT
 from gdn_jax.spikes import Watch, usual
 from gdn_jax.tree import named_leaves
 
-STEPS = 46
-POISON = {"nan": "\x01", "large": "\x02"}  # a batch that holds one has a loss of nan, or a hundred times its own
-AT = 40  # the step with such a batch
-LOSS, TRAINER, WRITE = train.next_token_loss, train.Trainer, Writer.write
+AT = 40  # the step with a poisoned batch
+TRAINER, WRITE = train.Trainer, Writer.write
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """run.on_spike -> Trainer, so that a step is compiled once for all runs."""
+    """(run.on_spike, optim.lr) -> Trainer, so that a step is compiled once for all runs."""
     return {}
 
 
@@ -51,26 +53,22 @@ def compiled():
 def run(home, compiled, monkeypatch):
     """Trains `home`, as far as `until` lets it, and returns the run's directory."""
 
-    def call(name, on_spike, text="nan", until=lambda row: None):
-        def poisoned(model, batch, compute):
-            nan, large = ((batch["tokens"] == ord(POISON[kind])).any() for kind in ("nan", "large"))
-            return LOSS(model, batch, compute) * jnp.where(nan, jnp.nan, jnp.where(large, 100.0, 1.0))
-
+    def call(name, on_spike, text="nan", until=lambda row: None, lr=poisoned.LR):
         def trainer(asked, mesh):
-            compiled[on_spike] = copy.copy(compiled.get(on_spike) or TRAINER(asked, mesh))
-            compiled[on_spike].experiment = asked
-            return compiled[on_spike]
+            key = on_spike, lr
+            compiled[key] = copy.copy(compiled.get(key) or TRAINER(asked, mesh))
+            compiled[key].experiment = asked
+            return compiled[key]
 
         def write(self, row):
             WRITE(self, row)
             until(row)
 
-        monkeypatch.setattr(train, "next_token_loss", poisoned)
+        monkeypatch.setattr(train, "next_token_loss", poisoned.loss)
         monkeypatch.setattr(train, "Trainer", trainer)
         monkeypatch.setattr(Writer, "write", write)
         directory = home / name
-        fields = {"on_spike": on_spike, "keep": 9, "save_every": 10, "eval_every": STEPS}
-        train.train(with_steps(experiment(home / text, dir=str(directory), **fields), STEPS))
+        train.train(poisoned.spiking(home / text, directory, on_spike, lr))
         return directory
 
     return call
@@ -263,3 +261,35 @@ def test_three_rewinds_without_a_checkpoint_stop(run, home):
     found = [row["batches"] for row in rows(home / "rewind-always")]
     assert found == [[0, 0], [1, 1], [2, 2]]
     assert checkpoint.read_config(home / "rewind-always").run.on_spike == "rewind"
+
+
+# --- several processes ---
+
+
+SLOW = [pytest.param(word, marks=pytest.mark.slow) for word in ("skip", "stop")]
+GENTLE = 1e-4  # with 1e-2 rounding alone changes the losses by a hundredth after 40 steps
+
+
+@pytest.mark.parametrize("on_spike", ["rewind", *SLOW])
+def test_two_processes_do_as_one(run, home, tmp_path, on_spike):
+    """The same steps left out or passed over, the same losses, everything said and recorded once."""
+    with pytest.raises(UserError) if on_spike == "stop" else contextlib.nullcontext() as stop:
+        run(f"alone-{on_spike}", on_spike, lr=GENTLE)
+    directory = home / f"two-{on_spike}"
+    program = (sys.executable, poisoned.__file__, home / "nan", directory, on_spike, GENTLE)
+    codes, said = ended(tmp_path, started(tmp_path, [()] * 2, program=program))
+    assert codes == ([2, 2] if stop else [0, 0]), said
+    alone, two = rows(home / f"alone-{on_spike}"), rows(directory)
+    numbers = ("loss", "validation_loss", "grad_norm", "lr", "tokens")
+    for one, other in zip(alone, two, strict=True):
+        one_has, other_has = ([row.get(name, 0) for name in numbers] for row in (one, other))
+        assert one_has == pytest.approx(other_has, rel=1e-5)
+        assert all(one.get(name) == other.get(name) for name in ("step", "event", "spike", "batches"))
+    assert [row["event"] for row in two if "event" in row] == ([] if stop else [on_spike])
+    assert (tmp_path / "0.err").read_text().count(f"At step {AT} the loss is nan") == 1
+    if stop:
+        assert said == [str(stop.value).replace("alone-stop", "two-stop")] * 2
+        (found,) = directory.glob("spike*")
+        saved = np.load(found)["tokens"]
+        np.testing.assert_array_equal(saved, np.load(home / "alone-stop" / found.name)["tokens"])
+        assert (saved == ord(POISON["nan"])).any() and len(saved) == 8

@@ -190,7 +190,12 @@ def train(experiment: Experiment, options: TrainOptions) -> None:
 
 
 def evaluate(experiment: Experiment, options: EvalOptions) -> None:
+    from gdn_jax import distributed
+
+    distributed.start(os.environ)
     asked = [name for name in ("tasks", "text", "answer") if getattr(options, name)]
+    if asked and not distributed.alone():
+        raise UserError(f"--{asked[0]} is answered by one process; several share the windows of held-out text alone.")
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} ask for two things; give one of them.")
     if options.requests and not options.tasks:
@@ -206,8 +211,10 @@ def evaluate(experiment: Experiment, options: EvalOptions) -> None:
         found = evaluation.measure(experiment, options)
         print(json.dumps(found, indent=1) if options.json else evaluation.described(found))
     else:
-        numbers = _evaluate(experiment, options.stride, options.windows)
-        print(json.dumps(numbers, indent=1) if options.json else report.validation_table(numbers))
+        with distributed.clear_stdout():
+            numbers = _evaluate(experiment, options.stride, options.windows)
+        if distributed.first():
+            print(json.dumps(numbers, indent=1) if options.json else report.validation_table(numbers))
 
 
 def run(experiment: Experiment, options: RunOptions) -> None:
@@ -263,27 +270,42 @@ def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -
 
     Its model may be measured on any data of its tokenizer, which the numbers then say.
     """
-    from gdn_jax import checkpoint, tokenizer
+    from gdn_jax import alive, checkpoint, distributed, tokenizer
     from gdn_jax.evaluate.perplexity import check_scoring, perplexity
     from gdn_jax.implementations import check_impl
     from gdn_jax.layers import compute_for
+    from gdn_jax.metrics import environment
+    from gdn_jax.progress import Progress
     from gdn_jax.runs import check_tokenizer, open_run, prepared_data, run_directory
 
-    check_scoring(experiment.data.seq_len, stride, windows)
-    check_impl(experiment)
-    run = open_run(run_directory(experiment))
-    data, optim = experiment.data, experiment.optim
-    checkpoint.check_same(dataclasses.replace(run.experiment, data=data), experiment, run.directory)
-    check_tokenizer(tokenizer.load(data.tokenizer), run.trained_on, run.directory)
-    numbers = perplexity(
-        run.model, prepared_data(experiment), run.tokenizer,
-        seq_len=data.seq_len, stride=stride, windows=windows,
-        batch_size=optim.batch_size // experiment.run.micro_batches,
-        compute=compute_for(experiment), with_segments=data.reset_at_documents, context=experiment.run.context,
-    )  # fmt: skip
-    trained = {"trained_on": run.trained_on.fingerprint, "trained_window": run.experiment.data.seq_len}
-    evaluation = {"step": run.step} | trained | numbers
-    report.save_evaluation(run.directory, evaluation)
+    data = experiment.data
+
+    def opened() -> tuple:
+        check_scoring(data.seq_len, stride, windows)
+        check_impl(experiment)
+        run = open_run(run_directory(experiment))
+        checkpoint.check_same(dataclasses.replace(run.experiment, data=data), experiment, run.directory)
+        check_tokenizer(tokenizer.load(data.tokenizer), run.trained_on, run.directory)
+        return run, prepared_data(experiment)
+
+    if not distributed.alone():
+        Progress().say(distributed.described())
+    with alive.watched(distributed.silence(os.environ), distributed.BEGIN):
+        run, prepared = distributed.on_every(opened)
+        rows, here = experiment.optim.batch_size // experiment.run.micro_batches, environment()
+        asked = {"seq_len": data.seq_len, "stride": stride, "windows": windows, "rows": rows}
+        asked |= {"reset_at_documents": data.reset_at_documents, "precision": experiment.optim.precision}
+        asked |= {"impl": experiment.run.impl, "context": experiment.run.context, "step": run.step}
+        asked |= {"trained_on": run.trained_on._asdict(), "data": prepared.identity._asdict()}
+        distributed.agree(asked | {name: here[name] for name in ("python", "versions", "source", "backend")})
+        numbers = perplexity(
+            run.model, prepared, run.tokenizer, seq_len=data.seq_len, stride=stride, windows=windows, batch_size=rows,
+            compute=compute_for(experiment), with_segments=data.reset_at_documents, context=experiment.run.context,
+        )  # fmt: skip
+        trained = {"trained_on": run.trained_on.fingerprint, "trained_window": run.experiment.data.seq_len}
+        evaluation = {"step": run.step} | trained | numbers
+        if distributed.first():
+            report.save_evaluation(run.directory, evaluation)
     return {"id": experiment.id, "hash8": experiment.hash8, "marks": published.marks(evaluation)} | evaluation
 
 

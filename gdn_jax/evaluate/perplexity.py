@@ -2,18 +2,19 @@
 
 import functools
 import itertools
+import json
 import math
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gdn_jax import sharding
+from gdn_jax import distributed, sharding
 from gdn_jax.data import Prepared, check_held_out
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.model import LM
-from gdn_jax.progress import Progress
+from gdn_jax.progress import SILENT, Progress
 from gdn_jax.sharding import split_tokens
 from gdn_jax.tokenizer import Tokenizer
 from pallas_kernels.linear_cross_entropy import token_nll
@@ -46,6 +47,9 @@ def perplexity(
     context     local devices that share the tokens of each window; must divide seq_len
     progress    where the work shows itself; None: on stderr
 
+    Several processes must all call it with the same arguments: batch_size windows after the other are read by one
+    process after the other, and each returns the numbers of all windows, which are those of one process.
+
     Returns token_nll, token_perplexity, nats_per_byte, bits_per_byte, byte_perplexity, word_perplexity, tokens, bytes,
     words, a unigram model's unigram_nats_per_token and unigram_nats_per_byte on the same tokens, and what was measured:
     data (fingerprint), window, stride, windows of of_windows. bytes and words are those of the scored tokens' text: EOS
@@ -68,26 +72,32 @@ def perplexity(
     count = whole if windows is None else min(windows, whole)
     ends = prepared.document_ends("validation") if with_segments else None
 
-    total, model = 0.0, sharding.copied(mesh, model)
-    with progress or Progress() as display, jax.set_mesh(mesh):
-        for first in range(0, count, batch_size):
-            batch = range(first, min(first + batch_size, count))
-            # Rows that fill up the last batch repeat its first window, so that one program serves all batches.
-            starts = np.array([*batch, *[first] * (batch_size - len(batch))]) * stride
-            positions = starts[:, None] + np.arange(seq_len + 1)
-            tokens = np.stack([held_out[start : start + seq_len + 1] for start in starts]).astype(np.int32)
-            segments = None if ends is None else np.searchsorted(ends, positions, "right").astype(np.int32)
-            nll = np.asarray(_nll(model, tokens, segments, compute), np.float64)
-            for row, window in enumerate(batch):
-                part = float(nll[row, 0 if window == 0 else seq_len - stride :].sum())
-                if not math.isfinite(part):
-                    raise UserError(
-                        f"The loss of held-out window {window} is {part}: the parameters have diverged; "
-                        f"train again with a smaller optim.lr."
-                    )
-                total += part
-            display.show(f"Evaluated {batch.stop:,} of {count:,} windows.")
+    model = sharding.copied(mesh, model)
 
+    def own_nats() -> list[float]:
+        """Of each window that this process reads."""
+        own, every = [], batch_size * jax.process_count()
+        with progress or (Progress() if distributed.first() else SILENT) as display, jax.set_mesh(mesh):
+            for first in range(batch_size * jax.process_index(), count, every):
+                batch = range(first, min(first + batch_size, count))
+                # Rows that fill up the last batch repeat its first window, so that one program serves all batches.
+                starts = np.array([*batch, *[first] * (batch_size - len(batch))]) * stride
+                positions = starts[:, None] + np.arange(seq_len + 1)
+                tokens = np.stack([held_out[start : start + seq_len + 1] for start in starts]).astype(np.int32)
+                segments = None if ends is None else np.searchsorted(ends, positions, "right").astype(np.int32)
+                nll = np.asarray(_nll(model, tokens, segments, compute), np.float64)
+                for row, window in enumerate(batch):
+                    own.append(float(nll[row, 0 if window == 0 else seq_len - stride :].sum()))
+                    if not math.isfinite(own[-1]):
+                        raise UserError(
+                            f"The loss of held-out window {window} is {own[-1]}: the parameters have diverged; "
+                            f"train again with a smaller optim.lr."
+                        )
+                display.show(f"Evaluated {batch.stop:,} of {count:,} windows.")
+        return own
+
+    nats = distributed.gathered(json.dumps(distributed.on_every(own_nats)))
+    total = math.fsum(window for own in nats for window in json.loads(own))  # exact, and so the same in any order
     scored = seq_len + (count - 1) * stride
     text_bytes, words = _text_size(prepared, tokenizer, 1, 1 + scored)
     if text_bytes == 0:

@@ -172,7 +172,8 @@ class LM(nnx.Module):
                 block.mixer.check_room(cache[i].keys.shape[2], cache[i].index, tokens.shape[1], lengths)
             elif isinstance(block.mixer, Attention) and room is not None:
                 block.mixer.check_room(room, 0, tokens.shape[1], lengths)
-        x = self.embed[jnp.asarray(tokens)].astype(compute.dtype)
+        x = self.embed[jnp.asarray(tokens, jnp.int32)].astype(compute.dtype)
+        groups = _kernels_in(self.groups, compute.dtype)
 
         def group_of(x: Array, group: Group, past: PyTree, bounds: Array | None) -> tuple[Array, PyTree]:
             return group(
@@ -196,15 +197,15 @@ class LM(nnx.Module):
             return self.norm(x, compute), new
         if cache is not None:  # carried, not scanned over: a loop updates in place what it carries
             repeats = jnp.arange(self.config.repeats)
-            (x, cache), _ = jax.lax.scan(body_with_cache, (x, cache), (repeats, self.groups, self.bounds_by_layer()))
+            (x, cache), _ = jax.lax.scan(body_with_cache, (x, cache), (repeats, groups, self.bounds_by_layer()))
             return self.norm(x, compute), cache
         if compute.remat != "none":  # neither a scan nor `_one_at_a_time` lets XLA merge the two passes
             body = jax.checkpoint(body, prevent_cse=False, policy=remat_policy(compute.remat))
         if compute.scan_layers or room is not None:
-            x, cache = jax.lax.scan(body, x, (self.groups, self.bounds_by_layer()))
+            x, cache = jax.lax.scan(body, x, (groups, self.bounds_by_layer()))
             return self.norm(x, compute), cache
         layer = _one_at_a_time(lambda x, scanned: body(x, scanned)[0])
-        for scanned in self.layers():
+        for scanned in by_repeat((groups, self.bounds_by_layer()), self.config.repeats):
             x = layer(x, scanned)
         return self.norm(x, compute), None
 
@@ -255,6 +256,18 @@ def reorder_cache(cache: PyTree, rows: Int[Array, "N"] | Sequence[int]) -> PyTre
     if is_known(rows) and not all(0 <= row < held for row in np.asarray(rows).tolist()):
         raise UserError(f"rows is {np.asarray(rows).tolist()}; the cache has rows 0 to {held - 1}.")
     return jax.tree.map(lambda leaf: leaf.at[:, jnp.asarray(rows)].get(mode="fill"), cache)
+
+
+def _kernels_in(groups: Group, dtype: Any) -> Group:
+    """The stacked repeats with every Linear's kernel in the dtype of the arithmetic, to which each use casts it anyway.
+
+    Cast before they are taken apart they are read once, and what a layer keeps and gives back has that dtype.
+    """
+    groups = jax.tree.map(lambda leaf: leaf, groups)  # modules of their own
+    for _, module in nnx.iter_modules(groups):
+        if isinstance(module, Linear):
+            module.kernel = nnx.Param(module.kernel[...].astype(dtype))
+    return groups
 
 
 def _one_at_a_time(layer: Callable[[Array, PyTree], Array]) -> Callable[[Array, PyTree], Array]:

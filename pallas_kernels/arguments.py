@@ -57,6 +57,11 @@ def check_range(name: str, ids: Any, stop: int, more: str = "") -> None:
 
 def check_dtypes(**arrays: Any) -> None:
     """Raises ValueError for dtypes that the arithmetic is not defined for; None stands for an absent array."""
-    for name, x in arrays.items():
-        if x is not None and x.dtype not in DTYPES:
-            raise ValueError(f"{name} is {x.dtype}; it must be bfloat16, float32 or float64.")
+    given = {name: x.dtype for name, x in arrays.items() if x is not None}
+    for name, dtype in given.items():
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} is {dtype}; it must be bfloat16, float32 or float64.")
+    exact = [name for name, dtype in given.items() if dtype == jnp.float64]
+    if exact and len(exact) < len(given):
+        other = next(name for name in given if name not in exact)
+        raise ValueError(f"{exact[0]} is float64 and {other} {given[other]}; pass all in float64, or none.")

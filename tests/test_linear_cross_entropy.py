@@ -138,3 +138,14 @@ def test_other_targets_outside_the_vocabulary_are_refused(strange):
 def test_a_bad_chunk_is_refused():
     with pytest.raises(ValueError, match="chunk is 0"):
         linear_cross_entropy(*case(), chunk=0)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16"])
+def test_targets_of_a_narrow_type_name_one_column_each(dtype):
+    """More columns than the type counts: a column's number must not wrap around and be another's."""
+    vocab = 300 if dtype != "int16" else 70_000
+    x, kernel = jax.random.normal(jax.random.key(0), (1, 4, 2)), jax.random.normal(jax.random.key(1), (2, vocab))
+    targets, ones = jnp.asarray([[3, 7, 120, 0]]), jnp.ones((1, 4))
+    wanted = linear_cross_entropy(x, kernel, targets, ones)
+    assert float(linear_cross_entropy(x, kernel, targets.astype(dtype), ones)) == float(wanted)
+    np.testing.assert_array_equal(token_nll(x, kernel, targets.astype(dtype)), token_nll(x, kernel, targets))

@@ -13,6 +13,7 @@ from experiments.variants import model_config
 from gdn_jax.config import HGRN2Config, Mamba2Config, MambaConfig, Model, RetNetConfig
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute, RMSNorm
+from gdn_jax.loss import next_token_loss
 from gdn_jax.mixers.hgrn2 import forget_gate, lower_bounds
 from gdn_jax.mixers.retnet import log_decays
 from gdn_jax.model import init_model as eager_init_model
@@ -144,6 +145,32 @@ def test_lower_bounds_rise_from_zero():
     np.testing.assert_allclose(bounds, np.cumsum(share, 0) - share[0], atol=1e-6)
     assert np.all(bounds[0] == 0) and np.all(np.diff(bounds, axis=0) > 0) and np.all(bounds < 1)
     np.testing.assert_allclose(lower_bounds(jnp.zeros((4, 3)))[:, 0], [0, 0.25, 0.5, 0.75], atol=1e-6)
+
+
+def test_bounds_of_logits_far_apart_stay_below_1_and_have_gradients():
+    for gap in (10.0, 15.0, 17.0, 40.0):
+        logits = gap * jnp.arange(12.0)[:, None] / 11
+
+        def log_f(logits):
+            return sum(forget_gate(jnp.asarray([[[-3.0, 3.0]]]), bound)[0].sum() for bound in lower_bounds(logits))
+
+        value, gradient = jax.value_and_grad(log_f)(logits)
+        assert lower_bounds(logits).max() < 1 and np.isfinite(value) and np.all(np.isfinite(gradient))
+
+
+def test_trained_bounds_have_the_same_gradients_scanned_and_written_out():
+    """The first layer's bound is 0 and not rounding noise, which differed between two uses in one program."""
+    lm = init_model(model_config("hgrn2", "tiny"), jax.random.key(0))
+    lm.lower_bounds[...] = 0.1 * jax.random.normal(jax.random.key(99), lm.lower_bounds.shape)
+    assert np.all(np.asarray(jax.jit(lambda lm: lm.bounds_by_layer()[0])(lm)) == 0)
+    batch = {"tokens": jax.random.randint(jax.random.key(1), (2, 41), 0, 257)}
+
+    def gradients(scan):
+        compute = Compute(dtype=jnp.float32, impl="chunked", scan_layers=scan)
+        return jax.jit(jax.grad(lambda lm: next_token_loss(lm, batch, compute)))(lm)
+
+    for one, other in zip(jax.tree.leaves(gradients(True)), jax.tree.leaves(gradients(False)), strict=True):
+        assert np.linalg.norm(one - other) <= 1e-4 * np.linalg.norm(other)
 
 
 def test_a_bound_holds_the_gate_up():

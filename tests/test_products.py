@@ -12,6 +12,7 @@ from experiments.models import PAPER_MODELS
 from gdn_jax.layers import Compute
 from gdn_jax.loss import next_token_loss
 from gdn_jax.model import abstract_model
+from gdn_jax.tree import named_leaves
 
 B, T = 1, 256
 # Files whose products stand in for kernels: XLA's attention for cuDNN's, a chunked recurrence for ours. Their fp32
@@ -76,3 +77,28 @@ def test_recomputed_products_are_counted_and_kept_ones_are_not():
         2 * B * T * model.layers * (4 * D * D + 2 * D * F)
     )  # all but the down projection, whose result no rule needs
     assert totals["full"] == totals["none"] + again
+
+
+def casts(closed):
+    """Counter of (shape, to which dtype) of every cast."""
+    found = Counter()
+    for equation in closed.jaxpr.eqns if hasattr(closed, "jaxpr") else closed.eqns:
+        if equation.primitive.name == "convert_element_type":
+            found[equation.outvars[0].aval.shape, str(equation.params["new_dtype"])] += 1
+        for value in equation.params.values():
+            for sub in value if isinstance(value, (tuple, list)) else [value]:
+                if hasattr(sub, "eqns") or hasattr(getattr(sub, "jaxpr", None), "eqns"):
+                    found += casts(sub)
+    return found
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", ["gated-deltanet", "mamba2", "hgrn2"])
+def test_a_weight_is_cast_once_before_the_layers_and_its_gradient_once_after(name, scan):
+    """Not in each layer, again where a layer is recomputed, and at once in what a layer gives back."""
+    model, jaxpr = step(name, "tiny", remat="products+kernels", scan_layers=scan)
+    found = casts(jaxpr)
+    kernels = Counter(leaf.shape for name, leaf in named_leaves(model.groups).items() if name.endswith("/kernel"))
+    for shape, count in kernels.items():
+        assert found[shape, "bfloat16"] == found[shape, "float32"] == count
+        assert found[shape[1:], "bfloat16"] == found[shape[1:], "float32"] == 0

@@ -65,12 +65,15 @@ class HGRN2(nnx.Module):
 
 
 def lower_bounds(logits: Float[Array, "L D"]) -> Float[Array, "L D"]:
-    """The lower bound of f in every layer: softmax over layers, summed up to the layer, less the first layer's share.
+    """The lower bound of f in every layer: softmax over layers, summed from the second layer up to this one.
 
-    It rises with depth from exactly 0 in the first layer and stays below 1.
+    It rises with depth from exactly 0 in the first layer and stays below 1, at most the number before 1. (The sum less
+    the first layer's share would be that only up to rounding, which differs between two uses in one compiled program,
+    and `forget_gate` asks whether the bound is 0.)
     """
     share = jax.nn.softmax(logits, axis=0)
-    return jnp.cumsum(share, axis=0) - share[:1]
+    bound = jnp.concatenate([jnp.zeros_like(share[:1]), jnp.cumsum(share[1:], axis=0)])
+    return jnp.minimum(bound, 1 - jnp.finfo(share.dtype).epsneg)
 
 
 def forget_gate(

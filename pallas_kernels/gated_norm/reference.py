@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 def _vector(x, weight, gate, eps, gate_first, groups):
     """x, weight, gate [D], all of one dtype."""
-    opened = 1.0 if gate is None else gate / (1 + jnp.exp(-gate))
+    opened = 1.0 if gate is None else jax.nn.silu(gate)
     if gate_first:
         x = x * opened
     normed = jnp.concatenate([part / jnp.sqrt((part * part).mean() + eps) for part in jnp.split(x, groups)])

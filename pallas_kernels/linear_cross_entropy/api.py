@@ -45,7 +45,7 @@ def linear_cross_entropy(
     """
     _check(x, kernel, targets, chunk)
     kept = targets != IGNORED
-    arrays = x, kernel, jnp.where(kept, targets, 0), jnp.where(kept, weights, 0)
+    arrays = x, kernel, _columns(targets), jnp.where(kept, weights, 0)
     run = partial(_on_one_device, impl=impl, chunk=chunk)
     if not dispatch.splits_tokens(x.shape[1]):  # else the slices would be cut across devices
         return run(*arrays)
@@ -68,11 +68,16 @@ def token_nll(
     """Each token's -log softmax(x_bt kernel)[targets_bt], fp32, 0 where the target is -100; else as there."""
     _check(x, kernel, targets, chunk)
     kept = targets != IGNORED
-    arrays, nll = (x, kernel, jnp.where(kept, targets, 0)), partial(chunked.token_nll, chunk=chunk)
+    arrays, nll = (x, kernel, _columns(targets)), partial(chunked.token_nll, chunk=chunk)
     if not dispatch.splits_tokens(x.shape[1]):
         return jnp.where(kept, nll(*arrays), 0)
     (found,) = dispatch.shard(lambda *arrays: (nll(*arrays),), arrays, LAYOUTS, (TOKEN,))
     return jnp.where(kept, found, 0)
+
+
+def _columns(targets):
+    """Where each target's logit stands; in 32 bits, since 8 or 16 may not hold the number of columns."""
+    return jnp.where(targets == IGNORED, 0, targets).astype(jnp.int32)
 
 
 def _check(x, kernel, targets, chunk: int) -> None:

@@ -12,7 +12,7 @@ def step(x, weight, bias, activation, l2norm, state):
     z = (weight * window).sum(axis=1)
     if bias is not None:
         z = z + bias
-    a = z / (1 + jnp.exp(-z)) if activation == "silu" else z
+    a = jax.nn.silu(z) if activation == "silu" else z
     if l2norm is not None:
         parts = a.reshape(len(a), a.shape[-1] // l2norm, l2norm)
         a = (parts / jnp.sqrt((parts * parts).sum(-1, keepdims=True) + 1e-6)).reshape(a.shape)

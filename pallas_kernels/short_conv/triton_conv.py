@@ -298,24 +298,20 @@ def _as_read(static, x, weight, bias, state, documents):
 
 
 def _run(static, x, weight, bias, state, documents):
-    y = _forward(static, *_as_read(static, x, weight, bias, state, documents))
-    return y.reshape(x.shape), chunked.final_state(x[:, x.shape[1] - (len(weight) - 1) :], documents, x.shape[1])
+    return _forward(static, *_as_read(static, x, weight, bias, state, documents)).reshape(x.shape)
 
 
 def _op_fwd(static, *arrays):
     return _run(static, *arrays), arrays
 
 
-def _op_bwd(static, kept, cotangents):
+def _op_bwd(static, kept, dy):
     x, weight, bias, state, documents = kept
-    (dy, d_final), W, T = cotangents, len(weight), x.shape[1]
     dx, d_weight, d_bias = _backward(static, *_as_read(static, *kept), _by_head(static, dy))
-    dx = dx.reshape(x.shape)
     d_weight = d_weight.reshape(weight.shape).astype(weight.dtype)
     d_bias = None if bias is None else d_bias.reshape(bias.shape).astype(bias.dtype)
-    dx = dx.at[:, T - (W - 1) :].add(chunked.final_state(d_final, documents, T).astype(dx.dtype))
     d_state = None if state is None else _state_gradient(static, x, weight, bias, state, documents, dy)
-    return dx, d_weight, d_bias, d_state, None
+    return dx.reshape(x.shape), d_weight, d_bias, d_state, None
 
 
 def _state_gradient(static, x, weight, bias, state, documents, dy):
@@ -342,4 +338,6 @@ def short_conv(
     """Arguments as in api.short_conv; bias, initial_state, segment_ids and l2norm may be None."""
     documents = chunked.documents_of(segment_ids, len(weight))
     static = _Static(activation == "silu", l2norm, interpret, forward, backward)
-    return _op(static, x, weight, bias, initial_state, documents)
+    y, T = _op(static, x, weight, bias, initial_state, documents), x.shape[1]
+    # beside the op, whose backward would else add a gradient that is zero wherever nobody uses these inputs
+    return y, chunked.final_state(x[:, T - (len(weight) - 1) :], documents, T)

@@ -25,6 +25,7 @@ from pallas_kernels import dispatch
 
 ROWS = Path(__file__).parent / "eval_rows" / "table3"
 BYTES = tokenizer.load("byte")
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one option
 LOG_VOCAB = math.log(320)
 
 
@@ -95,13 +96,23 @@ def test_every_task_of_table_3_runs_on_local_rows(uniform, task):
     assert found["n"] == len(rows(task)) and 0 <= found["metrics"]["acc"] <= 1
 
 
+class Theirs(TemplateLM):
+    """The harness's own division of a pair, with a tokenizer of ours."""
+
+    loglikelihood_rolling, generate_until, _loglikelihood_tokens = None, None, None
+
+    def __init__(self, words=BYTES):
+        self._words = words
+
+    @property
+    def eot_token_id(self):
+        return self._words.eos
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        return self._words.encode(string).tolist()
+
+
 def test_pairs_are_divided_as_the_harness_divides_them():
-    class Theirs(TemplateLM):
-        eot_token_id, loglikelihood_rolling, generate_until, _loglikelihood_tokens = BYTES.eos, None, None, None
-
-        def tok_encode(self, string, add_special_tokens=None, **_):
-            return BYTES.encode(string).tolist()
-
     cases = [("a context", " and more"), ("ends in spaces  ", "then"), ("ä", "ö"), ("", "alone"), (" \n", "lines")]
     for context, continuation in cases:
         ours = [part.tolist() for part in encode_pair(BYTES, context, continuation)]
@@ -112,20 +123,44 @@ def test_pairs_are_divided_as_the_harness_divides_them():
         assert ours == [list(part) or [BYTES.eos] for part in theirs], (context, continuation)
 
 
+def test_a_continuation_whose_token_merges_with_its_context(tmp_path):
+    """Letters of one word, as in a language without spaces: the context is encoded alone, as the harness does it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    vocab = {"</s>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(tmp_path / "merge.json"))
+    words = tokenizer.load(str(tmp_path / "merge.json"))
+    for pair in (("ca", "bc"), ("c", "ab"), ("ab", "c")):
+        assert [part.tolist() for part in encode_pair(words, *pair)] == list(
+            map(list, Theirs(words)._encode_pair(*pair))
+        )
+    assert [part.tolist() for part in encode_pair(words, "ca", "bc")] == [[3, 1], [3]]
+    with pytest.raises(
+        UserError, match=r"The continuation 'b' has no token of its own: .* end of its context, 'a'; begin"
+    ):
+        encode_pair(words, "a", "b")
+
+
 def test_greedy_continuations_stop_where_the_task_says(tmp_path):
     model = scripted_model({ord("a"): ord("b"), ord("b"): ord("c"), ord("c"): ord("a")})
     ours = HarnessModel(answering(tmp_path, model))
 
     class Request:
-        task_name = "toy"
+        task_name, doc_id = "toy", 0
 
         def __init__(self, prompt, **options):
             self.args = prompt, options
 
     requests = [Request("a", until=["a"], max_gen_toks=5), Request("b", max_gen_toks=4), Request("a", until="c")]
     assert ours.generate_until(requests) == ["bc", "cabc", "b"]
-    with pytest.raises(UserError, match="Task toy asks for sampling or beams"):
-        ours.generate_until([Request("a", do_sample=True)])
+    cold = [Request("a", until=[], do_sample=False, temperature=1.0, **{name: 3}) for name in LENGTHS]
+    assert ours.generate_until(cold) == ["bca"] * 4, "a temperature of what is not sampled is none"
+    for options in ({"do_sample": True}, {"temperature": 0.5}, {"num_beams": 4}):
+        with pytest.raises(UserError, match="Task toy asks for sampling or beams"):
+            ours.generate_until([Request("a", **options)])
 
 
 def test_an_evaluation_that_is_killed_goes_on_with_the_uninterrupted_numbers(tmp_path, monkeypatch):

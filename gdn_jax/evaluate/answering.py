@@ -107,14 +107,20 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     """Token ids of a context and of its continuation, as lm-evaluation-harness divides them.
 
     Spaces that end the context begin the continuation instead; the whole is encoded, and what follows as many tokens as
-    the context alone has is the continuation. An empty context is EOS, which documents follow in training.
+    the context alone has is the continuation, also where the first of those tokens are others than the context's own.
+    An empty context is EOS, which documents follow in training.
+    Raises UserError for a continuation that has no token of its own: there is nothing to score.
     """
     bare = context.rstrip()
     whole = tokenizer.encode(context + continuation)
-    first = len(tokenizer.encode(bare)) if bare else 0
-    if not first:
-        return np.array([tokenizer.eos], np.int32), whole
-    return whole[:first], whole[first:]
+    before = tokenizer.encode(bare) if bare else whole[:0]
+    after = whole[len(before) :]
+    if continuation and not len(after):
+        raise UserError(
+            f"The continuation {continuation[:40]!r} has no token of its own: the tokenizer joins it to the end of its "
+            f"context, {context[-40:]!r}; begin it where a token begins, as with a space."
+        )
+    return (before if len(before) else np.array([tokenizer.eos], np.int32)), after
 
 
 class RequestFile:

@@ -102,3 +102,25 @@ def numbered(path: Path) -> Iterator[tuple[int, Row]]:
         raise UserError(f"{path} is damaged after line {number} ({error}); make it again.") from None
     if not found:
         raise UserError(f"{path} holds no rows; make it again.")
+
+
+def filled_columns(path: Path) -> tuple[list[Row], dict[str, int]]:
+    """The rows of a file in the columns that every one of them fills, and the first line that leaves each other empty.
+
+    A null, also one within a value, leaves a column empty. Errors as of load_rows; no column at all is one too.
+    """
+    rows = dict(numbered(path))
+    empty: dict[str, int] = {}
+    for column in dict.fromkeys(column for row in rows.values() for column in row):
+        line = next((number for number, row in rows.items() if not _filled(row.get(column))), None)
+        if line is not None:
+            empty[column] = line
+    if all(column in empty for row in rows.values() for column in row):
+        raise UserError(f"{path} has no column that every row fills; mend its rows.")
+    return [{name: value for name, value in row.items() if name not in empty} for row in rows.values()], empty
+
+
+def _filled(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return all(map(_filled, value.values() if isinstance(value, dict) else value))
+    return value is not None

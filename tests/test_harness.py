@@ -180,7 +180,7 @@ def test_an_evaluation_that_is_killed_goes_on_with_the_uninterrupted_numbers(tmp
     monkeypatch.setattr(Scorer, "score", breaks)
     with pytest.raises(KeyboardInterrupt):
         evaluate_task(answering(tmp_path, model, batch_tokens=64), "arc_easy", data=ROWS)
-    kept = len(keep.read_text().splitlines())
+    kept = keep.read_text().count('"key"')
     assert 0 < kept < 8
     assert evaluate_task(answering(tmp_path, model, batch_tokens=64), "arc_easy", data=ROWS) == whole
     assert asked == [8, 8 - kept]
@@ -199,6 +199,12 @@ def test_requests_are_answered_on_another_machine(tmp_path, monkeypatch):
     assert answer_file(there, path) == 12 and len(there.kept) == 12
     with pytest.raises(UserError, match="was written for max_length 2048, not 64; write it again for this run"):
         answer_file(answering(tmp_path, model, max_length=64), path)
+    lines = path.read_text().splitlines(keepends=True)
+    for bad in ({"texts": ["a", "b"]}, {"kind": [], "texts": []}, {"kind": "rolling", "texts": "a"}, {"kind": "rolling",
+                "texts": ["a", "b"]}, {"kind": "ask", "texts": ["a"], "max_tokens": 3}, 7):  # fmt: skip
+        (tmp_path / "bad.jsonl").write_text("".join([*lines[:2], json.dumps(bad) + "\n"]))
+        with pytest.raises(UserError, match=r"bad.jsonl, line 3: is no request; write the file again with: gdn eval"):
+            answer_file(there, tmp_path / "bad.jsonl")
     monkeypatch.setattr(answering_module, "Scorer", None)  # nothing is scored any more
     here = answering(tmp_path, model)
     assert evaluate_task(here, "arc_easy", data=ROWS) == expected

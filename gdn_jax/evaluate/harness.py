@@ -249,7 +249,19 @@ def _from_rows(task: str, path: Path, rows: list[dict], fewshot: int | None, fol
         # The harness takes the name of a column that is not there for the text itself.
         if isinstance(part, str) and part.isidentifier() and part not in read.features:
             raise UserError(f"{path}: task {task} reads the column {part!r}, which not every row has; add it.")
+    if read.OUTPUT_TYPE == "multiple_choice" and not callable(read.config.process_results):
+        for number, doc in enumerate(read.eval_docs, 1):
+            _check_target(read, doc, f"{path}, document {number}")
     return loaded
+
+
+def _check_target(task: Task, doc: dict, where: str) -> None:
+    """The harness counts each answer to a question as wrong whose target is none of its choices."""
+    choices = task.doc_to_choice(doc)
+    targets = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    for target in targets if isinstance(targets, list) else [targets]:
+        if not (target in choices if isinstance(target, str) else 0 <= target < len(choices)):
+            raise UserError(f"{where}: the target {target!r} is none of the {len(choices)} choices; mend that row.")
 
 
 def _set_fewshot(task: Task, name: str, fewshot: int | None) -> None:

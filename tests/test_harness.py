@@ -247,8 +247,10 @@ def test_data_that_is_missing_is_asked_for(uniform, tmp_path, monkeypatch):
     before = offline()
     with pytest.raises(UserError, match=r"The data of task mnli cannot be had here .* put it into .*/mnli.jsonl, rows"):
         evaluate_task(uniform, "mnli", data=tmp_path)
+    with pytest.raises(UserError, match=r"The data of task swde cannot be had here \([^;]*\); fill the cache"):
+        evaluate_task(uniform, "swde", data=tmp_path)  # takes no file
     harness._hub_answers.cache_clear()
-    assert asked == [(True, True)] and offline() == before
+    assert asked == [(True, True)] * 2 and offline() == before
 
 
 def test_a_length_of_its_own(tmp_path):

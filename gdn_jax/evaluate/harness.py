@@ -137,9 +137,7 @@ def evaluate_task(
         except Exception as error:
             if isinstance(error, UserError) or error is model.fault:
                 raise
-            raise UserError(
-                _explained(error, task, "its data" if path is None else f"{path}{_named(empty)}")
-            ) from error
+            raise UserError(_explained(error, task, path, empty)) from error
     metrics = _numbers(results["results"][name])
     if not metrics:
         raise UserError(f"Task {task} gives no number that could be kept; take another.")
@@ -162,8 +160,8 @@ def _numbers(found: dict[str, Any]) -> dict[str, float]:
     return out
 
 
-def _explained(error: Exception, task: str, where: str) -> str:
-    """What an error of the harness says of a task and its data."""
+def _explained(error: Exception, task: str, path: Path | None, empty: dict[str, int]) -> str:
+    """What an error of the harness says of a task and its data; `empty`: columns that a row leaves empty."""
     if isinstance(error, ImportError):
         return f"Task {task} needs a library that is not installed ({str(error).splitlines()[0]})."
     if isinstance(error, OverflowError):
@@ -171,17 +169,16 @@ def _explained(error: Exception, task: str, where: str) -> str:
             f"Task {task} has a number beyond all bounds ({error}): the model has diverged, or has learnt nothing of "
             f"such text; take another checkpoint."
         )
-    return f"Task {task} does not fit {where}: {_said(error)}; mend the rows."
+    if path is None:
+        return f"Task {task} of lm-eval {VERSION} cannot be measured here: {_said(error)}; take another task."
+    named = ", ".join(f"{column}, line {line}" for column, line in empty.items())
+    return f"Task {task} does not fit {path}{f' (nothing in {named})' if named else ''}: {_said(error)}; mend the rows."
 
 
 def _said(error: Exception) -> str:
     """Kind and first line of an error."""
     lines = str(error).splitlines()
     return f"{type(error).__name__} {lines[0][:80]}" if lines else type(error).__name__
-
-
-def _named(empty: dict[str, int]) -> str:
-    return f" (nothing in {', '.join(f'{column}, line {line}' for column, line in empty.items())})" if empty else ""
 
 
 @functools.cache

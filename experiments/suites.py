@@ -33,12 +33,15 @@ class Asked:
     limit: int | None = None  # documents of each task, samples of each length; None: all
     max_length: int | None = None  # most tokens read at once; None: the suite's own
     haystack: Path | None = None  # text that hides Table 2's needles; None: the novels in the package, a stand-in
+    fewshot: int | None = None  # worked examples before each question of lm-eval's tasks; None: the task's own number
 
     def __post_init__(self) -> None:
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit is {self.limit}; it must be positive, or left out for all.")
         if self.max_length is not None and self.max_length < 1:
             raise UserError(f"max_length is {self.max_length}; it must be positive.")
+        if self.fewshot is not None and self.fewshot < 0:
+            raise UserError(f"fewshot is {self.fewshot}; it must be 0 or more, or left out for the task's own number.")
 
     def data(self, suite: str) -> Path | None:
         """The folder that holds the suite's files."""
@@ -155,23 +158,46 @@ def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: A
     own_length = suite.own_length(run.experiment)
     for task in tasks:
         start = time.monotonic()
+        answering.kept.makers()  # those of earlier tasks
         row = suite.measure(task, answering, run, asked)
+        makers = answering.kept.makers()
         marks = [row["stand_in"]] if row["stand_in"] else []
-        if run.step < steps:
+        if run.step < steps and run.trained_on.fingerprint is not None:  # imported parameters were trained elsewhere
             marks.append(f"step {run.step:,} of {steps:,}")
-        protocol = {"limit": asked.limit, "max_length": answering.max_length} | row["protocol"]
-        if own_length not in (None, protocol["max_length"]):
+        read = {} if own_length is None else {"max_length": answering.max_length}
+        protocol = {"limit": asked.limit} | read | row["protocol"]
+        if own_length not in (None, protocol.get("max_length")):
             marks.append(f"max_length {protocol['max_length']:,} in place of {own_length:,}")
+        if protocol.get("fewshot") and task in suite.tasks:
+            marks.append(f"{protocol['fewshot']} worked examples in place of none")
+        marks += dict.fromkeys(_other(maker) for maker in makers if maker is None or maker["source"] != here["source"])
         entry = {
             "suite": suite.name, "task": task, "step": run.step, "n": row["n"], "of": row["of"],
             "metrics": row["metrics"], "marks": marks,
             "protocol": protocol,
             "seconds": round(time.monotonic() - start, 1),
-            "environment": {name: here[name] for name in ("date", "commit", "dirty", "source", "devices")},
+            "environment": _environment(here, makers),
         }  # fmt: skip
         save(run.directory, entry)
         found.append(entry)
     return found
+
+
+def _other(maker: Row | None) -> str:
+    """The mark of answers that another program than this one made."""
+    if maker is None:
+        return "answers of an unknown program"
+    return f"answers of source {maker['source']}, commit {maker['commit']}{' (changed)' if maker['dirty'] else ''}"
+
+
+def _environment(here: Row, makers: Sequence[Row | None]) -> Row:
+    """What a task's numbers were made with: this program, and the devices that gave the answers."""
+    known = [maker for maker in makers if maker is not None]
+    devices = dict.fromkeys(tuple(maker["devices"]) for maker in known) or [here["devices"]]
+    return {name: here[name] for name in ("date", "commit", "source")} | {
+        "dirty": here["dirty"] or any(maker["dirty"] for maker in known),
+        "devices": [device for some in devices for device in some],
+    }
 
 
 def save(run_dir: Path, entry: Row) -> None:

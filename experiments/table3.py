@@ -13,7 +13,8 @@ tiny and desk check the machinery and the trend; they read bytes, so no number o
 paper's. The novels are the same text everywhere; the standard library is that of the Python that runs. 400m and 1.3b
 need FineWeb-Edu and the Llama-2 tokenizer (`gdn data prepare`).
 
-The columns are lm-evaluation-harness's tasks, zero-shot; without DIR their data comes from the hub. Wiki ppl depends on
+The columns are lm-evaluation-harness's tasks, zero-shot; `--tasks` takes its other tasks too, with their own number of
+worked examples or `--fewshot` N, which is recorded. Without DIR their data comes from the hub. Wiki ppl depends on
 how many tokens are read at once, which the paper does not say: the training length here, at least 2,048.
 """
 
@@ -90,14 +91,19 @@ EXPERIMENTS = tuple(_experiment(name, scale) for name in MODELS for scale in sca
 
 def measure(task: str, answers: "Answers", run: "OpenRun", asked: Asked) -> Row:
     """A task of lm-evaluation-harness, any one: its metrics as the harness gives them."""
-    from gdn_jax.evaluate.harness import VERSION, evaluate_task
+    from gdn_jax.evaluate.harness import SEEDS, VERSION, evaluate_task
 
-    found = evaluate_task(answers, task, data=asked.data("table3"), limit=asked.limit)
+    found = evaluate_task(answers, task, data=asked.data("table3"), limit=asked.limit, fewshot=asked.fewshot)
     return {
         "metrics": found["metrics"],
         "n": found["n"],
         "of": found["of"],
-        "protocol": {"harness": f"lm-eval {VERSION}", "version": found["version"], "fewshot": 0},
+        "protocol": {
+            "harness": f"lm-eval {VERSION}",
+            "version": found["version"],
+            "fewshot": found["fewshot"],
+            "seeds": SEEDS,
+        },
         "stand_in": "",
     }
 

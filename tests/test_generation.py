@@ -135,6 +135,23 @@ def test_wrong_options(options, sentence):
         ask(Script(str.upper), **options)
 
 
+def test_who_made_an_answer_is_kept_with_it(tmp_path):
+    """Also of a file that was begun before makers were named, and of one that two machines wrote."""
+    path, old, one, other = tmp_path / "answers.jsonl", {"key": "a", "answer": 1}, {"source": "1"}, {"source": "2"}
+    path.write_text(json.dumps(old) + "\n")
+    for here, keys in ((one, "bc"), (other, "d"), (one, "e"), (one, "f")):
+        Kept(path, here).add(dict.fromkeys(keys, 2))
+    assert [json.loads(line).get("made_by", "-") for line in path.read_text().splitlines()] == [
+        "-", one, "-", "-", other, "-", one, "-", "-",
+    ]  # fmt: skip
+    keep = Kept(path, other)
+    assert len(keep) == 6 and keep.makers() == []
+    for keys, makers in (("a", [None]), ("bec", [one]), ("dba", [other, one, None]), ("", [])):
+        assert [keep[key] for key in keys] == [1 if key == "a" else 2 for key in keys] and keep.makers() == makers
+    keep.add({"g": 3})
+    assert keep["g"] == 3 and keep.makers() == [other]
+
+
 def test_a_damaged_file_is_named(tmp_path):
     keep = tmp_path / "answers.jsonl"
     keep.write_text('{"key": 1}\n')

@@ -25,6 +25,7 @@ from pallas_kernels import dispatch
 
 ROWS = Path(__file__).parent / "eval_rows" / "table3"
 BYTES = tokenizer.load("byte")
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one option
 LOG_VOCAB = math.log(320)
 
 
@@ -95,13 +96,23 @@ def test_every_task_of_table_3_runs_on_local_rows(uniform, task):
     assert found["n"] == len(rows(task)) and 0 <= found["metrics"]["acc"] <= 1
 
 
+class Theirs(TemplateLM):
+    """The harness's own division of a pair, with a tokenizer of ours."""
+
+    loglikelihood_rolling, generate_until, _loglikelihood_tokens = None, None, None
+
+    def __init__(self, words=BYTES):
+        self._words = words
+
+    @property
+    def eot_token_id(self):
+        return self._words.eos
+
+    def tok_encode(self, string, add_special_tokens=None, **_):
+        return self._words.encode(string).tolist()
+
+
 def test_pairs_are_divided_as_the_harness_divides_them():
-    class Theirs(TemplateLM):
-        eot_token_id, loglikelihood_rolling, generate_until, _loglikelihood_tokens = BYTES.eos, None, None, None
-
-        def tok_encode(self, string, add_special_tokens=None, **_):
-            return BYTES.encode(string).tolist()
-
     cases = [("a context", " and more"), ("ends in spaces  ", "then"), ("ä", "ö"), ("", "alone"), (" \n", "lines")]
     for context, continuation in cases:
         ours = [part.tolist() for part in encode_pair(BYTES, context, continuation)]
@@ -112,20 +123,44 @@ def test_pairs_are_divided_as_the_harness_divides_them():
         assert ours == [list(part) or [BYTES.eos] for part in theirs], (context, continuation)
 
 
+def test_a_continuation_whose_token_merges_with_its_context(tmp_path):
+    """Letters of one word, as in a language without spaces: the context is encoded alone, as the harness does it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    vocab = {"</s>": 0, "a": 1, "b": 2, "c": 3, "ab": 4}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    backend.decoder = decoders.ByteLevel()
+    backend.save(str(tmp_path / "merge.json"))
+    words = tokenizer.load(str(tmp_path / "merge.json"))
+    for pair in (("ca", "bc"), ("c", "ab"), ("ab", "c")):
+        assert [part.tolist() for part in encode_pair(words, *pair)] == list(
+            map(list, Theirs(words)._encode_pair(*pair))
+        )
+    assert [part.tolist() for part in encode_pair(words, "ca", "bc")] == [[3, 1], [3]]
+    with pytest.raises(
+        UserError, match=r"The continuation 'b' has no token of its own: .* end of its context, 'a'; begin"
+    ):
+        encode_pair(words, "a", "b")
+
+
 def test_greedy_continuations_stop_where_the_task_says(tmp_path):
     model = scripted_model({ord("a"): ord("b"), ord("b"): ord("c"), ord("c"): ord("a")})
     ours = HarnessModel(answering(tmp_path, model))
 
     class Request:
-        task_name = "toy"
+        task_name, doc_id = "toy", 0
 
         def __init__(self, prompt, **options):
             self.args = prompt, options
 
     requests = [Request("a", until=["a"], max_gen_toks=5), Request("b", max_gen_toks=4), Request("a", until="c")]
     assert ours.generate_until(requests) == ["bc", "cabc", "b"]
-    with pytest.raises(UserError, match="Task toy asks for sampling or beams"):
-        ours.generate_until([Request("a", do_sample=True)])
+    cold = [Request("a", until=[], do_sample=False, temperature=1.0, **{name: 3}) for name in LENGTHS]
+    assert ours.generate_until(cold) == ["bca"] * 4, "a temperature of what is not sampled is none"
+    for options in ({"do_sample": True}, {"temperature": 0.5}, {"num_beams": 4}):
+        with pytest.raises(UserError, match="Task toy asks for sampling or beams"):
+            ours.generate_until([Request("a", **options)])
 
 
 def test_an_evaluation_that_is_killed_goes_on_with_the_uninterrupted_numbers(tmp_path, monkeypatch):
@@ -145,7 +180,7 @@ def test_an_evaluation_that_is_killed_goes_on_with_the_uninterrupted_numbers(tmp
     monkeypatch.setattr(Scorer, "score", breaks)
     with pytest.raises(KeyboardInterrupt):
         evaluate_task(answering(tmp_path, model, batch_tokens=64), "arc_easy", data=ROWS)
-    kept = len(keep.read_text().splitlines())
+    kept = keep.read_text().count('"key"')
     assert 0 < kept < 8
     assert evaluate_task(answering(tmp_path, model, batch_tokens=64), "arc_easy", data=ROWS) == whole
     assert asked == [8, 8 - kept]
@@ -164,6 +199,12 @@ def test_requests_are_answered_on_another_machine(tmp_path, monkeypatch):
     assert answer_file(there, path) == 12 and len(there.kept) == 12
     with pytest.raises(UserError, match="was written for max_length 2048, not 64; write it again for this run"):
         answer_file(answering(tmp_path, model, max_length=64), path)
+    lines = path.read_text().splitlines(keepends=True)
+    for bad in ({"texts": ["a", "b"]}, {"kind": [], "texts": []}, {"kind": "rolling", "texts": "a"}, {"kind": "rolling",
+                "texts": ["a", "b"]}, {"kind": "ask", "texts": ["a"], "max_tokens": 3}, 7):  # fmt: skip
+        (tmp_path / "bad.jsonl").write_text("".join([*lines[:2], json.dumps(bad) + "\n"]))
+        with pytest.raises(UserError, match=r"bad.jsonl, line 3: is no request; write the file again with: gdn eval"):
+            answer_file(there, tmp_path / "bad.jsonl")
     monkeypatch.setattr(answering_module, "Scorer", None)  # nothing is scored any more
     here = answering(tmp_path, model)
     assert evaluate_task(here, "arc_easy", data=ROWS) == expected
@@ -206,8 +247,10 @@ def test_data_that_is_missing_is_asked_for(uniform, tmp_path, monkeypatch):
     before = offline()
     with pytest.raises(UserError, match=r"The data of task mnli cannot be had here .* put it into .*/mnli.jsonl, rows"):
         evaluate_task(uniform, "mnli", data=tmp_path)
+    with pytest.raises(UserError, match=r"The data of task swde cannot be had here \([^;]*\); fill the cache"):
+        evaluate_task(uniform, "swde", data=tmp_path)  # takes no file
     harness._hub_answers.cache_clear()
-    assert asked == [(True, True)] and offline() == before
+    assert asked == [(True, True)] * 2 and offline() == before
 
 
 def test_a_length_of_its_own(tmp_path):

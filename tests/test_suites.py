@@ -13,7 +13,7 @@ from small import prepare_text, scripted_model
 
 import experiments
 from experiments import figures, suites, table3, table4, table5
-from experiments.commands.evaluation import TaskOptions, checked
+from experiments.commands.evaluation import TaskOptions, checked, described
 from experiments.run import main
 from experiments.suites import Asked, Column, Suite
 from gdn_jax import checkpoint, tokenizer
@@ -101,6 +101,7 @@ def test_the_tasks_of_three_tables_on_rows_of_our_own(capsys):
     assert found[0]["metrics"].keys() == {"contains", "looping"} and found[0]["protocol"]["context_length"] == 2048
     assert found[6]["metrics"].keys() == {"score", "raw", "first_line"} and found[6]["protocol"]["max_length"] == 2048
     assert found[7]["protocol"]["harness"] == "lm-eval 0.4.13" and found[7]["protocol"]["version"] == 1.0
+    assert found[7]["protocol"]["fewshot"] == 0 and found[7]["protocol"]["seeds"]["random"] == 0
     directory = next((Path("runs") / ID).iterdir())
     assert suites.kept(directory) == found
     size = (directory / "answers.jsonl").stat().st_size
@@ -148,7 +149,7 @@ def test_a_figure_of_one_corpus(capsys, tmp_path):
 
 
 def test_any_text_is_scored(capsys, tmp_path):
-    (tmp_path / "a.txt").write_text("The lamp was lit. " * 200)
+    (tmp_path / "a.txt").write_bytes(b"The lamp was lit\r\n" * 200)  # bytes are counted as they are
     assert main(["eval", ID, "--text", str(tmp_path / "a.txt"), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["bytes"], row["words"], row["tokens"], row["max_length"]) == (3600, 800, 3600, 2048)
@@ -211,6 +212,59 @@ def test_an_unfinished_training_is_marked(tmp_path):
         Asked(limit=-1)
 
 
+def test_imported_parameters_are_of_no_unfinished_training(tmp_path):
+    suite = Suite("table3", {}, lambda *_: {"metrics": {}, "n": 1, "of": 1, "protocol": {}, "stand_in": ""})
+    run = replace(run_of(ID, tmp_path, 0), trained_on=Identity(None, tokenizer.load("byte").hash8))
+    assert suites.measure(suite, ["t"], Answering(run), Asked())[0]["marks"] == []
+
+
+def test_a_number_names_the_devices_and_the_program_that_gave_its_answers(tmp_path):
+    def measured():
+        options = Asked(folder=ROWS)
+        return suites.measure(table4.SUITE, ["squad"], Answering(run_of(ID, tmp_path, 200), compute=FP32), options)[0]
+
+    path, first = tmp_path / "answers.jsonl", measured()
+    assert first["marks"] == [] and first["environment"]["devices"] == ["cpu"] * jax.device_count()
+    maker, *lines = path.read_text().splitlines(keepends=True)
+    maker = json.loads(maker)["made_by"]
+    assert maker == {name: first["environment"][name] for name in ("commit", "dirty", "source", "devices")}
+
+    def by(**change):
+        path.write_text(json.dumps({"made_by": maker | change}) + "\n" + "".join(lines))
+
+    by(devices=["NVIDIA H200"], dirty=True)
+    found = measured()
+    assert found["environment"] == first["environment"] | {
+        "devices": ["NVIDIA H200"], "dirty": True, "date": found["environment"]["date"],
+    }  # fmt: skip
+    assert (found["metrics"], found["marks"]) == (first["metrics"], [])
+    by(source="0ther", commit="abcdef0", dirty=False)
+    assert measured()["marks"] == ["answers of source 0ther, commit abcdef0"]
+    path.write_text("".join(lines))
+    found = measured()
+    assert found["marks"] == ["answers of an unknown program"] and found["metrics"] == first["metrics"]
+    assert path.read_text() == "".join(lines), "nothing was asked twice"
+
+
+def test_worked_examples_are_recorded_and_mark_a_column(tmp_path):
+    def measure(task, fewshot):
+        row = {"metrics": {}, "n": 1, "of": 1, "protocol": {"fewshot": fewshot}, "stand_in": ""}
+        suite = replace(table3.SUITE, measure=lambda *_: row)
+        return suites.measure(suite, [task], Answering(run_of(ID, tmp_path, 200)), Asked(fewshot=fewshot))[0]
+
+    assert measure("piqa", 0)["marks"] == [] and measure("gsm8k", 5)["marks"] == []
+    assert measure("piqa", 5)["marks"] == ["5 worked examples in place of none"]
+    assert "table3/gsm8k, 5 worked examples" in described([measure("gsm8k", 5)])
+    with pytest.raises(UserError, match="fewshot is -1; it must be 0 or more"):
+        Asked(fewshot=-1)
+
+
+def test_marks_of_a_task_without_a_column_are_shown():
+    one = entry(task="sciq", marks=["step 100 of 200", "max_length 64 in place of 2,048"])
+    assert "  step 100 of 200; max_length 64 in place of 2,048" in described([one])
+    assert "  n = 3 of 10; step 100 of 200; max_length 64 in place of 2,048" in described([one | {"n": 3}])
+
+
 @pytest.mark.parametrize(
     ("id", "asked", "read", "marks"),
     [
@@ -235,3 +289,20 @@ def test_another_length_of_whole_texts_is_marked(tmp_path):
 
     assert measure(table3.SUITE) == [] and measure(table3.SUITE, max_length=512) == ["max_length 512 in place of 2,048"]
     assert measure(table4.SUITE, max_length=512) == [], "cut to 2K in its own way"
+
+
+def test_an_option_that_nothing_reads_is_refused_and_not_recorded(tmp_path):
+    for tasks, options, named in (
+        ("table4", {"max_length": 1024}, "--max_length changes nothing in table4; leave it out."),
+        ("table2,figure2", {"max_length": 1024}, "--max_length changes nothing in table2, figure2; leave it out."),
+        ("piqa", {"haystack": "any.txt"}, "--haystack changes nothing in table3; leave it out."),
+        ("table5", {"fewshot": 0}, "--fewshot changes nothing in table5; leave it out."),
+    ):
+        with pytest.raises(UserError, match=named):
+            checked(TaskOptions(tasks=tasks, **options))
+    assert checked(TaskOptions(tasks="table4,piqa", max_length=1024))[0].max_length == 1024
+    assert checked(TaskOptions(max_length=1024))[1] == [], "a text is read at this length"
+    row = {"metrics": {}, "n": 1, "of": 1, "protocol": {"context_length": 2048}, "stand_in": ""}
+    answering = Answering(run_of(ID, tmp_path, 200), max_length=512)
+    (one,) = suites.measure(replace(table4.SUITE, measure=lambda *_: row), ["swde"], answering, Asked(max_length=512))
+    assert one["protocol"] == {"limit": None, "context_length": 2048}

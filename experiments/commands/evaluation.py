@@ -24,6 +24,7 @@ class TaskOptions:
     tasks: str = ""  # a suite (table2, table3, table4, table5, figure2), or tasks of one or of lm-eval: a,b
     task_data: str = ""  # folder of local files, <task>.jsonl or .jsonl.gz; without one tasks of lm-eval ask the hub
     limit: int | None = None  # documents of each task; None: all
+    fewshot: int | None = None  # worked examples before each question of lm-eval's tasks; None: the task's own number
     max_length: int | None = None  # most tokens read at once; None: the suite's own. Another one marks the numbers
     haystack: str = ""  # file of the text that hides Table 2's needles; without one the novels stand in
 
@@ -35,6 +36,7 @@ def checked(options: TaskOptions) -> tuple[Asked, list[tuple[Suite, list[str]]]]
         limit=options.limit,
         max_length=options.max_length,
         haystack=Path(options.haystack) if options.haystack else None,
+        fewshot=options.fewshot,
     )
     found: list[tuple[Suite, list[str]]] = []
     for name in filter(None, options.tasks.split(",")):
@@ -46,9 +48,23 @@ def checked(options: TaskOptions) -> tuple[Asked, list[tuple[Suite, list[str]]]]
             found.append((experiments.SUITES[suite], [task] if task else of_suite))
         else:
             found.append((experiments.SUITES["table3"], [name]))  # any task of the harness
+    _check_read(asked, [suite for suite, _ in found])
     if any(suite is experiments.SUITES["table3"] for suite, _ in found):
         importlib.import_module("gdn_jax.evaluate.harness")  # says before the training that its library is missing
     return asked, found
+
+
+def _check_read(asked: Asked, named: list[Suite]) -> None:
+    """Raises UserError for an option that none of the suites reads: it would change nothing, unsaid."""
+    readers = {
+        "max_length": [suite.max_length is not None for suite in named],
+        "haystack": [suite.name == "table2" for suite in named],
+        "fewshot": [suite.name == "table3" for suite in named],
+    }
+    for option, read in readers.items():
+        if getattr(asked, option) is not None and named and not any(read):
+            names = ", ".join(dict.fromkeys(suite.name for suite in named))
+            raise UserError(f"--{option} changes nothing in {names}; leave it out.")
 
 
 def measure(experiment: Experiment, options: TaskOptions) -> list[dict[str, Any]]:
@@ -103,10 +119,12 @@ def described(found: list[dict[str, Any]]) -> str:
         suite = experiments.SUITES[one["suite"]]
         columns = [column for column in suite.columns.values() if column.task == one["task"]]
         marks = list(dict.fromkeys(mark for column in columns for mark in suite.marks(one, column)))
-        if not columns and one["n"] < one["of"]:
-            marks = [f"n = {one['n']:,} of {one['of']:,}", *one["marks"]]
+        if not columns:
+            marks = [f"n = {one['n']:,} of {one['of']:,}"] * (one["n"] < one["of"]) + one["marks"]
+        shots = one["protocol"].get("fewshot")
+        task = f"{one['suite']}/{one['task']}{f', {shots} worked examples' if shots else ''}"
         numbers = ", ".join(f"{name} {_number(value)}" for name, value in one["metrics"].items())
-        lines.append((f"{one['suite']}/{one['task']}", f"{one['n']:,}", numbers, "; ".join(marks)))
+        lines.append((task, f"{one['n']:,}", numbers, "; ".join(marks)))
     return aligned([header, *lines])
 
 
@@ -148,7 +166,7 @@ def score_text(experiment: Experiment, files: tuple[str, ...], max_length: int |
     texts = {}
     for name in files:
         try:
-            texts[name] = Path(name).read_text()
+            texts[name] = Path(name).read_bytes().decode()  # line ends as they are
         except UnicodeDecodeError:
             raise UserError(f"{name} is no text in UTF-8; convert it first.") from None
         if not texts[name]:

@@ -14,6 +14,7 @@ from gdn_jax.evaluate.generation import Ask, Greedy, answers
 from gdn_jax.evaluate.kept import Kept, key_of
 from gdn_jax.evaluate.scoring import BATCH_TOKENS, Score, Scorer
 from gdn_jax.layers import Compute, compute_for
+from gdn_jax.metrics import environment
 from gdn_jax.progress import Progress
 from gdn_jax.runs import OpenRun
 from gdn_jax.tokenizer import Tokenizer
@@ -42,7 +43,8 @@ class Answering:
 
     max_length    most tokens read at once; None: `default_length` of the training's data
     keep          the file; None: <run>/answers.jsonl. Answers are known by the parameters, the tokenizer, the
-                  arithmetic and the request, so one file serves every checkpoint and may be copied between machines
+                  arithmetic and the request, so one file serves every checkpoint and may be copied between machines;
+                  it names the program and the devices that made them
     context       local devices that share the tokens of each row; must divide their number
 
     Documents of the training data end in EOS and begin with nothing, so a text without a context is given EOS.
@@ -56,7 +58,9 @@ class Answering:
         self.compute = compute_for(run.experiment) if compute is None else compute
         self.max_length = default_length(run.experiment.data) if max_length is None else max_length
         self.progress = Progress() if progress is None else progress
-        self.kept = Kept(run.directory / "answers.jsonl" if keep is None else keep)
+        facts = environment()
+        here = {name: facts[name] for name in ("commit", "dirty", "source", "devices")}
+        self.kept = Kept(run.directory / "answers.jsonl" if keep is None else keep, here)
         self._greedy = Greedy(run.model, self.tokenizer, self.compute)
         self.ask: Ask = partial(answers, self._greedy, self.tokenizer, keep=self.kept, progress=self.progress)
         self._batch_tokens, self._context = batch_tokens, context
@@ -107,14 +111,20 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[
     """Token ids of a context and of its continuation, as lm-evaluation-harness divides them.
 
     Spaces that end the context begin the continuation instead; the whole is encoded, and what follows as many tokens as
-    the context alone has is the continuation. An empty context is EOS, which documents follow in training.
+    the context alone has is the continuation, also where the first of those tokens are others than the context's own.
+    An empty context is EOS, which documents follow in training.
+    Raises UserError for a continuation that has no token of its own: there is nothing to score.
     """
     bare = context.rstrip()
     whole = tokenizer.encode(context + continuation)
-    first = len(tokenizer.encode(bare)) if bare else 0
-    if not first:
-        return np.array([tokenizer.eos], np.int32), whole
-    return whole[:first], whole[first:]
+    before = tokenizer.encode(bare) if bare else whole[:0]
+    after = whole[len(before) :]
+    if continuation and not len(after):
+        raise UserError(
+            f"The continuation {continuation[:40]!r} has no token of its own: the tokenizer joins it to the end of its "
+            f"context, {context[-40:]!r}; begin it where a token begins, as with a space."
+        )
+    return (before if len(before) else np.array([tokenizer.eos], np.int32)), after
 
 
 class RequestFile:
@@ -156,11 +166,32 @@ def read_requests(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(max_length and tokenizer, the requests) of a file that RequestFile wrote, or a UserError."""
     try:
         first, *rows = map(json.loads, path.read_text().splitlines())
-        return {name: first[name] for name in ("max_length", "tokenizer")}, rows
+        facts = {name: first[name] for name in ("max_length", "tokenizer")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} holds no requests ({error}); write it with: gdn eval RUN --tasks ... --requests FILE."
         ) from None
+    for number, row in enumerate(rows, 2):
+        if not _is_request(row):
+            raise UserError(
+                f"{path}, line {number}: is no request; write the file again with: gdn eval RUN --tasks ... --requests "
+                f"FILE."
+            )
+    return facts, rows
+
+
+TEXTS = {"loglikelihood": 2, "rolling": 1, "ask": 1}  # of a request, by its kind
+
+
+def _is_request(row: Any) -> bool:
+    if not isinstance(row, dict) or row.get("kind") not in tuple(TEXTS) or not _are_texts(row.get("texts")):
+        return False
+    options = row["kind"] != "ask" or (isinstance(row.get("max_tokens"), int) and _are_texts(row.get("stops")))
+    return options and len(row["texts"]) == TEXTS[row["kind"]]
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def answer_file(answering: Answering, path: Path) -> int:

@@ -3,13 +3,16 @@
 import gzip
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gdn_jax.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
+SHOWN = 40  # characters of a value in a refusal
+
+Row = dict[str, Any]
 
 
 class Source(NamedTuple):
@@ -20,32 +23,104 @@ class Source(NamedTuple):
     configuration: str | None = None
 
 
-def load_rows(folder: Path, name: str, columns: Sequence[str], source: Source) -> list[dict[str, Any]]:
-    """The rows of folder/<name>.jsonl or .jsonl.gz, each with at least `columns`.
+class Kind(NamedTuple):
+    """What a field of a row must be."""
 
-    Raises UserError for a file that is missing (with the two ways to get it), damaged, empty or of other columns.
+    words: str  # "the answers must be ..."
+    fits: Callable[[Any], bool]
+
+
+def _is_text(value: Any) -> bool:
+    """A text that can be encoded: JSON can hold half a character, which UTF-8 cannot."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+def _are_labels(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return _are_texts(texts) and all(texts)
+
+
+ANYTHING = Kind("there", lambda value: True)
+TEXT = Kind("a text", _is_text)
+TEXTS = Kind("a list of texts, one at least", _are_texts)
+LABELS = Kind("a text or a list of texts, none of them empty", _are_labels)
+
+
+def local_file(folder: Path, name: str) -> Path | None:
+    """folder/<name>.jsonl or .jsonl.gz, or None where there is neither."""
+    return next((path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()), None)
+
+
+def load_rows(folder: Path, name: str, fields: Mapping[str, Kind] | Sequence[str], source: Source) -> list[Row]:
+    """The rows of folder/<name>.jsonl or .jsonl.gz, each with at least `fields`.
+
+    fields   {column: what it must be}, as TEXT; or columns that must be there and may hold anything
+
+    Raises UserError for a file that is missing (with the two ways to get it), damaged, empty or of other columns, and
+    for a field that is not what it must be: nothing is scored as the text "None".
     """
-    found = [folder / f"{name}{suffix}" for suffix in SUFFIXES if (folder / f"{name}{suffix}").exists()]
-    if not found:
+    path = local_file(folder, name)
+    if path is None:
         arguments = ", ".join(map(repr, filter(None, (source.dataset, source.configuration))))
         raise UserError(
-            f"There is no {folder / name}.jsonl or .jsonl.gz with the columns {', '.join(columns)}; with a network "
+            f"There is no {folder / name}.jsonl or .jsonl.gz with the columns {', '.join(fields)}; with a network "
             f"make it by: datasets.load_dataset({arguments}, split={source.split!r}).to_json('{name}.jsonl'), or write "
             f"rows of your own in these columns."
         )
-    path, rows, number = found[0], [], 0
+    kinds = fields if isinstance(fields, Mapping) else dict.fromkeys(fields, ANYTHING)
+    rows = []
+    for number, row in numbered(path):
+        for column, kind in kinds.items():
+            if column not in row:
+                raise UserError(f"{path}, line {number}: there is no column {column!r}; add it.")
+            if not kind.fits(row[column]):
+                raise UserError(
+                    f"{path}, line {number}: {column} is {json.dumps(row[column])[:SHOWN]}, but must be {kind.words}; "
+                    f"mend the row, or leave it out."
+                )
+        rows.append(row)
+    return rows
+
+
+def numbered(path: Path) -> Iterator[tuple[int, Row]]:
+    """(line number, row) of each row of a .jsonl or .jsonl.gz file; UserError where it is damaged or holds none."""
+    number, found = 0, False
     try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    rows.append(json.loads(line))
-                    if not isinstance(rows[-1], dict):
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
                         raise UserError(f"{path}, line {number}: each line must be a JSON object; make it again.")
-                    missing = [column for column in columns if column not in rows[-1]]
-                    if missing:
-                        raise UserError(f"{path}, line {number}: there is no column {missing[0]!r}; add it.")
+                    found = True
+                    yield number, row
     except (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is damaged after line {number} ({error}); make it again.") from None
-    if not rows:
+    if not found:
         raise UserError(f"{path} holds no rows; make it again.")
-    return rows
+
+
+def filled_columns(path: Path) -> tuple[list[Row], dict[str, int]]:
+    """The rows of a file in the columns that every one of them fills, and the first line that leaves each other empty.
+
+    A null, also one within a value, leaves a column empty. Errors as of load_rows; no column at all is one too.
+    """
+    rows = dict(numbered(path))
+    empty: dict[str, int] = {}
+    for column in dict.fromkeys(column for row in rows.values() for column in row):
+        line = next((number for number, row in rows.items() if not _filled(row.get(column))), None)
+        if line is not None:
+            empty[column] = line
+    if all(column in empty for row in rows.values() for column in row):
+        raise UserError(f"{path} has no column that every row fills; mend its rows.")
+    return [{name: value for name, value in row.items() if name not in empty} for row in rows.values()], empty
+
+
+def _filled(value: Any) -> bool:
+    if isinstance(value, list | dict):
+        return all(map(_filled, value.values() if isinstance(value, dict) else value))
+    return value is not None

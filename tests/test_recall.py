@@ -51,6 +51,8 @@ def test_a_question_at_the_documents_end_is_not_asked_twice():
     assert first_prompt("fda", text="A glucose in whole blood.\nMEASURAND:measurand:") == (
         "A glucose in whole blood. Measurand:"
     )
+    asked = first_prompt("triviaqa", context="Before 1968. The end is [PAR]", question="The end is")
+    assert asked == "Before 1968. The end is. The end is", "JRT looks for it before the space that a mark leaves"
     assert first_prompt("drop", question="") == f"{rows_of('drop', ROWS)[0]['context']} "
 
 
@@ -84,7 +86,9 @@ def test_the_cut_is_around_the_earliest_mention_in_any_case():
     assert alternative == f"{'x' * 10}one{'y' * 7}. Q"
     assert make_prompt("nq", asked, BYTES, room) == f"{'y' * 11}. Q", "the end where the answer is nowhere"
     assert make_prompt("nq", asked | {"tok_pos": 52}, BYTES, room) == f"{'x' * 8}one{'y' * 9}. Q"
-    assert make_prompt("drop", asked, BYTES, room) == f"{'x' * 20}. Q", "the beginning for these tasks"
+    for task in ("drop", "triviaqa"):
+        for row in (asked, asked | {"alt_answers": ["one"]}):
+            assert make_prompt(task, row, BYTES, room) == f"{'x' * 20}. Q", "the beginning for these tasks, always"
     summed = {
         "text": f"{'x' * 50}red{'y' * 50} Summary of information above...\nhue: red",
         "key": "hue",

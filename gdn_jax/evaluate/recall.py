@@ -76,13 +76,17 @@ def _squad(row: Row) -> str:
     return row["text"].strip()  # ends just before the answer already
 
 
-def _question(row: Row) -> str:
-    question = row["question"].strip()
-    return f"{_without_end(row['context'].strip(), question).strip().strip('.')}. {question}"
+def _drop(row: Row) -> str:
+    return _question(row["context"].strip(), row["question"].strip())
 
 
 def _triviaqa(row: Row) -> str:
-    return _question(row | {"context": re.sub(r"\[PAR\]|\[DOC\]|\[TLE\]", "", row["context"].strip())})
+    # A question before a mark at the end stays: the space between them hides it from JRT, too.
+    return _question(re.sub(r"\[PAR\]|\[DOC\]|\[TLE\]", "", row["context"].strip()), row["question"].strip())
+
+
+def _question(context: str, question: str) -> str:
+    return f"{_without_end(context, question).strip().strip('.')}. {question}"
 
 
 def _nq(row: Row) -> str:
@@ -106,7 +110,7 @@ TASKS = {
     "fda": Task("FDA", "hazyresearch/based-fda", ("text", "key", "value"), "text", ("key", "value"), "value", _fda),
     "triviaqa": Task("TQA", "hazyresearch/based_triviaqa", _ASKED, "context", (), "answers", _triviaqa),
     "nq": Task("NQ", "hazyresearch/based_nq_2048", _ASKED, "context", ("answers",), "answers", _nq),
-    "drop": Task("DROP", "hazyresearch/based_drop", _ASKED, "context", (), "answers", _question),
+    "drop": Task("DROP", "hazyresearch/based_drop", _ASKED, "context", (), "answers", _drop),
 }  # in the order of the paper's columns
 
 
@@ -171,8 +175,9 @@ def _cut(text: str, around: Sequence[str], row: Row, tokenizer: Tokenizer, room:
         if len(answer) <= 1:
             return None
         places += _mentions(answer, text)
-    for answer in [] if places else row.get("alt_answers") or []:
-        places = places or _mentions(answer, text)
+    if around and not places:
+        for answer in row.get("alt_answers") or []:
+            places = places or _mentions(answer, text)
     if around and not places:  # the end is kept then, or what the row says
         before = len(tokenizer.encode(text[:-1]))
         if "tok_pos" in row and before > room:

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,36 @@ def test_rows_from_files(tmp_path):
         rows_of("nqq", tmp_path)
     with pytest.raises(UserError, match="context_length is 51; it must be at least 52"):
         evaluate("drop", rows_of("drop", ROWS), BYTES, told([]), context_length=51)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "sentence"),
+    [
+        (
+            "squad",
+            {"value": None},
+            "Row 1 of squad: 'value' is null, and must be a text; repair the row or leave it out.",
+        ),
+        ("squad", {"value": 1840}, "'value' is 1840, and must be a text"),
+        ("squad", {"text": "born \ud800 in 1840"}, "'text' is .*, and must be a text"),
+        ("triviaqa", {"answers": {"text": ["seven"]}}, "'answers' is .*, and must be a list of texts, one at least"),
+        ("drop", {"answers": "seven"}, "'answers' is .*, and must be a list of texts"),
+        ("drop", {"answers": ["seven", ""]}, r"'answers' is \[\"seven\", \"\"\], and must be .* none of them empty"),
+        ("nq", {"alt_answers": "seven"}, "'alt_answers' is .*, and must be a list of texts"),
+        ("nq", {"tok_pos": "7"}, "Row 1 of nq: 'tok_pos' is '7', and must be a number of tokens"),
+    ],
+)
+def test_a_wrong_field_is_refused_and_not_asked(tmp_path, task, change, sentence):
+    row = rows_of(task, ROWS)[0] | change
+    with pytest.raises(UserError, match=sentence):
+        evaluate(task, [row], BYTES, told(["x"]))
+    (tmp_path / f"{task}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=sentence.replace(f"of {task}", f"of .*{task}")):
+        rows_of(task, tmp_path)
+
+
+def test_columns_that_a_row_may_lack_may_be_null():
+    row = rows_of("nq", ROWS)[0]
+    found = [make_prompt("nq", row | more, BYTES, 70) for more in ({}, {"alt_answers": None, "tok_pos": None})]
+    assert found[0] == found[1]
+    assert evaluate("nq", [row | {"alt_answers": None, "tok_pos": None}], BYTES, told(["x"]))["rows"] == 1

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn_jax.errors import UserError, nearest
+from gdn_jax.evaluate.fields import check_fields
 from gdn_jax.evaluate.generation import Ask, Truncation
 from gdn_jax.evaluate.rows import Source, load_rows
 
@@ -183,12 +184,17 @@ TASKS = {
 
 
 def rows_of(task: str, folder: Path) -> list[Row]:
-    """The task's rows from folder/<task>.jsonl or .jsonl.gz. Errors as of load_rows."""
-    found = _task(task)
-    columns = ["context", "answers"]
-    columns += ["question"] if "{question}" in found.template else []
-    columns += ["all_classes"] if found.metric is classification else []
-    return load_rows(folder, task, columns, Source(DATASET, "test", task))
+    """The task's rows from folder/<task>.jsonl or .jsonl.gz. Errors as of load_rows and check_fields."""
+    texts, lists = _columns(_task(task))
+    rows = load_rows(folder, task, [*texts, *lists], Source(DATASET, "test", task))
+    check_fields(rows, str(folder / task), texts=texts, lists=lists)
+    return rows
+
+
+def _columns(task: Task) -> tuple[list[str], list[str]]:
+    """(columns of text, columns of lists of texts) of a task's rows."""
+    texts = ["context", "question"] if "{question}" in task.template else ["context"]
+    return texts, ["answers", "all_classes"] if task.metric is classification else ["answers"]
 
 
 def make_prompt(task: str, row: Row) -> str:
@@ -221,6 +227,8 @@ def evaluate(
     found = _task(task)
     if not rows:
         raise UserError(f"There are no rows of {task}; give one at least.")
+    texts, lists = _columns(found)
+    check_fields(rows, task, texts=texts, lists=lists)
     prompts = [make_prompt(task, row) for row in rows]
     out = ask(prompts, max_tokens=found.max_tokens, max_length=max_length, truncation=truncation)
     pairs = list(zip(out, rows, strict=True))

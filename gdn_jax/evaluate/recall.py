@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn_jax.errors import UserError, nearest
+from gdn_jax.evaluate.fields import check_fields
 from gdn_jax.evaluate.generation import Ask
 from gdn_jax.evaluate.rows import Source, load_rows
 from gdn_jax.tokenizer import Tokenizer
@@ -115,9 +116,26 @@ TASKS = {
 
 
 def rows_of(task: str, folder: Path) -> list[Row]:
-    """The task's rows from folder/<task>.jsonl or .jsonl.gz. Errors as of load_rows."""
+    """The task's rows from folder/<task>.jsonl or .jsonl.gz. Errors as of load_rows and check_fields."""
     found = _task(task)
-    return load_rows(folder, task, found.columns, Source(found.dataset, "validation"))
+    rows = load_rows(folder, task, found.columns, Source(found.dataset, "validation"))
+    _check(task, rows, str(folder / task))
+    return rows
+
+
+def _check(task: str, rows: Sequence[Row], name: str) -> None:
+    """UserError for a row whose columns hold something else, the two that it may lack included."""
+    columns = TASKS[task].columns
+    labels = [column for column in columns if column == "answers"]
+    check_fields(rows, name, texts=[column for column in columns if column not in labels], labels=labels)
+    for number, row in enumerate(rows, 1):
+        if row.get("alt_answers") is not None and row["alt_answers"] != []:
+            check_fields([row], name, lists=["alt_answers"], first=number)
+        if not isinstance(row.get("tok_pos"), int | None) or isinstance(row.get("tok_pos"), bool):
+            raise UserError(
+                f"Row {number} of {name}: 'tok_pos' is {row['tok_pos']!r}, and must be a number of tokens; repair the "
+                f"row or leave it out."
+            )
 
 
 def make_prompt(task: str, row: Row, tokenizer: Tokenizer, context_length: int = CONTEXT_LENGTH) -> str | None:
@@ -144,6 +162,7 @@ def evaluate(
     found = _task(task)
     if context_length <= ANSWER_LENGTH + 1:
         raise UserError(f"context_length is {context_length}; it must be at least {ANSWER_LENGTH + 2} tokens.")
+    _check(task, rows, task)
     prompts = [make_prompt(task, row, tokenizer, context_length) for row in rows]
     asked = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if prompt is not None]
     if not asked:
@@ -180,7 +199,7 @@ def _cut(text: str, around: Sequence[str], row: Row, tokenizer: Tokenizer, room:
             places = places or _mentions(answer, text)
     if around and not places:  # the end is kept then, or what the row says
         before = len(tokenizer.encode(text[:-1]))
-        if "tok_pos" in row and before > room:
+        if row.get("tok_pos") is not None and before > room:
             before = row["tok_pos"]
     else:
         before = len(tokenizer.encode(text[: min(places, default=0)]))

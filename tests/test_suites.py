@@ -272,7 +272,7 @@ def test_mistakes_get_one_sentence(capsys, words, sentence):
 
 
 def test_a_figures_row_is_of_the_seeds_that_its_curve_is_of(monkeypatch):
-    """A seed without the corpus, an older row without tasks and a limited one add nothing; one legend for all panels."""
+    """A seed without the corpus, an older row without tasks, a limited one add nothing; one legend for all."""
 
     def read(corpus, value, n=99, **change):
         metrics = {str(length): value for length in figures.figure2.LENGTHS} | {"bucket_0": value - 1}

@@ -1,6 +1,9 @@
 """`gdn figure NAME`: a figure of the paper, drawn from what was measured; figure1 from a configuration."""
 
 import json
+import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -89,38 +92,51 @@ def rows(scale: str) -> list[dict[str, Any]]:
         experiment = experiments.get(f"table3/{model}/{scale}")
         for result in published.of_experiment(experiment, runs=Path("runs")):
             for corpus, title in figure2.CORPORA.items():
-                cells = {length: suite.cell(f"{corpus}_{length}", result.rows) for length in figure2.LENGTHS}
-                if all(cell.value is None for cell in cells.values()):
+                cell = suite.cell(f"{corpus}_{figure2.LENGTHS[0]}", result.rows)
+                if cell.value is None:
                     continue
-                entry = next(
-                    one for one in result.rows[-1]["tasks"] if (one["suite"], one["task"]) == ("figure2", corpus)
-                )
+                # Whatever the row shows is of the entries that this cell was made of.
+                numbers = {name: _over_seeds(name, cell.entries) for name in cell.entries[0]["metrics"]}
+                prefix = {length: numbers.get(str(length), (None, None)) for length in figure2.LENGTHS}
                 out.append({
                     "model": model, "corpus": corpus, "title": title,
-                    "prefix": {length: cell.value for length, cell in cells.items()},
-                    "spread": {length: cell.spread for length, cell in cells.items()},
+                    "prefix": {length: value for length, (value, _) in prefix.items()},
+                    "spread": {length: spread for length, (_, spread) in prefix.items()},
                     "buckets": {
                         int(name.removeprefix("bucket_")): value
-                        for name, value in entry["metrics"].items() if name.startswith("bucket_")
+                        for name, (value, _) in numbers.items() if name.startswith("bucket_")
                     },
-                    "marks": list(next(iter(cells.values())).marks), "documents": entry["n"],
-                    "protocol": entry["protocol"], "from": result.origin(),
+                    "seeds": cell.seeds, "of_seeds": len(result.rows),
+                    "marks": list(cell.marks), "documents": cell.entries[0]["n"],
+                    "protocol": cell.entries[0]["protocol"], "from": result.origin(),
                 })  # fmt: skip
     return out
+
+
+def _over_seeds(name: str, entries: Sequence[dict[str, Any]]) -> tuple[float | None, float | None]:
+    """(mean, standard deviation) of a metric, (None, None) where an entry lacks it."""
+    values = [one["metrics"].get(name) for one in entries]
+    if None in values:
+        return None, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
 def described(found: list[dict[str, Any]]) -> str:
     header = ("model", "corpus", *(f"{length // 1024}K" for length in figure2.LENGTHS), "documents", "marks", "from")
     lines = [
-        (row["model"], row["title"], *(f"{value:.2f}" for value in row["prefix"].values()), str(row["documents"]),
-         "; ".join(row["marks"]), row["from"])
+        (row["model"], row["title"], *("-" if value is None else f"{value:.2f}" for value in row["prefix"].values()),
+         str(row["documents"]), "; ".join(row["marks"]), _origin(row))
         for row in found
     ]  # fmt: skip
     return f"perplexity per token of a document's first tokens\n{aligned([header, *lines])}"
 
 
+def _origin(row: dict[str, Any]) -> str:
+    return row["from"] + (f"; of {row['seeds']}" if row["seeds"] != row["of_seeds"] else "")
+
+
 def draw(scale: str, found: list[dict[str, Any]]) -> Any:
-    """Perplexity by length, a panel a corpus; a model has one colour everywhere."""
+    """Perplexity by length, a panel a corpus; a model has one colour everywhere, and all panels share a legend."""
     from matplotlib.figure import Figure
 
     corpora = list(dict.fromkeys(row["corpus"] for row in found))
@@ -135,8 +151,9 @@ def draw(scale: str, found: list[dict[str, Any]]) -> Any:
             lengths = [length / 1024 for length in row["prefix"]]
             style = "--" if row["marks"] else "-"
             label = row["model"] + (f" ({'; '.join(row['marks'])})" if row["marks"] else "")
+            values = [math.nan if value is None else value for value in row["prefix"].values()]
             panel.plot(
-                lengths, list(row["prefix"].values()), style, marker="o", markersize=3, color=colours[row["model"]],
+                lengths, values, style, marker="o", markersize=3, color=colours[row["model"]],
                 label=label,
             )  # fmt: skip
         panel.set_title(of_corpus[0]["title"], fontsize=10)
@@ -145,7 +162,7 @@ def draw(scale: str, found: list[dict[str, Any]]) -> Any:
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(corpora) :]:
         panel.axis("off")
-    handles, labels = panels[0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+    legend = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    picture.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
     picture.suptitle(f"Figure 2 at {scale}: length extrapolation", fontsize=11)
     return picture

@@ -87,11 +87,19 @@ class Result:
 
 
 def results(found: Iterable[Row]) -> list[Result]:
-    """Rows of one experiment put together by recipe, data, device and marks; of two with one seed the first counts."""
+    """Rows of one experiment put together by recipe, data, step, device and marks, one a seed.
+
+    Of two with one seed the first counts; entries of the other's tasks stand behind its own, so that a fresh run hides
+    none that was published: which of them counts says Suite.standing.
+    """
     groups: dict[tuple, dict[int, Row]] = {}
     for row in found:
-        same = (row["recipe8"], row["validation"]["trained_on"], device(row["environment"]), *marks(row["validation"]))
-        groups.setdefault(same, {}).setdefault(row["seed"], row)
+        evaluation, environment = row["validation"], row["environment"]
+        same = (row["recipe8"], evaluation["trained_on"], row.get("steps"), device(environment), *marks(evaluation))
+        seeds = groups.setdefault(same, {})
+        first = seeds.setdefault(row["seed"], row)
+        if first is not row:
+            seeds[row["seed"]] = first | {"tasks": [*row.get("tasks", []), *first.get("tasks", [])]}
     together = [Result(tuple(seeds[seed] for seed in sorted(seeds))) for seeds in groups.values()]
     return sorted(together, key=lambda result: bool(result.marks))
 
@@ -138,15 +146,27 @@ def publish_point(path: Path) -> Path:
 
 
 def _keep(row: Row, to: Path, made: Path) -> Path:
-    environment = committed(row["environment"])
-    if environment["dirty"]:
-        raise UserError(
-            f"{made} was made with uncommitted changes; commit them and run it again, or publish it from a checkout "
-            f"without changes whose files are those of its source {environment['source']}."
-        )
+    row = row | {"environment": _committed(row["environment"], f"{made} was made")}
+    if "tasks" in row:
+        row["tasks"] = [
+            one
+            | {"environment": _committed(one["environment"], f"{one['suite']}/{one['task']} of {made} was measured")}
+            for one in row["tasks"]
+        ]
     to.parent.mkdir(parents=True, exist_ok=True)
-    write_json(to, row | {"environment": environment})
+    write_json(to, row)
     return to
+
+
+def _committed(environment: Row, what: str) -> Row:
+    """The environment with its commit, or a UserError for files with uncommitted changes."""
+    found = committed(environment)
+    if found["dirty"]:
+        raise UserError(
+            f"{what} with uncommitted changes; commit them and run it again, or publish it from a checkout "
+            f"without changes whose files are those of its source {found['source']}."
+        )
+    return found
 
 
 def committed(environment: Row) -> Row:

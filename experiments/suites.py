@@ -5,6 +5,8 @@ so an evaluation that was stopped goes on where it was. What keeps a number from
 marks: fewer documents, rows of one's own, a stand-in, an unfinished training, another max_length.
 """
 
+import gzip
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from gdn_jax.runs import OpenRun
 
 TASKS = "tasks.json"
+READ_ALIKE = ("harness", "max_length", "truncation", "context_length")  # one value each in the columns of an average
 
 Row = dict[str, Any]
 
@@ -57,6 +60,17 @@ class Asked:
             raise UserError(f"{found} is no folder; --task_data names one that holds <task>.jsonl(.gz) files.")
         return found
 
+    def facts(self, suite: str, task: str) -> Row:
+        """What a protocol says of a task's local rows: the sha256 of their text. Nothing where there are none."""
+        from gdn_jax.evaluate.rows import local_file
+
+        folder = self.data(suite)
+        found = None if folder is None else local_file(folder, task)
+        if found is None:
+            return {}
+        with gzip.open(found) if found.suffix == ".gz" else found.open("rb") as file:
+            return {"data_sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
     def first(self, rows: Sequence[Any]) -> Sequence[Any]:
         return rows if self.limit is None else rows[: self.limit]
 
@@ -80,6 +94,7 @@ class Cell(NamedTuple):
     spread: float | None = None  # standard deviation over the seeds
     marks: tuple[str, ...] = ()
     seeds: int = 0
+    entries: tuple[Row, ...] = ()  # what it was made of, the newest seed first
 
 
 @dataclass(frozen=True)
@@ -112,41 +127,89 @@ class Suite:
         return self.max_length.get(scale, default_length(experiment.data))
 
     def cell(self, key: str, rows: Sequence[Row]) -> Cell:
-        """The column's number over the result rows of one recipe, one a seed."""
-        if key == "average":
-            return mean_of([self.cell(one, rows) for one in self.averaged])
-        column = self.columns[key]
-        found = [entry for row in rows for entry in row.get("tasks", []) if self._holds(entry, column)]
-        whole = [entry for entry in found if not self.marks(entry, column)]
-        chosen = whole or found[-1:]  # numbers with marks are not averaged
-        if not chosen:
-            return Cell(None)
-        values = [column.times * entry["metrics"][column.metric] for entry in chosen]
-        return Cell(
-            statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None,
-            self.marks(chosen[0], column), len(values),
-        )  # fmt: skip
+        """The column's number, or the average's, over the result rows of one recipe, one a seed."""
+        return self.mean(self.averaged if key == "average" else (key,), rows)
 
-    def marks(self, entry: Row, column: Column) -> tuple[str, ...]:
-        """Why the entry is not the column's own number, in words."""
+    def mean(self, keys: Sequence[str], rows: Sequence[Row]) -> Cell:
+        """The mean of columns within each seed that has them all, then mean and spread over seeds that go together.
+
+        Those are the newest without marks and all that were measured like it; where every seed bears marks, one alone.
+        """
+        columns = [self.columns[key] for key in keys]
+        seeds = [[self.chosen(row.get("tasks", []), column) for column in columns] for row in rows]
+        seeds = sorted((one for one in seeds if one and None not in one), key=_date, reverse=True)
+        if not seeds:
+            return Cell(None)
+
+        def marks(seed: Sequence[Row]) -> tuple[str, ...]:
+            of_entries = (mark for one, column in zip(seed, columns, strict=True) for mark in self.marks(one, column))
+            return tuple(dict.fromkeys([*of_entries, *_apart(seed)]))
+
+        whole = [seed for seed in seeds if not marks(seed)]
+        if not whole:
+            together = [max(seeds, key=lambda seed: (-len(marks(seed)), sum(one["n"] for one in seed)))]
+            why = marks(together[0])
+        else:
+            together = [seed for seed in whole if not _differences(seed, whole[0])]
+            others = dict.fromkeys(name for seed in whole for name in _differences(seed, whole[0]))
+            why = (f"{len(together)} of {len(whole)} seeds: other {', '.join(others)}",) if others else ()
+        values = [
+            statistics.fmean(
+                column.times * one["metrics"][column.metric] for one, column in zip(seed, columns, strict=True)
+            )
+            for seed in together
+        ]
+        spread = statistics.stdev(values) if len(values) > 1 else None
+        return Cell(statistics.fmean(values), spread, why, len(values), tuple(one for seed in together for one in seed))
+
+    def chosen(self, entries: Sequence[Row], column: Column) -> Row | None:
+        """Of a row's entries the one that holds the column's number; None where none does."""
+        found = [one for one in entries if (one["suite"], one["task"]) == (self.name, column.task)]
+        return self.standing([one for one in found if one["metrics"].get(column.metric) is not None])
+
+    def standing(self, entries: Sequence[Row]) -> Row | None:
+        """Of one task's entries, the oldest first, the one that counts, here, in figures and where results are kept.
+
+        The fewest marks decide, then the published rows before one's own, then most documents; of two alike the newest.
+        """
+
+        def rank(entry: Row) -> tuple[int, bool, int]:
+            column = next((one for one in self.columns.values() if one.task == entry["task"]), None)
+            return -len(self.marks(entry, column)), column is None or entry["of"] in column.rows, entry["n"]
+
+        return max(reversed(entries), key=rank, default=None)
+
+    def marks(self, entry: Row, column: Column | None) -> tuple[str, ...]:
+        """Why the entry is not the column's own number, or a task's that has no column, in words."""
         found = []
-        if entry["of"] not in column.rows:
+        if column is not None and entry["of"] not in column.rows:
             found.append(f"own rows, n = {entry['n']:,}")
         elif entry["n"] < entry["of"]:
             found.append(f"n = {entry['n']:,} of {entry['of']:,}")
         return (*found, *entry["marks"])
 
-    def _holds(self, entry: Row, column: Column) -> bool:
-        same = entry["suite"] == self.name and entry["task"] == column.task
-        return same and entry["metrics"].get(column.metric) is not None
+
+def _date(seed: Sequence[Row]) -> str:
+    return max(one["environment"]["date"] for one in seed)
 
 
-def mean_of(cells: Sequence[Cell]) -> Cell:
-    """The mean of cells, every one of which must have a number; it bears all their marks."""
-    if not cells or any(cell.value is None for cell in cells):
-        return Cell(None)
-    marks = tuple(dict.fromkeys(mark for cell in cells for mark in cell.marks))
-    return Cell(statistics.fmean(cell.value for cell in cells), None, marks, min(cell.seeds for cell in cells))
+def _differences(seed: Sequence[Row], other: Sequence[Row]) -> list[str]:
+    """The fields of their protocols in which two seeds' entries differ: they did not measure the same thing.
+
+    An entry that was written before there was a field is one without it. How many documents were asked for is no
+    difference where all were.
+    """
+    found = {}
+    for one, two in zip(seed, other, strict=True):
+        mine, theirs = one["protocol"], two["protocol"]
+        found |= dict.fromkeys(name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name))
+    return [name for name in found if name != "limit"]
+
+
+def _apart(seed: Sequence[Row]) -> list[str]:
+    """Marks of a mean whose columns were not read alike."""
+    read = {name: {str(one["protocol"].get(name)) for one in seed} for name in READ_ALIKE}
+    return [f"columns with {len(values)} values of {name}" for name, values in read.items() if len(values) > 1]
 
 
 def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: Asked) -> list[Row]:
@@ -165,7 +228,7 @@ def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: A
         if run.step < steps and run.trained_on.fingerprint is not None:  # imported parameters were trained elsewhere
             marks.append(f"step {run.step:,} of {steps:,}")
         read = {} if own_length is None else {"max_length": answering.max_length}
-        protocol = {"limit": asked.limit} | read | row["protocol"]
+        protocol = {"limit": asked.limit} | read | row["protocol"] | asked.facts(suite.name, task)
         if own_length not in (None, protocol.get("max_length")):
             marks.append(f"max_length {protocol['max_length']:,} in place of {own_length:,}")
         if protocol.get("fewshot") and task in suite.tasks:
@@ -216,14 +279,11 @@ def kept(run_dir: Path) -> list[Row]:
 
 
 def of_step(run_dir: Path, step: int) -> list[Row]:
-    """For each task the numbers at `step` that stand for the run: those of most documents, of two the newest."""
-    chosen: dict[tuple[str, str], Row] = {}
+    """For each task the numbers at `step` that stand for the run."""
+    from experiments import SUITES
+
+    tasks: dict[tuple[str, str], list[Row]] = {}
     for entry in kept(run_dir):
-        key = entry["suite"], entry["task"]
-        if entry["step"] == step and (key not in chosen or _weight(entry) >= _weight(chosen[key])):
-            chosen[key] = entry
-    return list(chosen.values())
-
-
-def _weight(entry: Row) -> tuple[int, int]:
-    return -len(entry["marks"]), entry["n"]
+        if entry["step"] == step:
+            tasks.setdefault((entry["suite"], entry["task"]), []).append(entry)
+    return [SUITES[suite].standing(entries) for (suite, _), entries in tasks.items()]

@@ -5,7 +5,8 @@
     gdn table table2 --scale tiny
 
 A passkey in repeated noise, a number in essays, a UUID in essays. The essays may not be copied: RULER's own script
-fetches them, and `--haystack` names the file; without it the novels in the package stand in, and the cells say so.
+fetches them, and `--haystack` names the file; without it the novels in the package stand in. The cells say so, and of
+any text that does not begin as RULER's file does.
 Lengths are counted by the run's tokenizer, so a byte model's 1K is a text a quarter as long. Expect, in the paper,
 DeltaNet best at passkeys, Mamba2 falling from 4K on, Gated DeltaNet best where essays must be forgotten.
 """
@@ -29,20 +30,26 @@ def measure(task: str, answers: "Answers", run: "OpenRun", asked: Asked) -> Row:
     from gdn_jax.evaluate import needles
 
     tokenizer, count = answers.tokenizer, min(SAMPLES, asked.limit or SAMPLES)
-    haystack = None if asked.haystack is None else needles.essays(asked.haystack)
+    noise = needles.TASKS[task].haystack == "noise"
+    haystack = None if noise else needles.novels() if asked.haystack is None else needles.essays(asked.haystack)
     rng = random.Random(needles.SEED)  # one for all lengths, as the harness draws them
     found = {}
     for length in LENGTHS[task]:
+        # All are drawn, whatever the limit: the next length's samples are those of the whole measure, too.
+        drawn = count if length == LENGTHS[task][-1] else SAMPLES
         samples = needles.make_samples(
-            task, lambda text: len(tokenizer.encode(text)), length, haystack=haystack, samples=count, seed=rng
+            task, lambda text: len(tokenizer.encode(text)), length, haystack=haystack, samples=drawn, seed=rng
         )
-        found[length] = needles.evaluate(samples, answers.ask)
+        found[length] = needles.evaluate(samples[:count], answers.ask)
     first = found[LENGTHS[task][0]]
+    text = {} if haystack is None else {"haystack_sha256": haystack.sha256} | haystack.made_with()
     return {
         "metrics": {str(length): one["accuracy"] for length, one in found.items()},
         "n": count,
         "of": SAMPLES,
-        "protocol": {"haystack": first["haystack"], "steps": [one["step"] for one in found.values()]},
+        "protocol": {"haystack": first["haystack"], "steps": [one["step"] for one in found.values()]}
+        | text
+        | {"wonderwords": needles.words_version()},
         "stand_in": f"haystack {first['haystack']} in place of the essays" if first["stand_in"] else "",
     }
 

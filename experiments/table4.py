@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from gdn_jax.runs import OpenRun
 
 TITLES = {"swde": "SWDE", "squad": "SQD", "fda": "FDA", "triviaqa": "TQA", "nq": "NQ", "drop": "DROP"}
-PUBLISHED = range(1000, 100_000)  # rows; each of the six published sets has more than a thousand
+# Rows of the published sets, as far as the hub says: it rounds to three digits, and names no count of fda, nq and drop,
+# which have more than a thousand.
+ROWS = {"squad": range(2984, 2985), "swde": range(1105, 1115), "triviaqa": range(1685, 1695)}
+PUBLISHED = range(1000, 100_000)
 
 
 def measure(task: str, answers: "Answers", run: "OpenRun", asked: Asked) -> Row:
@@ -39,7 +42,7 @@ def measure(task: str, answers: "Answers", run: "OpenRun", asked: Asked) -> Row:
 
 SUITE = Suite(
     "table4",
-    {task: Column(title, task, "contains", PUBLISHED) for task, title in TITLES.items()},
+    {task: Column(title, task, "contains", ROWS.get(task, PUBLISHED)) for task, title in TITLES.items()},
     measure,
     averaged=tuple(TITLES),
 )

@@ -10,7 +10,7 @@ import experiments
 from experiments import ablations, published, report, table2, table3, table4, table5
 from experiments.models import PAPER_MODELS
 from experiments.options import Switch
-from experiments.suites import Cell, Suite, mean_of
+from experiments.suites import Cell, Suite
 from gdn_jax.errors import UserError, nearest
 
 NOT_RUN = "not run"
@@ -110,7 +110,7 @@ def rows(name: str, scale: str) -> list[Row]:
     A run counts when its recipe is the ID's own: those below runs/ here, then published results. A row is the mean over
     the seeds of one recipe, data and kind of device, `spread` its standard deviation; other data or another device is
     another row, and so is a held-out perplexity of less than the whole text, which `marks` names. `cell_marks` says of
-    a column what keeps its number from being the paper's measure.
+    a column what keeps its number from being the paper's measure, `cell_seeds` of how many seeds it is, if not of all.
     """
     spec, paper = TABLES[name], json.loads(report.PAPER.read_text())
     differences = json.loads(DIFFERENCES.read_text())
@@ -128,7 +128,8 @@ def rows(name: str, scale: str) -> list[Row]:
                 "seeds": [] if result is None else [row["seed"] for row in result.rows],
                 "marks": [] if result is None else result.marks,
                 "cell_marks": {key: list(cell.marks) for key, cell in cells.items() if cell.marks},
-                "protocols": {} if result is None else _protocols(spec.suite, result),
+                "cell_seeds": {} if result is None else _other_seeds(cells, result),
+                "protocols": _protocols(cells),
                 "data": None if result is None else result.rows[0]["validation"]["trained_on"],
                 "paper": None if entry is None else {key: entry["numbers"].get(key) for key in spec.columns},
                 "difference": _differences(cells, entry),
@@ -145,7 +146,7 @@ def _cell(spec: Table, key: str, result: published.Result | None) -> Cell:
     if result is None:
         return Cell(None)
     if key == "average_ppl":
-        return mean_of([spec.suite.cell(one, result.rows) for one in ("wiki_ppl", "lambada_ppl")])
+        return spec.suite.mean(("wiki_ppl", "lambada_ppl"), result.rows)
     return spec.suite.cell(key, result.rows)
 
 
@@ -166,14 +167,24 @@ def _differences(cells: dict[str, Cell], entry: Row | None) -> dict[str, float]:
     }
 
 
-def _protocols(suite: Suite, result: published.Result) -> Row:
-    """What decided each task's numbers: options, versions, device, commit."""
-    newest = result.rows[-1].get("tasks", [])
+def _other_seeds(cells: dict[str, Cell], result: published.Result) -> dict[str, int]:
+    """How many seeds a number is of, where not of all that its row has."""
+    return {key: cell.seeds for key, cell in cells.items() if cell.seeds not in (0, len(result.rows))}
+
+
+def _protocols(cells: dict[str, Cell]) -> Row:
+    """What decided each task's numbers: options and versions, in which its seeds agree, devices and commits."""
+    of_task: dict[str, list[Row]] = {}
+    for entry in (one for cell in cells.values() for one in cell.entries):
+        of_task.setdefault(entry["task"], []).append(entry)
+
+    def joined(entries: list[Row], said: Callable[[Row], str]) -> str:
+        return "; ".join(dict.fromkeys(said(one["environment"]) for one in entries))
+
     return {
-        one["task"]: one["protocol"]
-        | {"device": published.device(one["environment"]), "commit": published.commit(one["environment"])}
-        for one in newest
-        if one["suite"] == suite.name
+        task: entries[0]["protocol"]
+        | {"device": joined(entries, published.device), "commit": joined(entries, published.commit)}
+        for task, entries in of_task.items()
     }
 
 
@@ -249,6 +260,8 @@ def _our_cell(row: Row, key: str, leaders: set, index: int, best: str, letters: 
     if value == NOT_RUN:
         return NOT_RUN
     text = f"{value:.2f}" if spread is None else f"{value:.2f} ± {spread:.2f}"
+    if key in row["cell_seeds"]:
+        text += f" ({row['cell_seeds'][key]} of {len(row['seeds'])} seeds)"
     if marks := ", ".join(row["cell_marks"].get(key, [])):
         return f"{text} [{letters.setdefault(marks, _letter(len(letters)))}]"
     return best.format(text) if ("ours", key, index) in leaders else text

@@ -91,12 +91,13 @@ def test_short_documents_are_joined_with_eos_and_that_is_recorded():
     )
     found = measure(lm, docs)
     assert found["lengths"][-1]["nll"] == pytest.approx(expected.mean(), abs=1e-5)
-    assert (found["sequences"], found["documents"], found["joined"]) == (3, 6, 5)
+    assert (found["sequences"], found["documents"], found["joined"], found["left_out"]) == (3, 6, 5, 1)
     part = measure(lm, docs, limit=1)
     assert part["lengths"][-1]["nll"] == pytest.approx(expected[0].mean(), abs=1e-5)
-    assert (part["sequences"], part["documents"], part["joined"]) == (1, 1, 0)
+    assert (part["sequences"], part["documents"], part["joined"], part["left_out"]) == (1, 1, 0, 0)
     rest = measure(lm, [*docs, *documents(99)])  # 99 tokens that nothing follows
-    assert (rest["sequences"], rest["documents"]) == (3, 6)
+    assert (rest["sequences"], rest["documents"], rest["left_out"]) == (3, 6, 2)
+    assert measure(lm, [*docs, *documents(99)], limit=1000) == rest, "a limit above the set is none"
 
 
 def test_a_document_is_read_piece_by_piece():

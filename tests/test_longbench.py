@@ -121,6 +121,27 @@ def test_wrong_arguments(tmp_path):
         rows_of("hotpot", ROWS)
     with pytest.raises(UserError, match="There are no rows of qasper"):
         evaluate("qasper", [], told([]), max_length=4096)
-    sentence = r"trec.jsonl or .jsonl.gz with the columns context, answers, question, all_classes.*LongBench', 'trec'"
+    sentence = r"trec.jsonl or .jsonl.gz with the columns context, question, answers, all_classes.*LongBench', 'trec'"
     with pytest.raises(UserError, match=sentence):
         rows_of("trec", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "sentence"),
+    [
+        ("qasper", {"context": None}, "qasper.*(row|line) 1: context is null, but must be a text; mend the row"),
+        ("qasper", {"question": 7}, "question is 7, but must be a text"),
+        ("gov_report", {"context": "a\ud800"}, 'context is "a.ud800", but must be a text'),
+        ("qasper", {"answers": "seven"}, 'answers is "seven", but must be a list of texts, one at least'),
+        ("qasper", {"answers": []}, r"answers is \[\], but must be a list of texts"),
+        ("qasper", {"answers": ["a", None]}, r"answers is \[\"a\", null\], but must be a list of texts"),
+        ("trec", {"all_classes": None}, "all_classes is null, but must be a list of texts"),
+    ],
+)
+def test_a_wrong_field_is_refused_and_not_asked(tmp_path, task, change, sentence):
+    row = rows_of(task, ROWS)[0] | change
+    with pytest.raises(UserError, match=sentence):
+        evaluate(task, [row], told(["x"]), max_length=4096)
+    (tmp_path / f"{task}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=sentence):
+        rows_of(task, tmp_path)

@@ -1,5 +1,6 @@
 """S-NIAH: lm-eval's own samples, lengths under any tokenizer, an oracle that scores 100 and one that scores 0."""
 
+import configparser
 import functools
 import hashlib
 import json
@@ -8,10 +9,13 @@ import re
 from pathlib import Path
 
 import pytest
-from eval_text import KEYS, Script, count_tokens, haystack_words
+from eval_text import KEYS, Script, count_tokens, haystack_words, told
 
+from experiments import table2
+from experiments.suites import Asked
 from gdn_jax import tokenizer
 from gdn_jax.errors import UserError
+from gdn_jax.evaluate import needles
 from gdn_jax.evaluate.generation import answers
 from gdn_jax.evaluate.needles import (
     ANSWER_TOKENS,
@@ -32,6 +36,7 @@ from gdn_jax.progress import SILENT
 
 THEIRS = json.loads((Path(__file__).parent / "from_lm_eval" / "needles.json").read_text())
 BYTES = tokenizer.load("byte")
+LISTED = (6171620, "425c410acbdb7b3d")  # pairs of wonderwords' words, a hash of every 1000th
 HAY = Haystack("drawn", tuple(haystack_words()), plain_sentences)
 
 
@@ -96,6 +101,54 @@ def test_the_default_haystack_is_marked_as_a_stand_in():
     assert not make("niah_single_1", 1024, haystack=None)[0].stand_in, "noise is the task's own"
     assert not make("niah_single_2", 1024)[0].stand_in
     assert len(novels().words) > 500_000
+
+
+def test_a_file_is_a_stand_in_unless_it_begins_as_rulers_does(tmp_path, monkeypatch):
+    """Known by its words, wherever it lies and however its lines end."""
+    words = haystack_words(needles.ESSAY_WORDS)[: needles.ESSAY_WORDS]
+    one, two = tmp_path / "one.txt", tmp_path / "two.json"
+    one.write_text("\n".join(words))
+    two.write_text(json.dumps({"text": " ".join(words)}))
+    assert essays(one).stand_in and essays(two).stand_in
+    assert essays(one).sha256 == essays(two).sha256 and (essays(one).name, essays(two).name) == ("one.txt", "two.json")
+    monkeypatch.setattr(needles, "ESSAYS", essays(one).sha256)
+    two.write_text(json.dumps({"text": " ".join([*words, "More."])}))
+    assert not essays(one).stand_in and not essays(two).stand_in and essays(one).sha256 != essays(two).sha256
+    two.write_text(" ".join(["Other", *words[1:]]))
+    two = two.rename(tmp_path / "two.txt")
+    assert essays(two).stand_in
+
+
+def test_the_word_list_is_the_one_of_the_extras():
+    """It decides every key and, through the draws, where every needle lies."""
+    pytest.importorskip("wonderwords")
+    extras = configparser.ConfigParser()
+    extras.read(Path(__file__).parent.parent / "setup.cfg")
+    for name in ("eval", "dev"):
+        pinned = f"wonderwords=={needles.words_version()}"
+        assert pinned in extras["options.extras_require"][name].split(), f"{name} pins the version that is tested"
+    pairs = word_pairs()
+    assert len(pairs) == LISTED[0] and hashlib.sha256(" ".join(pairs[::1000]).encode()).hexdigest()[:16] == LISTED[1]
+
+
+def test_a_limit_asks_the_first_samples_of_the_whole_measure(monkeypatch):
+    """Of every length: one generator draws the lengths one after the other, as the harness's does."""
+    monkeypatch.setattr(table2, "LENGTHS", {"niah_single_1": (1024, 2048)})
+    monkeypatch.setattr(table2, "SAMPLES", 6)
+    pytest.importorskip("wonderwords")
+    asked = {}
+    for limit in (None, 2):
+
+        class Recorded:
+            tokenizer = BYTES
+
+            def ask(self, prompts, limit=limit, **options):
+                asked.setdefault(limit, []).append(list(prompts))
+                return told([""] * len(prompts))(prompts, **options)
+
+        row = table2.measure("niah_single_1", Recorded(), None, Asked(limit=limit))
+    assert [prompts[:2] for prompts in asked[None]] == asked[2] and len(asked[None][1]) == 6
+    assert row["n"] == 2 and row["protocol"].keys() == {"haystack", "steps", "wonderwords"}
 
 
 def test_essays_from_a_file(tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,8 @@ def test_a_question_at_the_documents_end_is_not_asked_twice():
     assert first_prompt("fda", text="A glucose in whole blood.\nMEASURAND:measurand:") == (
         "A glucose in whole blood. Measurand:"
     )
+    asked = first_prompt("triviaqa", context="Before 1968. The end is [PAR]", question="The end is")
+    assert asked == "Before 1968. The end is. The end is", "JRT looks for it before the space that a mark leaves"
     assert first_prompt("drop", question="") == f"{rows_of('drop', ROWS)[0]['context']} "
 
 
@@ -84,7 +87,9 @@ def test_the_cut_is_around_the_earliest_mention_in_any_case():
     assert alternative == f"{'x' * 10}one{'y' * 7}. Q"
     assert make_prompt("nq", asked, BYTES, room) == f"{'y' * 11}. Q", "the end where the answer is nowhere"
     assert make_prompt("nq", asked | {"tok_pos": 52}, BYTES, room) == f"{'x' * 8}one{'y' * 9}. Q"
-    assert make_prompt("drop", asked, BYTES, room) == f"{'x' * 20}. Q", "the beginning for these tasks"
+    for task in ("drop", "triviaqa"):
+        for row in (asked, asked | {"alt_answers": ["one"]}):
+            assert make_prompt(task, row, BYTES, room) == f"{'x' * 20}. Q", "the beginning for these tasks, always"
     summed = {
         "text": f"{'x' * 50}red{'y' * 50} Summary of information above...\nhue: red",
         "key": "hue",
@@ -187,3 +192,36 @@ def test_rows_from_files(tmp_path):
         rows_of("nqq", tmp_path)
     with pytest.raises(UserError, match="context_length is 51; it must be at least 52"):
         evaluate("drop", rows_of("drop", ROWS), BYTES, told([]), context_length=51)
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "sentence"),
+    [
+        (
+            "squad",
+            {"value": None},
+            "squad.*(row|line) 1: value is null, but must be a text; mend the row, or leave it out.",
+        ),
+        ("squad", {"value": 1840}, "value is 1840, but must be a text"),
+        ("squad", {"text": "born \ud800 in 1840"}, "text is .*, but must be a text"),
+        ("triviaqa", {"answers": {"text": ["seven"]}}, "answers is .*, but must be a list of texts, one at least"),
+        ("drop", {"answers": "seven"}, "answers is .*, but must be a list of texts"),
+        ("drop", {"answers": ["seven", ""]}, r"answers is \[\"seven\", \"\"\], but must be .* none of them empty"),
+        ("nq", {"alt_answers": "seven"}, "alt_answers is .*, but must be a list of texts"),
+        ("nq", {"tok_pos": "7"}, 'nq.*(row|line) 1: tok_pos is "7", but must be a number of tokens'),
+    ],
+)
+def test_a_wrong_field_is_refused_and_not_asked(tmp_path, task, change, sentence):
+    row = rows_of(task, ROWS)[0] | change
+    with pytest.raises(UserError, match=sentence):
+        evaluate(task, [row], BYTES, told(["x"]))
+    (tmp_path / f"{task}.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=sentence):
+        rows_of(task, tmp_path)
+
+
+def test_columns_that_a_row_may_lack_may_be_null():
+    row = rows_of("nq", ROWS)[0]
+    found = [make_prompt("nq", row | more, BYTES, 70) for more in ({}, {"alt_answers": None, "tok_pos": None})]
+    assert found[0] == found[1]
+    assert evaluate("nq", [row | {"alt_answers": None, "tok_pos": None}], BYTES, told(["x"]))["rows"] == 1

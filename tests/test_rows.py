@@ -21,7 +21,6 @@ def load(folder, fields, *rows):
         (TEXT, ""),
         (TEXT, "ein ä"),
         (TEXTS, ["seven", ""]),
-        (LABELS, "seven"),
         (LABELS, ["seven", "7"]),
     ],
 )
@@ -39,19 +38,19 @@ def test_fields_that_fit(tmp_path, kind, value):
         (TEXTS, [], r"field is \[\], but must be a list of texts, one at least;"),
         (TEXTS, None, "field is null, but must be a list of texts, one at least;"),
         (TEXTS, ["seven", 7], r'field is \["seven", 7\], but must be a list of texts, one at least;'),
-        (LABELS, "", 'field is "", but must be a text or a list of texts, none of them empty;'),
+        (LABELS, "seven", 'field is "seven", but must be a list of texts, one at least and none of them empty;'),
         (
             LABELS,
             ["seven", ""],
-            r'field is \["seven", ""\], but must be a text or a list of texts, none of them empty;',
+            r'field is \["seven", ""\], but must be a list of texts, one at least and none of them empty;',
         ),
-        (LABELS, {"text": ["seven"]}, r'field is {"text": \["seven"\]}, but must be a text or a list'),
-        (LABELS, 7, "field is 7, but must be a text or a list"),
+        (LABELS, {"text": ["seven"]}, r'field is {"text": \["seven"\]}, but must be a list'),
+        (LABELS, 7, "field is 7, but must be a list"),
     ],
 )
 def test_fields_that_do_not_fit(tmp_path, kind, value, said):
     with pytest.raises(UserError, match=r"task.jsonl, line 2: " + said):
-        load(tmp_path, {"field": kind}, {"field": ["x"] if kind is TEXTS else "x"}, {"field": value})
+        load(tmp_path, {"field": kind}, {"field": "x" if kind is TEXT else ["x"]}, {"field": value})
 
 
 def test_a_field_that_is_missing(tmp_path):

@@ -1,6 +1,8 @@
 """Tables' tasks asked of a run: what is kept and marked, what `gdn eval` and `gdn figure` say of it."""
 
 import contextlib
+import gzip
+import hashlib
 import json
 import math
 from dataclasses import replace
@@ -33,7 +35,7 @@ SUITE = Suite("table3", {"t": COLUMN, "u": Column("U", "u", "acc", range(10, 11)
 
 def entry(**change):
     row = {"suite": "table3", "task": "t", "step": 5, "n": 10, "of": 10, "metrics": {"acc": 0.5}, "marks": []}
-    return row | {"protocol": {"limit": None}} | change
+    return row | {"protocol": {"limit": None}, "environment": {"date": "2026-01-02"}} | change
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +66,10 @@ def test_marks_say_what_a_number_is_not():
 
 def test_cells_and_their_mean():
     rows = [{"tasks": [entry(), entry(task="u", metrics={"acc": 3.0}, n=2)]}]
-    assert SUITE.cell("t", rows) == (50.0, None, (), 1)
-    assert SUITE.cell("u", rows) == (3.0, None, ("n = 2 of 10",), 1)
-    assert SUITE.cell("average", rows) == (26.5, None, ("n = 2 of 10",), 1)
+    t, u = rows[0]["tasks"]
+    assert SUITE.cell("t", rows) == (50.0, None, (), 1, (t,))
+    assert SUITE.cell("u", rows) == (3.0, None, ("n = 2 of 10",), 1, (u,))
+    assert SUITE.cell("average", rows) == (26.5, None, ("n = 2 of 10",), 1, (t, u))
     assert SUITE.cell("average", [{"tasks": [entry()]}]).value is None
     assert SUITE.cell("t", [{}]).value is None and SUITE.cell("t", []).value is None
 
@@ -80,6 +83,83 @@ def test_of_one_task_the_largest_measure_without_marks_stands_for_the_run(tmp_pa
     suites.save(tmp_path, entry(metrics={"acc": 0.1}))  # measured again: replaced
     assert len(suites.kept(tmp_path)) == 5 and suites.of_step(tmp_path, 5)[0]["metrics"]["acc"] == 0.1
     assert suites.of_step(tmp_path, 4) == []
+
+
+def seeds(*tasks):
+    return [{"tasks": list(entries)} for entries in tasks]
+
+
+def of(version, accuracy, date="2026-01-02", **change):
+    return entry(metrics={"acc": accuracy}, protocol={"version": version}, environment={"date": date}, **change)
+
+
+def test_seeds_that_were_measured_otherwise_are_not_averaged():
+    """The newest counts, and those like it; a protocol's field that an older entry lacks is a difference."""
+    old, new, newest = of(1, 0.5), of(2, 0.7, "2026-02-01"), of(2, 0.8, "2026-03-01")
+    assert SUITE.cell("t", seeds([new], [newest]))[:4] == (pytest.approx(75), pytest.approx(7.071, abs=1e-3), (), 2)
+    found = SUITE.cell("t", seeds([newest], [old], [new]))
+    assert (found.value, found.seeds, found.entries) == (pytest.approx(75), 2, (newest, new))
+    assert found.marks == ("2 of 3 seeds: other version",)
+    before = new | {"protocol": {}, "environment": {"date": "2026-01-01"}}
+    assert SUITE.cell("t", seeds([before], [newest])).marks == ("1 of 2 seeds: other version",)
+    assert SUITE.cell("t", seeds([before]))[:4] == (pytest.approx(70), None, (), 1), "alone it is what it was"
+    limited = newest | {"protocol": {"version": 2, "limit": 99}}
+    assert SUITE.cell("t", seeds([new], [limited])).seeds == 2, "all documents were read"
+
+
+def test_an_average_is_of_whole_seeds_and_has_a_spread():
+    whole = [entry(metrics={"acc": 0.5}), entry(task="u", metrics={"acc": 10.0})]
+    better = [entry(metrics={"acc": 0.7}), entry(task="u", metrics={"acc": 10.0})]
+    part = [entry(metrics={"acc": 0.9})]
+    assert SUITE.cell("average", seeds(whole, part))[:4] == (30.0, None, (), 1)
+    assert SUITE.cell("t", seeds(whole, part)).seeds == 2
+    assert SUITE.cell("average", seeds(whole, better))[:4] == (35.0, pytest.approx(50**0.5), (), 2)
+    assert SUITE.cell("average", seeds(part, part)).value is None
+    apart = [of(1, 0.5) | {"protocol": {"max_length": 512}}, entry(task="u", protocol={"max_length": 2048})]
+    assert SUITE.cell("average", seeds(apart)).marks == ("columns with 2 values of max_length",)
+
+
+def test_own_rows_hide_no_published_set(tmp_path):
+    for one in (entry(task="piqa", n=1838, of=1838), entry(task="piqa", n=5000, of=5000)):
+        suites.save(tmp_path, one)
+        assert suites.of_step(tmp_path, 5)[0]["n"] == 1838
+    for name in ("part", "other"):
+        (tmp_path / name).mkdir()
+    suites.save(tmp_path / "part", entry(task="piqa", n=100, of=1838))
+    suites.save(tmp_path / "part", entry(task="piqa", n=5000, of=5000))
+    assert suites.of_step(tmp_path / "part", 5)[0]["n"] == 100
+    suites.save(tmp_path / "other", entry(task="sciq", n=3, of=1000))
+    suites.save(tmp_path / "other", entry(task="sciq", n=1000, of=1000, metrics={"acc": 0.1}))
+    assert suites.of_step(tmp_path / "other", 5)[0]["n"] == 1000, "a task without a column"
+
+
+def test_a_protocol_holds_the_hash_of_local_rows(tmp_path):
+    """Compressed or not; another file is another measurement."""
+    suite = Suite("table4", {}, lambda *_: {"metrics": {}, "n": 1, "of": 1, "protocol": {}, "stand_in": ""})
+    answering = Answering(run_of(ID, tmp_path, 200))
+
+    for name in ("packed", "plain"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "packed" / "squad.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
+    (packed,) = suites.measure(suite, ["squad"], answering, Asked(folder=tmp_path / "packed"))
+    assert packed["protocol"] == {"limit": None, "data_sha256": hashlib.sha256(b"{}\n").hexdigest()}
+    (tmp_path / "plain" / "squad.jsonl").write_text("{}\n")
+    assert (
+        suites.measure(suite, ["squad"], answering, Asked(folder=tmp_path / "plain"))[0]["protocol"]
+        == packed["protocol"]
+    )
+    (tmp_path / "plain" / "squad.jsonl").write_text("{} \n")
+    suites.measure(suite, ["squad"], answering, Asked(folder=tmp_path / "plain"))
+    assert len(suites.kept(tmp_path)) == 2
+    assert suites.measure(suite, ["squad"], answering, Asked())[0]["protocol"] == {"limit": None}
+
+
+def test_table_4s_published_counts():
+    squad, nq = table4.SUITE.columns["squad"], table4.SUITE.columns["nq"]
+    own = entry(suite="table4", task="squad", n=1000, of=1000)
+    assert table4.SUITE.marks(own, squad) == ("own rows, n = 1,000",)
+    assert table4.SUITE.marks(own | {"n": 2984, "of": 2984}, squad) == ()
+    assert table4.SUITE.marks(own | {"n": 3160, "of": 3160}, nq) == ()
 
 
 def test_what_tasks_name():
@@ -144,6 +224,7 @@ def test_a_figure_of_one_corpus(capsys, tmp_path):
     assert f"{one['metrics']['4096']:.2f}" in out and "QMSum" in out
     assert (tmp_path / "figure2-tiny.png").stat().st_size > 20_000
     (drawn,) = figures.rows("tiny")
+    assert drawn["marks"] == ["own rows, n = 1"] and drawn["protocol"]["left_out"] == 0
     assert drawn["prefix"][20480] == one["metrics"]["20480"] and drawn["buckets"][2048] == one["metrics"]["bucket_2048"]
     (directory / "result.json").unlink()
 
@@ -191,6 +272,43 @@ def test_mistakes_get_one_sentence(capsys, words, sentence):
     assert sentence in err and len(err.strip().splitlines()) <= 2 and out == ""
 
 
+def test_a_figures_row_is_of_the_seeds_that_its_curve_is_of(monkeypatch):
+    """A seed without the corpus, an older row without tasks, a limited one add nothing; one legend for all."""
+
+    def read(corpus, value, n=99, **change):
+        metrics = {str(length): value for length in figures.figure2.LENGTHS} | {"bucket_0": value - 1}
+        return entry(suite="figure2", task=corpus, n=n, of=99, metrics=metrics, protocol={"sequences": n}, **change)
+
+    def row(seed, *tasks):
+        trained = {"trained_on": "a" * 64, "data": "a" * 64, "window": 1, "trained_window": 1, "stride": 1}
+        return {
+            "recipe8": "r", "seed": seed, "steps": 5, "tasks": list(tasks),
+            "validation": trained | {"windows": 1, "of_windows": 1},
+            "environment": {"devices": ["cpu"], "date": "2026-01-02", "commit": "abcdef0", "dirty": False},
+        }  # fmt: skip
+
+    old = row(3)
+    del old["tasks"]
+    found = {
+        ID: [row(0, read("qmsum", 10.0)), row(1), row(2, read("qmsum", 99.0, n=2)), old],
+        "table3/samba/tiny": [row(0, read("pg19", 5.0, n=100) | {"of": 100})],
+        "table3/retnet/tiny": [row(0, read("qmsum", 10.0)), row(1, read("qmsum", 12.0))],
+        "table3/mamba/tiny": [row(0, read("qmsum", 8.0, n=2))],
+    }
+    monkeypatch.setattr(
+        figures.published, "of_experiment", lambda one, runs: figures.published.results(found.get(one.id, []))
+    )
+    drawn = {one["model"]: one for one in figures.rows("tiny")}
+    ours = drawn["gated-deltanet"]
+    assert (ours["prefix"][4096], ours["buckets"], ours["documents"], ours["marks"]) == (10.0, {0: 9.0}, 99, [])
+    assert (ours["seeds"], ours["of_seeds"], ours["protocol"]) == (1, 4, {"sequences": 99})
+    assert (drawn["retnet"]["prefix"][4096], drawn["retnet"]["buckets"]) == (11.0, {0: 10.0})
+    picture = figures.draw("tiny", list(drawn.values()))
+    legend = [text.get_text() for text in picture.legends[0].get_texts()]
+    assert sorted(legend) == ["gated-deltanet", "mamba (n = 2 of 99)", "retnet", "samba"]
+    assert "; of 1" in figures.described([ours])
+
+
 def test_a_figure_without_runs(capsys):
     assert main(["figure", "figure2", "--scale", "desk"]) == 2
     assert "No run at desk was evaluated for figure2; begin with: gdn run figure2/" in capsys.readouterr().err
@@ -202,6 +320,12 @@ def run_of(id, directory, step):
     """A run of the ID that says nothing."""
     byte = tokenizer.load("byte")
     return OpenRun(directory, experiments.get(id), scripted_model({}), step, Identity("a" * 64, byte.hash8), byte)
+
+
+def test_imported_parameters_have_no_unfinished_training(tmp_path):
+    suite = Suite("table3", {}, lambda *_: {"metrics": {}, "n": 1, "of": 1, "protocol": {}, "stand_in": ""})
+    run = replace(run_of(ID, tmp_path, 0), trained_on=Identity(None, tokenizer.load("byte").hash8))
+    assert suites.measure(suite, ["t"], Answering(run), Asked())[0]["marks"] == []
 
 
 def test_an_unfinished_training_is_marked(tmp_path):

@@ -226,6 +226,39 @@ def test_seeds_of_a_task_are_averaged_without_those_that_bear_marks():
     assert row["cell_marks"] == {}
 
 
+def test_a_cell_of_fewer_seeds_than_its_row_says_so(capsys):
+    write_run(row_of("table3/retnet/tiny", seed=1, tasks=[PIQA]))
+    write_run(row_of("table3/retnet/tiny", seed=2, tasks=[]))
+    row = tables.rows("table3", "tiny")[0]
+    assert row["cell_seeds"] == {"piqa": 1} and row["seeds"] == [1, 2]
+    assert row["protocols"]["piqa"] == {"device": "cpu", "commit": "abcdef0"}, "of the seed that was measured"
+    assert "51.25 (1 of 2 seeds)" in printed(capsys, "--scale", "tiny")
+
+
+def test_a_fresh_run_hides_no_published_task():
+    """Its own entry counts, unless the published one is the whole measure and its own is not."""
+    directory = write_run(row_of("table3/retnet/tiny", tasks=[PIQA]))
+    published.publish(directory)
+    (directory / "result.json").write_text(json.dumps(row_of("table3/retnet/tiny", 7.0)))
+    row = tables.rows("table3", "tiny")[0]
+    assert row["ours"]["piqa"] == pytest.approx(51.25) and row["ours"]["held_out_ppl"] == 7.0 and len(row["seeds"]) == 1
+    for n, expected in ((20, 51.25), (1838, 90)):
+        fresh = row_of("table3/retnet/tiny", tasks=[PIQA | {"n": n, "metrics": {"acc": 0.9}}])
+        (directory / "result.json").write_text(json.dumps(fresh))
+        assert tables.rows("table3", "tiny")[0]["ours"]["piqa"] == pytest.approx(expected)
+
+
+def test_task_numbers_of_uncommitted_files_are_not_published(monkeypatch):
+    dirty = PIQA | {"environment": PIQA["environment"] | {"dirty": True}}
+    directory = write_run(row_of("table3/retnet/tiny", tasks=[dirty]))
+    with pytest.raises(UserError, match=r"table3/piqa of .* was measured with uncommitted changes"):
+        published.publish(directory)
+    here = {"commit": "fedcba9", "dirty": False, "source": "01234567"}
+    monkeypatch.setattr(metrics, "environment", lambda: here)
+    (kept,) = json.loads(published.publish(directory).read_text())["tasks"]
+    assert (kept["environment"]["commit"], kept["environment"]["dirty"]) == ("fedcba9", False)
+
+
 def test_ours_less_the_papers_where_both_are_whole(capsys):
     write_run(row_of("table3/gated-deltanet/1.3b", tasks=[PIQA, entry("table3", "boolq", {"acc": 0.7}, 5, 3270)]))
     row = next(row for row in tables.rows("table3", "1.3b") if row["model"] == "gated-deltanet")

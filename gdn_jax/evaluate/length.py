@@ -61,8 +61,9 @@ def length_extrapolation(
                 training without any scaling
     limit       most sequences; None: all
 
-    Returns lengths and buckets as lists of {start, stop, nll, perplexity}, sequences, documents read, of which joined,
-    and the options. Every sequence has all tokens of every length, so means are weighted by tokens.
+    Returns lengths and buckets as lists of {start, stop, nll, perplexity}, sequences, documents in them, of which
+    joined, documents left out (read but in no sequence; 0 where `limit` ended the reading), and the options. Every
+    sequence has all tokens of every length, so means are weighted by tokens.
     Raises UserError for options out of range, documents too short together, and losses that are not finite.
     """
     lengths = sorted(set(lengths))
@@ -107,6 +108,7 @@ def length_extrapolation(
         "sequences": done,
         "documents": read.documents,
         "joined": read.joined,
+        "left_out": read.left_out,
         "bucket": bucket,
         "piece": piece,
     }
@@ -119,6 +121,7 @@ class Sequences:
         self._documents, self._size, self._eos, self._limit = documents, size, eos, limit
         self.documents = 0  # in the sequences; all that were read where there is no sequence
         self.joined = 0  # of them, those that share a sequence with others
+        self.left_out = 0  # empty ones, and those that were too few at the end; known when all are read
         self.tokens = 0
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -144,6 +147,7 @@ class Sequences:
                 short, length = [], 0
         if not made:
             self.documents = read
+        self.left_out = read - self.documents
 
 
 def _batches(sequences: Iterable[np.ndarray], size: int) -> Iterator[list[np.ndarray]]:

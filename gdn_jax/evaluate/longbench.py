@@ -16,7 +16,7 @@ from typing import Any
 
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.evaluate.generation import Ask, Truncation
-from gdn_jax.evaluate.rows import Source, load_rows
+from gdn_jax.evaluate.rows import TEXT, TEXTS, Kind, Source, check_row, load_rows
 
 DATASET = "Xnhyacinth/LongBench"
 
@@ -184,11 +184,14 @@ TASKS = {
 
 def rows_of(task: str, folder: Path) -> list[Row]:
     """The task's rows from folder/<task>.jsonl or .jsonl.gz. Errors as of load_rows."""
-    found = _task(task)
-    columns = ["context", "answers"]
-    columns += ["question"] if "{question}" in found.template else []
-    columns += ["all_classes"] if found.metric is classification else []
-    return load_rows(folder, task, columns, Source(DATASET, "test", task))
+    return load_rows(folder, task, _fields(_task(task)), Source(DATASET, "test", task))
+
+
+def _fields(task: Task) -> dict[str, Kind]:
+    """The columns of a task's rows."""
+    texts = ["context", "question"] if "{question}" in task.template else ["context"]
+    lists = ["answers", "all_classes"] if task.metric is classification else ["answers"]
+    return dict.fromkeys(texts, TEXT) | dict.fromkeys(lists, TEXTS)
 
 
 def make_prompt(task: str, row: Row) -> str:
@@ -221,6 +224,8 @@ def evaluate(
     found = _task(task)
     if not rows:
         raise UserError(f"There are no rows of {task}; give one at least.")
+    for number, row in enumerate(rows, 1):
+        check_row(row, f"{task}, row {number}", _fields(found))
     prompts = [make_prompt(task, row) for row in rows]
     out = ask(prompts, max_tokens=found.max_tokens, max_length=max_length, truncation=truncation)
     pairs = list(zip(out, rows, strict=True))

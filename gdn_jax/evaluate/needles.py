@@ -6,6 +6,8 @@ of lm-evaluation-harness 0.4.13 (tasks niah_single_1, 2, 3) for the same random 
 
 import functools
 import gzip
+import hashlib
+import importlib.metadata
 import json
 import random
 import re
@@ -30,6 +32,9 @@ PROMPT = (
 )
 ANSWER_PREFIX = "The special magic {kind} for {key} mentioned in the provided text is"
 DEPTHS = [round(100 * i / 39) for i in range(40)]  # per cent of a text's sentences
+# RULER's PaulGrahamEssays.json by its first words, of which every sample up to so many tokens is made.
+ESSAY_WORDS = 8192
+ESSAYS = "60d8a30387e9717b80cc73308a586c6516e43d7a772934bd4a2fd5ebfea9a5a9"  # sha256 of them, a space between two
 TEXT_STEP = 500  # words
 NOISE_STEP, SHORT_NOISE_STEP, SHORT = 25, 5, 4096  # lines; the second below SHORT tokens
 
@@ -65,6 +70,15 @@ class Haystack:
             self._first[count] = self.sentences(" ".join(self.words[:count]).strip())
         return self._first[count]
 
+    @property
+    def sha256(self) -> str:
+        """Of the words, a space between two: the same wherever the text lies and however its lines end."""
+        return _sha256(self.words)
+
+    def made_with(self) -> dict[str, str]:
+        """The versions of the libraries that cut the text."""
+        return {"nltk": importlib.metadata.version("nltk")} if self.sentences is punkt else {}
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -97,7 +111,10 @@ def matches(continuation: str, value: str) -> bool:
 
 
 def essays(path: Path) -> Haystack:
-    """A text file, or RULER's .json with a field "text", cut into sentences by NLTK's Punkt as RULER does."""
+    """A text file, or RULER's .json with a field "text", cut into sentences by NLTK's Punkt as RULER does.
+
+    A stand-in unless its first words are those of RULER's file.
+    """
     try:
         content = path.read_text()
         text = json.loads(content)["text"] if path.suffix == ".json" else content
@@ -105,7 +122,8 @@ def essays(path: Path) -> Haystack:
         raise UserError(f"The haystack {path} cannot be read ({error.strerror}); give the path of a text.") from None
     except (ValueError, KeyError, TypeError):
         raise UserError(f"The haystack {path} is no text in UTF-8, nor .json with a field 'text'; repair it.") from None
-    return Haystack(str(path), tuple(re.sub(r"\s+", " ", text).split(" ")), punkt)
+    words = tuple(re.sub(r"\s+", " ", text).split(" "))
+    return Haystack(path.name, words, punkt, stand_in=_sha256(words[:ESSAY_WORDS]) != ESSAYS)
 
 
 def novels() -> Haystack:
@@ -113,6 +131,10 @@ def novels() -> Haystack:
     with gzip.open(NOVELS, "rt") as lines:
         text = " ".join(json.loads(line)["text"] for line in lines)
     return Haystack("english-novels", tuple(text.split()), plain_sentences, stand_in=True)
+
+
+def _sha256(words: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
 
 def punkt(text: str) -> list[str]:
@@ -141,8 +163,19 @@ def word_pairs() -> tuple[str, ...]:
         from wonderwords import RandomWord
     except ImportError:
         raise UserError("Keys need the library wonderwords; install it with: pip install 'gdn_jax[eval]'.") from None
-    words = RandomWord(enhanced_prefixes=False).parts_of_speech
-    return tuple(sorted({f"{a}-{n}" for a in words["adjectives"] for n in words["nouns"]}))
+    try:
+        words = RandomWord(enhanced_prefixes=False).parts_of_speech
+        return tuple(sorted({f"{a}-{n}" for a in words["adjectives"] for n in words["nouns"]}))
+    except (TypeError, KeyError):
+        raise UserError(
+            f"wonderwords {words_version()} has other lists of words than keys are drawn from; install the right "
+            f"version with: pip install 'gdn_jax[eval]'."
+        ) from None
+
+
+def words_version() -> str:
+    """The version of wonderwords, whose list decides every key and, by the draws, every needle's place."""
+    return importlib.metadata.version("wonderwords")
 
 
 def make_samples(

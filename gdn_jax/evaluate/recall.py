@@ -12,7 +12,7 @@ from typing import Any
 
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.evaluate.generation import Ask
-from gdn_jax.evaluate.rows import Source, load_rows
+from gdn_jax.evaluate.rows import LABELS, TEXT, TEXTS, Kind, Source, check_row, load_rows
 from gdn_jax.tokenizer import Tokenizer
 
 CONTEXT_LENGTH = 2048  # tokens, the paper's; JRT's own script has 1000
@@ -21,6 +21,8 @@ ANSWER_TOKENS = 48
 STOPS = ("\n",)
 SUMMARY = "Summary of information above..."  # begins SWDE's own prompt at the end of its text
 LOOP_COPIES, LOOP_CHARACTERS = 3, 16
+_A_NUMBER = Kind("a number of tokens", lambda value: isinstance(value, int) and not isinstance(value, bool))
+MAY_LACK = {"alt_answers": TEXTS, "tok_pos": _A_NUMBER}  # columns
 
 Row = dict[str, Any]
 
@@ -76,13 +78,17 @@ def _squad(row: Row) -> str:
     return row["text"].strip()  # ends just before the answer already
 
 
-def _question(row: Row) -> str:
-    question = row["question"].strip()
-    return f"{_without_end(row['context'].strip(), question).strip().strip('.')}. {question}"
+def _drop(row: Row) -> str:
+    return _question(row["context"].strip(), row["question"].strip())
 
 
 def _triviaqa(row: Row) -> str:
-    return _question(row | {"context": re.sub(r"\[PAR\]|\[DOC\]|\[TLE\]", "", row["context"].strip())})
+    # A question before a mark at the end stays: the space between them hides it from JRT, too.
+    return _question(re.sub(r"\[PAR\]|\[DOC\]|\[TLE\]", "", row["context"].strip()), row["question"].strip())
+
+
+def _question(context: str, question: str) -> str:
+    return f"{_without_end(context, question).strip().strip('.')}. {question}"
 
 
 def _nq(row: Row) -> str:
@@ -106,14 +112,25 @@ TASKS = {
     "fda": Task("FDA", "hazyresearch/based-fda", ("text", "key", "value"), "text", ("key", "value"), "value", _fda),
     "triviaqa": Task("TQA", "hazyresearch/based_triviaqa", _ASKED, "context", (), "answers", _triviaqa),
     "nq": Task("NQ", "hazyresearch/based_nq_2048", _ASKED, "context", ("answers",), "answers", _nq),
-    "drop": Task("DROP", "hazyresearch/based_drop", _ASKED, "context", (), "answers", _question),
+    "drop": Task("DROP", "hazyresearch/based_drop", _ASKED, "context", (), "answers", _drop),
 }  # in the order of the paper's columns
 
 
 def rows_of(task: str, folder: Path) -> list[Row]:
     """The task's rows from folder/<task>.jsonl or .jsonl.gz. Errors as of load_rows."""
     found = _task(task)
-    return load_rows(folder, task, found.columns, Source(found.dataset, "validation"))
+    rows = load_rows(folder, task, found.columns, Source(found.dataset, "validation"))
+    _check(task, rows, str(folder / task))
+    return rows
+
+
+def _check(task: str, rows: Sequence[Row], name: str) -> None:
+    """UserError for a row whose columns hold something else, the two that it may lack included."""
+    columns = TASKS[task].columns
+    fields = {column: LABELS if column == "answers" else TEXT for column in columns}
+    for number, row in enumerate(rows, 1):
+        others = {column: kind for column, kind in MAY_LACK.items() if row.get(column) not in (None, [])}
+        check_row(row, f"{name}, row {number}", fields | others)
 
 
 def make_prompt(task: str, row: Row, tokenizer: Tokenizer, context_length: int = CONTEXT_LENGTH) -> str | None:
@@ -140,6 +157,7 @@ def evaluate(
     found = _task(task)
     if context_length <= ANSWER_LENGTH + 1:
         raise UserError(f"context_length is {context_length}; it must be at least {ANSWER_LENGTH + 2} tokens.")
+    _check(task, rows, task)
     prompts = [make_prompt(task, row, tokenizer, context_length) for row in rows]
     asked = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if prompt is not None]
     if not asked:
@@ -171,11 +189,12 @@ def _cut(text: str, around: Sequence[str], row: Row, tokenizer: Tokenizer, room:
         if len(answer) <= 1:
             return None
         places += _mentions(answer, text)
-    for answer in [] if places else row.get("alt_answers") or []:
-        places = places or _mentions(answer, text)
+    if around and not places:
+        for answer in row.get("alt_answers") or []:
+            places = places or _mentions(answer, text)
     if around and not places:  # the end is kept then, or what the row says
         before = len(tokenizer.encode(text[:-1]))
-        if "tok_pos" in row and before > room:
+        if row.get("tok_pos") is not None and before > room:
             before = row["tok_pos"]
     else:
         before = len(tokenizer.encode(text[: min(places, default=0)]))

@@ -40,14 +40,13 @@ def _are_texts(value: Any) -> bool:
 
 
 def _are_labels(value: Any) -> bool:
-    texts = [value] if isinstance(value, str) else value
-    return _are_texts(texts) and all(texts)
+    return _are_texts(value) and all(value)  # every continuation contains an empty one
 
 
 ANYTHING = Kind("there", lambda value: True)
 TEXT = Kind("a text", _is_text)
 TEXTS = Kind("a list of texts, one at least", _are_texts)
-LABELS = Kind("a text or a list of texts, none of them empty", _are_labels)
+LABELS = Kind("a list of texts, one at least and none of them empty", _are_labels)
 
 
 def local_file(folder: Path, name: str) -> Path | None:
@@ -74,16 +73,21 @@ def load_rows(folder: Path, name: str, fields: Mapping[str, Kind] | Sequence[str
     kinds = fields if isinstance(fields, Mapping) else dict.fromkeys(fields, ANYTHING)
     rows = []
     for number, row in numbered(path):
-        for column, kind in kinds.items():
-            if column not in row:
-                raise UserError(f"{path}, line {number}: there is no column {column!r}; add it.")
-            if not kind.fits(row[column]):
-                raise UserError(
-                    f"{path}, line {number}: {column} is {json.dumps(row[column])[:SHOWN]}, but must be {kind.words}; "
-                    f"mend the row, or leave it out."
-                )
+        check_row(row, f"{path}, line {number}", kinds)
         rows.append(row)
     return rows
+
+
+def check_row(row: Mapping[str, Any], where: str, fields: Mapping[str, Kind]) -> None:
+    """A UserError, which begins with `where`, unless every one of `fields` is in the row and what it must be."""
+    for column, kind in fields.items():
+        if column not in row:
+            raise UserError(f"{where}: there is no column {column!r}; add it.")
+        if not kind.fits(row[column]):
+            raise UserError(
+                f"{where}: {column} is {json.dumps(row[column])[:SHOWN]}, but must be {kind.words}; mend the row, or "
+                f"leave it out."
+            )
 
 
 def numbered(path: Path) -> Iterator[tuple[int, Row]]:

@@ -10,8 +10,6 @@ share it must agree on it with one device that has it whole. The last one has be
 
 import dataclasses
 import json
-import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,19 +99,17 @@ def work(point: Row) -> Row:
 
 
 def measure(todo: list[Row], timeout: int) -> dict[str, Any]:
-    """{"rows", "stopped"} as training_speed.run: one line for each point to stderr."""
-    rows: list[Row] = []
-    stopped = 0
-    try:
-        with workers.terminable():
-            for point in todo:
-                row = workers.ask(MODULE, point, timeout)
-                rows.append(point | {"tokens_per_s": None, "note": row} if isinstance(row, str) else row)
-                print(f"[{len(rows)}/{len(todo)}] {_said(rows[-1])}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt as stop:
-        stopped = signal.SIGTERM if isinstance(stop, workers.Terminated) else signal.SIGINT
-    rows += [point | {"tokens_per_s": None, "note": NOT_RUN} for point in todo[len(rows) :]]
-    return {"rows": rows, "stopped": int(stopped)}
+    """{"rows", "stopped"} as workers.each."""
+
+    def failed(point: Row, note: str) -> Row:
+        return point | {"tokens_per_s": None, "note": note}
+
+    def measured(point: Row) -> tuple[Row, str]:
+        row = workers.ask(MODULE, point, timeout)
+        row = failed(point, row) if isinstance(row, str) else row
+        return row, _said(row)
+
+    return workers.each(todo, measured, lambda point: failed(point, NOT_RUN))
 
 
 def _said(row: Row) -> str:

@@ -7,7 +7,6 @@ measures one; this module starts no JAX elsewhere.
 
 import dataclasses
 import json
-import signal
 import statistics
 import sys
 import tempfile
@@ -293,28 +292,24 @@ def _row(point: Point) -> Row:
 
 
 def run(todo: Sequence[Point], timeout: int) -> dict[str, Any]:
-    """Measure every point that is not kept, one line each to stderr.
+    """Measure every point that is not kept, one line each to stderr: {"rows", "stopped"} as workers.each.
 
-    Returns {"rows", "stopped"}: `stopped` is the signal that ended the measuring or 0; rows not reached then say
-    "not run".
+    Rows not reached say "not run".
     """
-    rows: list[Row] = []
     here: Row = {}
-    stopped = 0
-    try:
-        with workers.terminable():
-            here = workers.ask(MODULE, {}, STARTING)
-            if isinstance(here, str):
-                raise UserError(f"No process could find its device here ({here}); `gdn doctor` says more.")
-            for point in todo:
-                row = kept(point, here["environment"])
-                said = "kept, " if row else ""
-                rows.append(row or _measured(point, timeout, here))
-                print(f"[{len(rows)}/{len(todo)}] {said}{described(rows[-1])}", file=sys.stderr, flush=True)
-    except KeyboardInterrupt as stop:
-        stopped = signal.SIGTERM if isinstance(stop, workers.Terminated) else signal.SIGINT
-    rows += [_row(point) | here | {"note": NOT_RUN} for point in todo[len(rows) :]]
-    return {"rows": rows, "stopped": int(stopped)}
+
+    def measured(point: Point) -> tuple[Row, str]:
+        if not here:
+            found = workers.ask(MODULE, {}, STARTING)
+            if isinstance(found, str):
+                raise UserError(f"No process could find its device here ({found}); `gdn doctor` says more.")
+            here.update(found)
+        if row := kept(point, here["environment"]):
+            return row, f"kept, {described(row)}"
+        row = _measured(point, timeout, here)
+        return row, described(row)
+
+    return workers.each(todo, measured, lambda point: _row(point) | here | {"note": NOT_RUN})
 
 
 def _measured(point: Point, timeout: int, here: Row) -> Row:

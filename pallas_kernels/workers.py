@@ -12,8 +12,11 @@ import sys
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+Row = dict[str, Any]
+T = TypeVar("T")
 
 
 class Terminated(KeyboardInterrupt):
@@ -66,6 +69,25 @@ def ask(module: str, job: Any, timeout: float, environment: Mapping[str, str] | 
         code = process.returncode
         end = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
         return f"failed: {end}, {(err.strip().splitlines() or ['without a word'])[-1]}"
+
+
+def each(todo: Sequence[T], measure: Callable[[T], tuple[Row, str]], not_reached: Callable[[T], Row]) -> dict[str, Any]:
+    """Measures one point after the other; measure(point) is its row and what to say of it, a line each to stderr.
+
+    Returns {"rows", "stopped"}: `stopped` is the signal that ended the measuring or 0; points not reached then have the
+    row not_reached(point).
+    """
+    rows: list[Row] = []
+    stopped = 0
+    try:
+        with terminable():
+            for point in todo:
+                row, said = measure(point)
+                rows.append(row)
+                print(f"[{len(rows)}/{len(todo)}] {said}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as stop:
+        stopped = signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT
+    return {"rows": rows + [not_reached(point) for point in todo[len(rows) :]], "stopped": int(stopped)}
 
 
 def answer(work: Callable[[Any], dict[str, Any]], module: str) -> None:

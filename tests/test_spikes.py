@@ -266,11 +266,11 @@ def test_three_rewinds_without_a_checkpoint_stop(run, home):
 # --- several processes ---
 
 
-SLOW = [pytest.param(word, marks=pytest.mark.slow) for word in ("skip", "stop")]
 GENTLE = 1e-4  # with 1e-2 rounding alone changes the losses by a hundredth after 40 steps
 
 
-@pytest.mark.parametrize("on_spike", ["rewind", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("on_spike", ["rewind", "skip", "stop"])
 def test_two_processes_do_as_one(run, home, tmp_path, on_spike):
     """The same steps left out or passed over, the same losses, everything said and recorded once."""
     with pytest.raises(UserError) if on_spike == "stop" else contextlib.nullcontext() as stop:

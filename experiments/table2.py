@@ -30,25 +30,23 @@ def measure(task: str, answers: "Answers", run: "OpenRun", asked: Asked) -> Row:
     from gdn_jax.evaluate import needles
 
     tokenizer, count = answers.tokenizer, min(SAMPLES, asked.limit or SAMPLES)
-    noise = needles.TASKS[task].haystack == "noise"
-    haystack = None if noise else needles.novels() if asked.haystack is None else needles.essays(asked.haystack)
-    rng = random.Random(needles.SEED)  # one for all lengths, as the harness draws them
+    text = needles.novels() if asked.haystack is None else needles.essays(asked.haystack)  # refused before any task
+    haystack = None if needles.TASKS[task].haystack == "noise" else text
+    rng = random.Random(needles.SEED)  # one for all lengths, as the harness draws them: a limit changes the later ones
     found = {}
     for length in LENGTHS[task]:
-        # All are drawn, whatever the limit: the next length's samples are those of the whole measure, too.
-        drawn = count if length == LENGTHS[task][-1] else SAMPLES
         samples = needles.make_samples(
-            task, lambda text: len(tokenizer.encode(text)), length, haystack=haystack, samples=drawn, seed=rng
+            task, lambda text: len(tokenizer.encode(text)), length, haystack=haystack, samples=count, seed=rng
         )
-        found[length] = needles.evaluate(samples[:count], answers.ask)
+        found[length] = needles.evaluate(samples, answers.ask)
     first = found[LENGTHS[task][0]]
-    text = {} if haystack is None else {"haystack_sha256": haystack.sha256} | haystack.made_with()
+    made_with = {} if haystack is None else {"haystack_sha256": haystack.sha256} | haystack.made_with()
     return {
         "metrics": {str(length): one["accuracy"] for length, one in found.items()},
         "n": count,
         "of": SAMPLES,
         "protocol": {"haystack": first["haystack"], "steps": [one["step"] for one in found.values()]}
-        | text
+        | made_with
         | {"wonderwords": needles.words_version()},
         "stand_in": f"haystack {first['haystack']} in place of the essays" if first["stand_in"] else "",
     }

@@ -19,7 +19,15 @@ from gdn_jax.tree import named_leaves
 ID = "table3/gated-deltanet/tiny"
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (4, 1), (4, 2), (4, 4)], ids=lambda sizes: f"{sizes[0]}x{sizes[1]}")
+LAYOUTS = [  # (devices, of them over which parameters are split)
+    pytest.param((2, 1), id="2x1", marks=pytest.mark.slow),
+    pytest.param((4, 1), id="4x1"),
+    pytest.param((4, 2), id="4x2"),
+    pytest.param((4, 4), id="4x4", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
 def step(request):
     count, fsdp = request.param
     experiment = experiments.get(ID)

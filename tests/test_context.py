@@ -130,7 +130,14 @@ def test_kernels(monkeypatch, pieces):
     compare(with_gradients(of_row, cotangents), (arrays, segments), {"context": 2}, tolerance=2e-2)
 
 
-@pytest.mark.parametrize(("impl", "documents"), [("chunked", False), ("chunked", True), ("triton_interpret", True)])
+@pytest.mark.parametrize(
+    ("impl", "documents"),
+    [
+        ("chunked", True),
+        pytest.param("chunked", False, marks=pytest.mark.slow),
+        pytest.param("triton_interpret", True, marks=pytest.mark.slow),
+    ],
+)
 def test_convolution(impl, documents):
     """The inputs before a part are its neighbour's last ones, and a document's alone."""
     keys = jax.random.split(jax.random.key(0), 6)

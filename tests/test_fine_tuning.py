@@ -60,7 +60,7 @@ def leaves(directory, step=None):
     return {name: np.asarray(leaf) for name, leaf in named_leaves(checkpoint.load(directory, step)[1]).items()}
 
 
-@pytest.mark.parametrize(("source", "step"), [("run", 4), ("imported", 0)])
+@pytest.mark.parametrize(("source", "step"), [("run", 4), pytest.param("imported", 0, marks=pytest.mark.slow)])
 def test_parameters_only(source, step):
     assert main([*TUNE, source, *STILL]) == 0
     wanted, found = leaves(Path(source)), leaves(OUT, 2)
@@ -91,6 +91,7 @@ def test_it_goes_on_without_its_source(capfd):
     assert losses(OUT) == wanted and len(wanted) == 4
 
 
+@pytest.mark.slow
 def test_it_is_another_run_than_one_from_random_parameters(capfd):
     plain = registered()
     tuned = fine_tuning.from_run(plain, RUN)

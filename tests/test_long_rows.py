@@ -13,6 +13,7 @@ from experiments.run import main
 FLAGS = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2")
 
 
+@pytest.mark.slow
 def test_devices_that_share_a_row_agree_with_one(tmp_path):
     words = ["--scale", "tiny", "--models", "retnet", "--lengths", "64", "--devices", "1,2,4", "--repetitions", "1"]
     done = subprocess.run(

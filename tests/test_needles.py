@@ -9,10 +9,8 @@ import re
 from pathlib import Path
 
 import pytest
-from eval_text import KEYS, Script, count_tokens, haystack_words, told
+from eval_text import KEYS, Script, count_tokens, haystack_words
 
-from experiments import table2
-from experiments.suites import Asked
 from gdn_jax import tokenizer
 from gdn_jax.errors import UserError
 from gdn_jax.evaluate import needles
@@ -129,26 +127,6 @@ def test_the_word_list_is_the_one_of_the_extras():
         assert pinned in extras["options.extras_require"][name].split(), f"{name} pins the version that is tested"
     pairs = word_pairs()
     assert len(pairs) == LISTED[0] and hashlib.sha256(" ".join(pairs[::1000]).encode()).hexdigest()[:16] == LISTED[1]
-
-
-def test_a_limit_asks_the_first_samples_of_the_whole_measure(monkeypatch):
-    """Of every length: one generator draws the lengths one after the other, as the harness's does."""
-    monkeypatch.setattr(table2, "LENGTHS", {"niah_single_1": (1024, 2048)})
-    monkeypatch.setattr(table2, "SAMPLES", 6)
-    pytest.importorskip("wonderwords")
-    asked = {}
-    for limit in (None, 2):
-
-        class Recorded:
-            tokenizer = BYTES
-
-            def ask(self, prompts, limit=limit, **options):
-                asked.setdefault(limit, []).append(list(prompts))
-                return told([""] * len(prompts))(prompts, **options)
-
-        row = table2.measure("niah_single_1", Recorded(), None, Asked(limit=limit))
-    assert [prompts[:2] for prompts in asked[None]] == asked[2] and len(asked[None][1]) == 6
-    assert row["n"] == 2 and row["protocol"].keys() == {"haystack", "steps", "wonderwords"}
 
 
 def test_essays_from_a_file(tmp_path):

@@ -146,9 +146,8 @@ def damaged_for_one(checkpoint):
     return through
 
 
-@pytest.mark.parametrize(
-    "damage", [damaged_for_one, *(pytest.param(damage, marks=pytest.mark.slow) for damage in (cut_short, altered))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [damaged_for_one, cut_short, altered])
 def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_it_taken(alone, earlier, tmp_path, damage):
     data_root, wanted = alone
     through = damage(earlier / "checkpoints" / "12") or ()

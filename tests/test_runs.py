@@ -106,6 +106,7 @@ def test_other_data_may_be_evaluated_and_the_numbers_say_so(here, capfd):
     assert json.loads(capfd.readouterr().out)["validation"] == result()["validation"] == whole["validation"]
 
 
+@pytest.mark.slow
 def test_an_evaluation_of_three_windows_keeps_the_whole_one(here, capfd):
     whole = result()
     assert main(["run", ID, "--windows", "3"]) == 0
@@ -176,13 +177,14 @@ def changed_byte(path, offset):
     path.write_bytes(content)
 
 
-def test_a_flipped_byte_of_a_checkpoint_never_passes(here, capfd):
-    """Every file of it, a few places each: the parameters are those that were written, or the checkpoint is refused."""
+@pytest.mark.parametrize("places", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_flipped_byte_of_a_checkpoint_never_passes(here, capfd, places):
+    """Every file of it, some places each: the parameters are those that were written, or the checkpoint is refused."""
     chance, refused = random.Random(0), 0
     wanted = {name: np.asarray(leaf) for name, leaf in named_leaves(checkpoint.load(RUN)[1]).items()}
     for path in sorted(path for path in (RUN / "checkpoints" / "6").rglob("*") if path.is_file()):
         content = path.read_bytes()
-        for _ in range(3):
+        for _ in range(places):
             changed_byte(path, chance.randrange(len(content)))
             try:
                 found = named_leaves(checkpoint.load(RUN)[1])
@@ -194,7 +196,7 @@ def test_a_flipped_byte_of_a_checkpoint_never_passes(here, capfd):
                 assert found.keys() == wanted.keys()
                 assert all(np.array_equal(np.asarray(found[name]), wanted[name]) for name in wanted), path
             path.write_bytes(content)
-    assert refused >= 3
+    assert refused >= 2 * places
 
 
 def test_a_parameter_that_is_not_what_was_written_is_named(here, capfd, monkeypatch):

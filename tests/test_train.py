@@ -282,7 +282,7 @@ def unfinished(path):
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_stop_signal_saves_and_the_run_goes_on(home, uninterrupted, number):
     name = f"stopped-{number.name}"
     worker = run_in_process(home, name, save_every=1000)

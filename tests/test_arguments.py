@@ -131,3 +131,11 @@ def test_rules_name_the_value_and_the_rule():
         with pytest.raises(ValueError, match=f"v has {value_heads} heads, not a multiple of the {heads} heads of q"):
             arguments.check_heads(heads, value_heads)
     arguments.check_dtypes(x=jnp.ones(1, jnp.bfloat16), gate=None)
+
+
+def test_float64_is_for_all_arrays_or_for_none():
+    with jax.enable_x64(True):
+        wide, narrow = jnp.ones(3, jnp.float64), jnp.ones(3, jnp.float32)
+        arguments.check_dtypes(q=wide, k=None, v=wide)
+        with pytest.raises(ValueError, match="q is float64 and v float32; pass all in float64, or none."):
+            arguments.check_dtypes(q=wide, k=None, v=narrow)

@@ -1,6 +1,7 @@
 """The gated norm against its equation in float64, what it keeps, its invariants and argument rules."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -139,3 +140,10 @@ X, W = jnp.ones((2, 6)), jnp.ones(6)
 def test_wrong_arguments_are_refused_with_the_reason(arrays, options, error, words):
     with pytest.raises(error, match=words):
         gated_norm(*arrays, **({"eps": 1e-5} | options))
+
+
+@pytest.mark.parametrize("gate_first", [False, True])
+def test_the_oracle_has_gradients_of_gates_far_below_zero(gate_first):
+    x, weight, gate = jnp.ones((1, 2, 4)), jnp.ones(4), jnp.full((1, 2, 4), -200.0)
+    norm = partial(gated_norm, eps=1e-5, gate_first=gate_first, impl="reference")
+    assert np.all(np.isfinite(jax.grad(lambda gate: norm(x, weight, gate).sum())(gate)))

@@ -188,7 +188,7 @@ class Linear(nnx.Module):
         x, kernel = x.astype(compute.dtype), self.kernel[:, columns].astype(compute.dtype)
         if not exact:
             y = product(x, kernel)
-        elif kernel.dtype.itemsize < 4 and x.shape[-2] > 1:
+        elif kernel.dtype.itemsize < 4 and x.shape[-2:-1] != (1,):
             y = _exact_product(x, kernel)
         else:
             y = product(x, kernel, at_least_fp32(compute.dtype))
@@ -240,12 +240,13 @@ def for_single_tokens(block: nnx.Module) -> None:
 
     The kernels of Linears of one input (`together`) become one, and all kernels get rows and columns of zeros up to
     multiples of ALIGNED / 2 and ALIGNED. XLA would else join products by itself, or split them into aligned parts, and
-    lay out their weights again for every token.
+    lay out their weights again for every token. A mixer from outside, which may read its kernels otherwise than by
+    calling Linears, has no TOGETHER and stays as it is.
     """
     for module in (block.mixer, block.mlp):
-        if module is None:
+        if not hasattr(module, "TOGETHER"):
             continue
-        joined = [getattr(module, name) for name in getattr(module, "TOGETHER", ())]
+        joined = [getattr(module, name) for name in module.TOGETHER]
         joined = [one for one in joined if one is not None]
         if joined:
             whole = jnp.concatenate([one.kernel[...] for one in joined], axis=1)

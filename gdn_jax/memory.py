@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 
 from gdn_jax.config import Model
+from gdn_jax.decode import layers_of
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute
 from gdn_jax.mixers.attention import KVCache
@@ -35,9 +36,9 @@ def cache_bytes(cfg: Model, batch_size: int, room: int, compute: Compute) -> int
 def needed_bytes(cfg: Model, lengths: Sequence[int], *, max_tokens: int, batch_size: int, compute: Compute) -> int:
     """About how many bytes continuing prompts of these lengths takes, beside the parameters.
 
-    The sum of: a copy of the layers' parameters; caches and logits of the rows, and of the largest group of prompts
-    that waits for rows; the largest temporary arrays, which are the fp32 outputs of one block's matrix products while a
-    piece of a prompt is read.
+    The sum of: the copy of the layers' parameters that `decode` reads; caches and logits of the rows, and of the
+    largest group of prompts that waits for rows; the largest temporary arrays, which are the fp32 outputs of one
+    block's matrix products while a piece of a prompt is read.
     """
     widths = {bucket(length) for length in lengths}
     waiting = max(rows_at_once(width, batch_size) for width in widths)
@@ -50,7 +51,7 @@ def needed_bytes(cfg: Model, lengths: Sequence[int], *, max_tokens: int, batch_s
     rows = batch_size + waiting
     caches = cache_bytes(cfg, rows, cache_room(cfg, max(lengths) + max_tokens), compute)
     model = jax.eval_shape(lambda lm: for_inference(lm, compute.dtype), abstract_model(cfg))
-    return _bytes(model.groups) + caches + 4 * (rows * cfg.vocab + read * max(outputs.values()))
+    return _bytes(jax.eval_shape(layers_of, model)) + caches + 4 * (rows * cfg.vocab + read * max(outputs.values()))
 
 
 def step_bytes(cfg: Model, batch_size: int, tokens: int, compute: Compute) -> int:

@@ -173,7 +173,6 @@ class LM(nnx.Module):
             elif isinstance(block.mixer, Attention) and room is not None:
                 block.mixer.check_room(room, 0, tokens.shape[1], lengths)
         x = self.embed[jnp.asarray(tokens, jnp.int32)].astype(compute.dtype)
-        groups = _kernels_in(self.groups, compute.dtype)
 
         def group_of(x: Array, group: Group, past: PyTree, bounds: Array | None) -> tuple[Array, PyTree]:
             return group(
@@ -195,6 +194,7 @@ class LM(nnx.Module):
                 x, past = group_of(x, group, past, bounds)
                 new.append(past)
             return self.norm(x, compute), new
+        groups = _kernels_in(self.groups, compute.dtype)
         if cache is not None:  # carried, not scanned over: a loop updates in place what it carries
             repeats = jnp.arange(self.config.repeats)
             (x, cache), _ = jax.lax.scan(body_with_cache, (x, cache), (repeats, groups, self.bounds_by_layer()))

@@ -49,6 +49,7 @@ def sample(logits: Float[Array, "vocab"], key: Array, sampling: Sampling) -> Int
     if sampling.top_k is not None:
         ranked = jnp.where(jnp.arange(ranked.size) < sampling.top_k, ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked)
-    before = jnp.cumsum(probability) - probability  # of the likelier tokens; 0 for the first, so one is always kept
+    likelier = jnp.cumsum(probability[:-1])
+    before = jnp.concatenate([jnp.zeros(1, likelier.dtype), likelier])  # exactly 0 for the first: one is always kept
     ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
     return order[jax.random.categorical(key, ranked)].astype(jnp.int32)

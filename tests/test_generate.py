@@ -105,6 +105,7 @@ DRAWN = [
     (Sampling(temperature=1.0, top_p=0.75), [4 / 9, 3 / 9, 2 / 9, 0]),
     (Sampling(temperature=1.0, top_k=3, top_p=0.77), [4 / 7, 3 / 7, 0, 0]),  # 7/9 after top_k reaches 0.77
     (Sampling(temperature=1.0, top_p=1e-6), [1, 0, 0, 0]),
+    (Sampling(temperature=1.0, top_p=1e-30), [1, 0, 0, 0]),
     (Sampling(temperature=1e-3), [1, 0, 0, 0]),
     (Sampling(), [1, 0, 0, 0]),
 ]

@@ -18,6 +18,7 @@ from gdn_jax.layers import (
     ShortConv,
     compute_for,
     dt_bias_init,
+    for_single_tokens,
     linear_init,
     log_decay_rate_init,
     normal,
@@ -69,8 +70,23 @@ def test_linear_accumulates_in_fp32_and_can_return_it():
     linear.kernel[...], linear.bias[...] = jnp.full((256, 1), 1.0), jnp.full(1, 0.25)
     x = jnp.ones((1, 256), jnp.float32)
     assert linear(x, Compute(), exact=True)[0, 0] == 256.25  # bf16 would give 256
+    assert linear(x[0], Compute(), exact=True)[0] == 256.25
     assert linear(x, Compute()).dtype == jnp.bfloat16
     assert linear.kernel.dtype == linear.bias.dtype == jnp.float32
+
+
+class Own(nnx.Module):
+    """A mixer from outside that reads the kernel of its Linear itself."""
+
+    def __init__(self):
+        self.proj = Linear(6, 5, normal(1.0), rngs=nnx.Rngs(0))
+
+
+def test_single_tokens_leave_the_kernels_of_mixers_from_outside_alone():
+    block = nnx.Module()
+    block.mixer, block.mlp = Own(), None
+    for_single_tokens(block)
+    assert block.mixer.proj.kernel.shape == (6, 5)
 
 
 def direct_conv(x, weight, segments=None):

@@ -52,6 +52,13 @@ def test_numpy_tokens_are_taken(dtype):
     np.testing.assert_allclose(next_token_loss(lm, batch, FP32), expected, rtol=1e-6)
 
 
+def test_tokens_of_a_type_that_counts_less_than_the_vocabulary():
+    lm, tokens = init_model(get("smoke/transformer").model, jax.random.key(0)), ids(vocab=100)
+    assert lm.config.vocab > 127
+    hidden, _ = lm(tokens.astype(np.int8), compute=FP32)
+    np.testing.assert_array_equal(hidden, lm(tokens, compute=FP32)[0])
+
+
 @pytest.mark.parametrize("strange", [-1, -100, 64])
 def test_a_token_outside_the_vocabulary_is_refused(strange):
     lm, tokens = attention("swa"), ids()

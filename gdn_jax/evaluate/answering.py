@@ -180,14 +180,14 @@ def read_requests(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return facts, rows
 
 
-TEXTS = {"loglikelihood": 2, "rolling": 1, "ask": 1}  # of a request, by its kind
+LENGTHS = {"loglikelihood": 2, "rolling": 1, "ask": 1}  # of a request's texts, by its kind
 
 
 def _is_request(row: Any) -> bool:
-    if not isinstance(row, dict) or row.get("kind") not in tuple(TEXTS) or not _are_texts(row.get("texts")):
+    if not isinstance(row, dict) or row.get("kind") not in tuple(LENGTHS) or not _are_texts(row.get("texts")):
         return False
     options = row["kind"] != "ask" or (isinstance(row.get("max_tokens"), int) and _are_texts(row.get("stops")))
-    return options and len(row["texts"]) == TEXTS[row["kind"]]
+    return options and len(row["texts"]) == LENGTHS[row["kind"]]
 
 
 def _are_texts(value: Any) -> bool:

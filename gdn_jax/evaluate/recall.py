@@ -119,15 +119,19 @@ TASKS = {
 def rows_of(task: str, folder: Path) -> list[Row]:
     """The task's rows from folder/<task>.jsonl or .jsonl.gz. Errors as of load_rows."""
     found = _task(task)
-    rows = load_rows(folder, task, found.columns, Source(found.dataset, "validation"))
+    rows = load_rows(folder, task, _fields(found), Source(found.dataset, "validation"))
     _check(task, rows, str(folder / task))
     return rows
 
 
+def _fields(task: Task) -> dict[str, Kind]:
+    """The columns of a task's rows, but for those that a row may lack."""
+    return {column: LABELS if column == "answers" else TEXT for column in task.columns}
+
+
 def _check(task: str, rows: Sequence[Row], name: str) -> None:
     """UserError for a row whose columns hold something else, the two that it may lack included."""
-    columns = TASKS[task].columns
-    fields = {column: LABELS if column == "answers" else TEXT for column in columns}
+    fields = _fields(TASKS[task])
     for number, row in enumerate(rows, 1):
         others = {column: kind for column, kind in MAY_LACK.items() if row.get(column) not in (None, [])}
         check_row(row, f"{name}, row {number}", fields | others)

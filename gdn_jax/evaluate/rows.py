@@ -3,7 +3,7 @@
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,6 @@ def _are_labels(value: Any) -> bool:
     return _are_texts(value) and all(value)  # every continuation contains an empty one
 
 
-ANYTHING = Kind("there", lambda value: True)
 TEXT = Kind("a text", _is_text)
 TEXTS = Kind("a list of texts, one at least", _are_texts)
 LABELS = Kind("a list of texts, one at least and none of them empty", _are_labels)
@@ -54,10 +53,8 @@ def local_file(folder: Path, name: str) -> Path | None:
     return next((path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()), None)
 
 
-def load_rows(folder: Path, name: str, fields: Mapping[str, Kind] | Sequence[str], source: Source) -> list[Row]:
-    """The rows of folder/<name>.jsonl or .jsonl.gz, each with at least `fields`.
-
-    fields   {column: what it must be}, as TEXT; or columns that must be there and may hold anything
+def load_rows(folder: Path, name: str, fields: Mapping[str, Kind], source: Source) -> list[Row]:
+    """The rows of folder/<name>.jsonl or .jsonl.gz, each with at least `fields`: {column: what it must be}.
 
     Raises UserError for a file that is missing (with the two ways to get it), damaged, empty or of other columns, and
     for a field that is not what it must be: nothing is scored as the text "None".
@@ -70,10 +67,9 @@ def load_rows(folder: Path, name: str, fields: Mapping[str, Kind] | Sequence[str
             f"make it by: datasets.load_dataset({arguments}, split={source.split!r}).to_json('{name}.jsonl'), or write "
             f"rows of your own in these columns."
         )
-    kinds = fields if isinstance(fields, Mapping) else dict.fromkeys(fields, ANYTHING)
     rows = []
     for number, row in numbered(path):
-        check_row(row, f"{path}, line {number}", kinds)
+        check_row(row, f"{path}, line {number}", fields)
         rows.append(row)
     return rows
 

@@ -26,6 +26,8 @@ class Mamba(nnx.Module):
     A = -exp(A_log); out = W_out (y * SiLU(z)).
     """
 
+    TOGETHER = ()  # no two of its Linears read one input
+
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
         self.config = mixer = cfg.mamba
         D, inner, rank, N, width = cfg.d_model, mixer.inner, mixer.dt_rank, mixer.state, mixer.conv_width

@@ -39,6 +39,8 @@ class Mamba2(nnx.Module):
     A = -exp(A_log); out = W_out RMSNorm(y * SiLU(z)): the gate comes before the norm. No scaling, no normalised keys.
     """
 
+    TOGETHER = ()  # no two of its Linears read one input
+
     def __init__(self, cfg: Model, *, rngs: nnx.Rngs):
         self.config = mixer = cfg.mamba2
         D, inner, shared = cfg.d_model, mixer.heads * mixer.head_dim, mixer.groups * mixer.state

@@ -11,9 +11,11 @@ carries a state from chunk to chunk, the other does the rest, all chunks at once
             dQ  = (scale D . dO V^T) K + scale gamma (dO S^T)
             dK  = (scale D . dO V^T)^T Q + leaving (V dS'^T)
 
-with S entering and dS' leaving a chunk. All four joins are out = (scale D . X Z^T) Y + w (X S). Where several value
-heads read one key head, those of dQ and dK are summed over them in fp32 inside the program. The log decay g_t scales
-every pair i >= t > j of the chunk and the state S' that leaves it, so that
+with S entering and dS' leaving a chunk. Both carries are S' = gamma_C S + Z^T (write Y), and all four joins
+out = (scale D . X Z^T) Y + read (X S), where the first two have the Z, Y and S of the two carries. For narrow heads a
+program of carry holds whole columns of the state, and makes those two on its way: S is in its registers then, and is
+stored for the other two alone. Where several value heads read one key head, dQ and dK are summed over them in fp32
+inside the program. The log decay g_t scales every pair i >= t > j of the chunk and the state S' that leaves it, so that
 
     dg_t = sum over i >= t in the chunk of (q_i . dq_i - k_i . dk_i) + <S', dS'>
 
@@ -42,8 +44,9 @@ BLOCK = 64  # tokens whose rows a program of join makes
 
 @dataclass(frozen=True, kw_only=True)
 class Carry:
-    """Of the serial kernel: a program owns a tile of the state."""
+    """Of the serial kernel: a program owns a tile of the state, or all keys of its columns where `joined`."""
 
+    joined: bool = False  # whether it also makes the outputs, which takes chunks of one block
     key_tile: int = 64
     value_tile: int = 64
     token_tile: int = 64  # tokens of one product
@@ -76,8 +79,8 @@ class Configuration:
 def configuration_for(K: int, V: int) -> Configuration:
     """The fastest of those timed on an H100: at RetNet's heads (256 x 512), and Mamba2's (128 x 64) for narrow ones."""
     if min(K, V) < 128:
-        narrow = Join(column_tile=64)
-        return Configuration(chunk=64, output=narrow, values=narrow, keys=Join(column_tile=128))
+        carry = Carry(joined=True, key_tile=128, num_stages=2)
+        return Configuration(chunk=BLOCK, forward=carry, reverse=carry, keys=Join(column_tile=128))
     carry = Carry(key_tile=128, value_tile=64, token_tile=128, num_stages=2)
     join = Join(column_tile=128, num_stages=3)
     return Configuration(chunk=128, forward=carry, reverse=carry, output=join, values=join, keys=join)
@@ -127,15 +130,44 @@ def _decays(g, numbers, chunk):
     return _Decays(*(x.reshape(g.shape) for x in (total, gamma, leaving)), gamma[..., -1], own)
 
 
-def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpret):
-    """(states, final state [B,Hv,K,V] fp32, inner products or None) of S' = end S + X^T (weight Y), chunk after chunk.
+def _left_between(here, there, mine, theirs, *, late, same_block, interpret):
+    """D of a block's rows `here` and the tokens `there`, of totals and documents' numbers; its transpose if not `late`.
 
-    x [B,T,H,K], y [B,T,Hv,V], weight [B,Hv,T], end [B,Hv,N]; initial [B,Hv,K,V] fp32, or None for zeros. Forward:
-    states [B,Hv,N+1,K,V] bf16 are those that enter the chunks, and the last. In reverse, from the last chunk to the
-    first: states [B,Hv,N,K,V] are the gradients dS' of those that leave the chunks. With the forward's states as
-    `other`, <S', dS'> of each chunk is made too, a part for each tile of the state: [tiles,B,Hv,N].
+    late: whether the rows are the later tokens of their pairs; same_block: whether `there` are the rows themselves
     """
-    (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
+    between = here[:, None] - there[None, :] if late else there[None, :] - here[:, None]
+    allowed = None
+    if same_block:
+        iota = partial(jax.lax.broadcasted_iota, jnp.int32, between.shape)
+        allowed = iota(0) >= iota(1) if late else iota(0) <= iota(1)
+    if mine is not None:
+        same = mine[:, None] == theirs[None, :]
+        allowed = same if allowed is None else allowed & same
+    return triton.exp(between if allowed is None else jnp.where(allowed, between, -jnp.inf), interpret)
+
+
+class _Asked(NamedTuple):
+    """What a carry makes on its way: out = (scale D . X Z^T) Y + read (X S), [B,T,Hv,V]."""
+
+    x: jax.Array  # [B,T,H,K]
+    read: jax.Array  # [B,Hv,T]
+    scale: float
+
+
+class _Carried(NamedTuple):
+    states: jax.Array | None  # [B,Hv,N+1,K,V] bf16 that enter the chunks, and the last; in reverse N that leave them
+    final: jax.Array  # [B,Hv,K,V] fp32
+    inner: jax.Array | None  # [tiles,B,Hv,N]
+    out: jax.Array | None  # [B,T,Hv,V] bf16
+
+
+def _carry(z, y, write, decays, initial, other, asked, *, reverse, keep, config, chunk, interpret):
+    """S' = end S + Z^T (write Y), chunk after chunk; in reverse from the last to the first, for gradients dS'.
+
+    z [B,T,H,K], y [B,T,Hv,V], write [B,Hv,T]; initial [B,Hv,K,V] fp32, or None for zeros. The states are
+    stored where `keep`. With the forward's as `other`, <S', dS'> of each chunk is made too, a part for each tile.
+    """
+    (B, T, H, K), (Hv, V) = z.shape, y.shape[2:]
     N, group = T // chunk, Hv // H
     down, along = Tiling(K, config.key_tile), Tiling(V, config.value_tile)
     token_tile = BLOCK if chunk % config.token_tile else config.token_tile
@@ -143,66 +175,101 @@ def _carry(x, y, weight, end, initial, other, *, reverse, config, chunk, interpr
     def lin_carry(refs):
         origin = 0 * triton.program_id(0)
 
-        def body(rows, columns):
-            keys, values = rows.place32(origin), columns.place32(origin)
-            mine = owned(rows, columns)
+        def join(states, keys, z, y, tokens):
+            """The rows of out, from the state that enters their chunk, or in reverse the gradient of what leaves it."""
+            pairs, read = jnp.zeros((BLOCK, BLOCK), jnp.float32), jnp.zeros(y.shape, jnp.float32)
+            for state, key, other_rows in zip(states, keys, z, strict=True):
+                rows = key.own(refs.x[tokens, key.place32(origin)])
+                pairs += triton.dot(rows, other_rows.T)
+                read += triton.dot(rows, state.astype(jnp.bfloat16))
+            total = refs.total[tokens]
+            numbers = None if decays.numbers is None else refs.numbers[tokens]
+            left = _left_between(total, total, numbers, numbers, late=not reverse, same_block=True, interpret=interpret)
+            pairs = (asked.scale * left * pairs).astype(jnp.bfloat16)
+            return refs.read[tokens][:, None] * read + triton.dot(pairs, y)
 
-            def step(i, state):
+        def body(keys, value):
+            columns = value.place32(origin)
+            value = value._replace(start=columns.start)
+            places = [(key.place32(origin), owned(key, value)) for key in keys]
+
+            def store(n, states):
+                for (place, mine), state in zip(places, states, strict=True):
+                    triton.store_where(refs.states, (n, place, columns), state, mine)
+
+            def step(i, states):
                 n = N - 1 - i if reverse else i
-                triton.store_where(refs.states, (n, keys, values), state, mine)
+                if keep:
+                    store(n, states)
                 if other is not None:
-                    left = refs.other[n + 1, keys, values].astype(jnp.float32)
-                    both = state * left
-                    refs.inner[n] = jnp.sum(both if mine is None else jnp.where(mine, both, 0.0))
-                state = refs.end[n] * state
+                    inner = jnp.float32(0)
+                    for (place, mine), state in zip(places, states, strict=True):
+                        both = state * refs.other[n + 1, place, columns].astype(jnp.float32)
+                        inner += jnp.sum(both if mine is None else jnp.where(mine, both, 0.0))
+                    refs.inner[n] = inner
+                new = [refs.end[n] * state for state in states]
                 for piece in range(chunk // token_tile):
                     tokens = triton.ds(n * chunk + piece * token_tile, token_tile)
-                    added = refs.weight[tokens][:, None] * refs.y[tokens, values].astype(jnp.float32)
-                    state += triton.dot(refs.x[tokens, keys].T, added.astype(jnp.bfloat16))
-                return state
+                    z, y = [refs.z[tokens, place] for place, _ in places], refs.y[tokens, columns]
+                    if asked is not None:
+                        value.store_columns(refs.out, tokens, join(states, keys, z, y, tokens))
+                    added = (refs.write[tokens][:, None] * y.astype(jnp.float32)).astype(jnp.bfloat16)
+                    new = [state + triton.dot(rows.T, added) for state, rows in zip(new, z, strict=True)]
+                return tuple(new)
 
             if initial is None:
-                state = jnp.zeros((keys.size, values.size), jnp.float32)
+                states = tuple(jnp.zeros((key.width, columns.size), jnp.float32) for key in keys)
             else:
-                state = refs.initial[keys, values]
-            state = jax.lax.fori_loop(jnp.int32(0), jnp.int32(N), step, state)
-            triton.store_where(refs.final, (keys, values), state, mine)
-            if not reverse:
-                triton.store_where(refs.states, (jnp.int32(N), keys, values), state, mine)
+                states = tuple(refs.initial[place, columns] for place, _ in places)
+            states = jax.lax.fori_loop(jnp.int32(0), jnp.int32(N), step, states)
+            for (place, mine), state in zip(places, states, strict=True):
+                triton.store_where(refs.final, (place, columns), state, mine)
+            if keep and not reverse:
+                store(jnp.int32(N), states)
 
-        at_tile(triton.program_id(0), down, along, body)
+        if asked is None:
+            at_tile(triton.program_id(0), down, along, lambda key, value: body((key,), value))
+        else:
+            along.at(triton.program_id(0), partial(body, down.tiles()))
 
-    tiles = down.number * along.number
+    tiles = along.number * (down.number if asked is None else 1)
     key = BlockSpec((None, T, None, K), lambda i, h, b: (b, 0, triton.quotient(h, group), 0))
     value = BlockSpec((None, T, None, V), lambda i, h, b: (b, 0, h, 0))
     gate = BlockSpec((None, None, T), lambda i, h, b: (b, h, 0))
     state = BlockSpec((None, None, K, V), lambda i, h, b: (b, h, 0, 0))
     kept = lambda count: BlockSpec((None, None, count, K, V), lambda i, h, b: (b, h, 0, 0, 0))  # noqa: E731
     count = N if reverse else N + 1
-    sums = None if other is None else jax.ShapeDtypeStruct((tiles, B, Hv, N), jnp.float32)
+    shape = lambda wanted, *sizes, dtype: jax.ShapeDtypeStruct(sizes, dtype) if wanted else None  # noqa: E731
+    x, read, _ = (None, None, None) if asked is None else asked
     made = triton.call(
         lin_carry,
         {
-            "x": (x, key), "y": (y, value), "weight": (weight, gate), "initial": (initial, state),
-            "end": (end, BlockSpec((None, None, N), lambda i, h, b: (b, h, 0))), "other": (other, kept(N + 1)),
+            "z": (z, key), "y": (y, value), "write": (write, gate), "initial": (initial, state),
+            "end": (decays.end, BlockSpec((None, None, N), lambda i, h, b: (b, h, 0))), "other": (other, kept(N + 1)),
+            "x": (x, key), "read": (read, gate), "total": (None if asked is None else decays.total, gate),
+            "numbers": (None if asked is None else decays.numbers, BlockSpec((None, T), lambda i, h, b: (b, 0))),
         },
         {
-            "states": (jax.ShapeDtypeStruct((B, Hv, count, K, V), jnp.bfloat16), kept(count)),
-            "final": (jax.ShapeDtypeStruct((B, Hv, K, V), jnp.float32), state),
-            "inner": (sums, BlockSpec((None, None, None, N), lambda i, h, b: (i, b, h, 0))),
+            "states": (shape(keep, B, Hv, count, K, V, dtype=jnp.bfloat16), kept(count)),
+            "final": (shape(True, B, Hv, K, V, dtype=jnp.float32), state),
+            "inner": (
+                shape(other is not None, tiles, B, Hv, N, dtype=jnp.float32),
+                BlockSpec((None, None, None, N), lambda i, h, b: (i, b, h, 0)),
+            ),
+            "out": (shape(asked is not None, B, T, Hv, V, dtype=jnp.bfloat16), value),
         },
         grid=(tiles, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
-    return made["states"], made["final"], made["inner"]
+    return _Carried(**made)
 
 
 class _Operands(NamedTuple):
-    """Of one join, out = (scale D . X Z^T) Y + w (X S); x, z, y are [B,T,heads,size] of key heads or value heads."""
+    """Of one join, out = (scale D . X Z^T) Y + read (X S); x, z, y are [B,T,heads,size] of key or value heads."""
 
     x: jax.Array
     z: jax.Array
     y: jax.Array
-    w: jax.Array  # [B,Hv,T]
+    read: jax.Array  # [B,Hv,T]
     states: jax.Array  # [B,Hv,N or N+1,K,V]
     transposed: bool  # the states are read transposed, S^T
     late: bool  # the rows of `out` are the later tokens of their pairs; else the earlier ones
@@ -211,8 +278,8 @@ class _Operands(NamedTuple):
 
 def _join(operands, decays, heads, *, scale, config, chunk, interpret):
     """(out [B,T,heads,size] bf16, inner products [tiles,B,Hv,T] or None), where heads is H or Hv."""
-    x, z, y, w, states, transposed, late, other = operands
-    (B, T), Hv, size = y.shape[:2], w.shape[1], y.shape[3]
+    x, z, y, read, states, transposed, late, other = operands
+    (B, T), Hv, size = y.shape[:2], read.shape[1], y.shape[3]
     N, blocks, members = T // chunk, chunk // BLOCK, Hv // heads  # value heads that are summed
     tiles = Tiling(size, config.column_tile).number
 
@@ -221,8 +288,6 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
         origin = 0 * number
         block = triton.remainder(triton.quotient(number, tiles), blocks)
         rows = triton.ds(block * BLOCK, BLOCK)
-        iota = partial(jax.lax.broadcasted_iota, jnp.int32, (BLOCK, BLOCK))
-        causal = iota(0) >= iota(1) if late else iota(0) <= iota(1)
 
         def body(tile):
             columns = tile.place32(origin)
@@ -236,16 +301,15 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
                     mine = inner.own(refs.x[rows, at(x), depth])
                     return mine, triton.dot(mine, refs.z[there, at(z), depth].T)
 
-                def weigh(pairs, there, allowed):
+                def weigh(pairs, there, same_block):
                     """Of the tokens `there`, from their products with the rows."""
-                    if decays.numbers is not None:
-                        same = refs.numbers[rows][:, None] == refs.numbers[there][None, :]
-                        allowed = same if allowed is None else allowed & same
-                    here, total = refs.total[m, rows][:, None], refs.total[m, there][None, :]
-                    between = here - total if late else total - here
-                    between = between if allowed is None else jnp.where(allowed, between, -jnp.inf)
-                    pairs = scale * triton.exp(between, interpret) * pairs
-                    return triton.dot(pairs.astype(jnp.bfloat16), refs.y[there, at(y), columns])
+                    numbers = lambda tokens: None if decays.numbers is None else refs.numbers[tokens]  # noqa: E731
+                    left = _left_between(
+                        refs.total[m, rows], refs.total[m, there], numbers(rows), numbers(there),
+                        late=late, same_block=same_block, interpret=interpret,
+                    )  # fmt: skip
+                    pairs = (scale * left * pairs).astype(jnp.bfloat16)
+                    return triton.dot(pairs, refs.y[there, at(y), columns])
 
                 def add_own_block(sums, inner):
                     pairs, read = sums
@@ -258,11 +322,11 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
                     there = triton.ds(b * BLOCK, BLOCK)
                     products = lambda pairs, inner: pairs + multiply(inner, there)[1]  # noqa: E731
                     pairs = Tiling(x.shape[3], config.inner_tile).over(products, zero)
-                    return part + weigh(pairs, there, None)
+                    return part + weigh(pairs, there, False)
 
                 sums = zero, jnp.zeros((BLOCK, columns.size), jnp.float32)
                 pairs, read = Tiling(x.shape[3], config.inner_tile).over(add_own_block, sums)
-                part = refs.w[m, rows][:, None] * read + weigh(pairs, rows, causal)
+                part = refs.read[m, rows][:, None] * read + weigh(pairs, rows, True)
                 if blocks > 1:
                     first, last = (origin, block) if late else (block + 1, origin + blocks)
                     part = jax.lax.fori_loop(first, last, add_other_block, part)
@@ -298,7 +362,7 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
     made = triton.call(
         lin_join,
         {
-            "x": (x, tokens(x)), "z": (z, tokens(z)), "y": (y, tokens(y)), "w": (w, gate),
+            "x": (x, tokens(x)), "z": (z, tokens(z)), "y": (y, tokens(y)), "read": (read, gate),
             "total": (decays.total, gate), "states": (states, state), "other": (other, out),
             "numbers": (decays.numbers, BlockSpec((None, chunk), lambda i, h, b: (b, chunk_of(i)))),
         },
@@ -311,11 +375,12 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
     return made["out"], made["inner"]
 
 
-def _states(static, k, v, decays, initial):
+def _carried(static, z, y, write, decays, initial, other, asked, *, reverse, keep):
+    config = static.configuration.reverse if reverse else static.configuration.forward
     return _carry(
-        k, v, decays.leaving, decays.end, initial, None,
-        reverse=False, config=static.configuration.forward, chunk=static.chunk, interpret=static.interpret,
-    )[:2]  # fmt: skip
+        z, y, write, decays, initial, other, asked if config.joined and static.chunk == BLOCK else None,
+        reverse=reverse, keep=keep, config=config, chunk=static.chunk, interpret=static.interpret,
+    )  # fmt: skip
 
 
 def _joined(static, decays, heads, config, operands):
@@ -333,22 +398,30 @@ class _Wanted:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _op(static, q, k, v, g, initial, numbers):
-    return _run(static, q, k, v, g, initial, numbers)[0]
+    return _run(static, q, k, v, g, initial, numbers, keep=False)[0]
 
 
-def _run(static, q, k, v, g, initial, numbers):
+def _run(static, q, k, v, g, initial, numbers, *, keep):
+    """((o, final state), states where `keep` or where o is made from them)."""
     decays = _decays(g, numbers, static.chunk)
-    states, final = _states(static, k, v, decays, initial)
-    operands = _Operands(q, k, v, static.scale * decays.gamma, states, False, True, None)
-    o, _ = _joined(static, decays, v.shape[2], static.configuration.output, operands)
-    return (o, final), states
+    read = static.scale * decays.gamma
+    on_the_way = static.configuration.forward.joined and static.chunk == BLOCK
+    made = _carried(
+        static, k, v, decays.leaving, decays, initial, None, _Asked(q, read, static.scale),
+        reverse=False, keep=keep or not on_the_way,
+    )  # fmt: skip
+    o = made.out
+    if o is None:
+        operands = _Operands(q, k, v, read, made.states, False, True, None)
+        o, _ = _joined(static, decays, v.shape[2], static.configuration.output, operands)
+    return (o, made.final), made.states
 
 
 def _op_fwd(static, *primals):
     q, k, v, g, initial, numbers = (None if x is None else x.value for x in primals)
-    outputs, states = _run(static, q, k, v, g, initial, numbers)
-    kept = states if static.residuals == "saved" else None
-    return outputs, (q, k, v, g, initial, numbers, kept, _Wanted(primals[3].perturbed))
+    keep = static.residuals == "saved"
+    outputs, states = _run(static, q, k, v, g, initial, numbers, keep=keep)
+    return outputs, (q, k, v, g, initial, numbers, states if keep else None, _Wanted(primals[3].perturbed))
 
 
 def _op_bwd(static, kept, cotangents):
@@ -357,23 +430,25 @@ def _op_bwd(static, kept, cotangents):
     do = jnp.zeros_like(v) if do is None else do
     chosen, decays = static.configuration, _decays(g, numbers, static.chunk)
     if states is None:
-        states, _ = _states(static, k, v, decays, initial)
+        states = _carried(static, k, v, decays.leaving, decays, initial, None, None, reverse=False, keep=True).states
     read = static.scale * decays.gamma
-    d_states, d_initial, behind = _carry(
-        q, do, read, decays.end, d_final, states if wanted.dg else None,
-        reverse=True, config=chosen.reverse, chunk=static.chunk, interpret=static.interpret,
+    back = _carried(
+        static, q, do, read, decays, d_final, states if wanted.dg else None, _Asked(k, decays.leaving, static.scale),
+        reverse=True, keep=True,
     )  # fmt: skip
-    run, H, Hv = partial(_joined, static, decays), k.shape[2], v.shape[2]
+    run, H, Hv, d_states = partial(_joined, static, decays), k.shape[2], v.shape[2], back.states
     against = lambda x: x if wanted.dg else None  # noqa: E731
-    dv, _ = run(Hv, chosen.values, _Operands(k, q, do, decays.leaving, d_states, False, False, None))
+    dv = back.out
+    if dv is None:
+        dv, _ = run(Hv, chosen.values, _Operands(k, q, do, decays.leaving, d_states, False, False, None))
     dq, of_queries = run(H, chosen.keys, _Operands(do, v, k, read, states, True, True, against(q)))
     dk, of_keys = run(H, chosen.keys, _Operands(v, do, q, decays.leaving, d_states, True, False, against(k)))
     dg = None
     if wanted.dg:
         each = (of_queries - of_keys).sum(0).reshape(*g.shape[:2], -1, static.chunk)
-        dg = jax.lax.cumsum(each, axis=3, reverse=True) + behind.sum(0)[..., None]
+        dg = jax.lax.cumsum(each, axis=3, reverse=True) + back.inner.sum(0)[..., None]
         dg = dg.reshape(g.shape)
-    return dq, dk, dv, dg, None if initial is None else d_initial, None
+    return dq, dk, dv, dg, None if initial is None else back.final, None
 
 
 _op.defvjp(_op_fwd, _op_bwd, symbolic_zeros=True)

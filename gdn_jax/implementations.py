@@ -12,7 +12,7 @@ from gdn_jax.layers import compute_for
 from gdn_jax.loss import next_token_loss
 from gdn_jax.model import abstract_model
 from gdn_jax.progress import Progress
-from pallas_kernels import admission
+from pallas_kernels import admission, placement
 from pallas_kernels.dispatch import CannotRun, record
 
 
@@ -46,7 +46,7 @@ def check_impl(experiment: Experiment) -> None:
 def admit(experiment: Experiment, progress: Progress | None = None) -> None:
     """Checks in float64 the kernels that run.impl "auto" would take and that nothing has checked on this kind of GPU
     under this jax: once, a minute at most, a line for each on stderr or `progress`."""
-    if experiment.run.impl != "auto" or jax.default_backend() != "gpu":
+    if experiment.run.impl != "auto" or not placement.on_gpu():
         return
     with record(silent=True) as choices:
         _trace(experiment)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels import ops, tuned
+from pallas_kernels import ops, placement, tuned
 from pallas_kernels.dispatch import Refusal
 
 # kind of device -> minor versions of jax under which tests/test_gpu.py passed for all ops
@@ -41,8 +41,8 @@ class Verdict(NamedTuple):
 
 
 def here() -> tuple[str, str]:
-    """(kind of device, minor version of jax) of this process."""
-    return jax.devices()[0].device_kind, minor(jax.__version__)
+    """(kind of device, minor version of jax) of what is traced now."""
+    return placement.device().device_kind, minor(jax.__version__)
 
 
 def minor(version: str) -> str:

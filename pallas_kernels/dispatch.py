@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from pallas_kernels import placement
+
 Impl = Literal["auto", "chunked", "reference", "triton", "triton_interpret"]
 PLAIN = ("chunked", "reference")  # the implementations of an op that has no kernel
 KERNELS = ("triton", "triton_interpret")
@@ -111,7 +113,7 @@ def taken(choice: Choice) -> str:
     for recorder in recorders:
         recorder.choices.append(choice)
     heard = not any(recorder.silent for recorder in recorders)
-    if choice.refused and heard and jax.default_backend() == "gpu":
+    if choice.refused and heard and placement.on_gpu():
         _say_once(f"{choice.op}: auto takes {choice.impl} ({choice.reason})")
     return choice.impl
 

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels import placement
+
 AVAILABLE = importlib.util.find_spec("jax.experimental.pallas.triton") is not None
 if AVAILABLE:
     from jax.experimental.pallas import triton as plt
@@ -210,12 +212,12 @@ def why_not(elements: int, interpret: bool) -> str | None:
 
 
 def why_not_here() -> str | None:
-    """The reason Triton kernels cannot run on the default device, or None."""
+    """The reason Triton kernels cannot run on the device in force (placement.py), or None."""
     if not AVAILABLE:
         return "this version of jax has no Triton lowering of Pallas"
-    device = jax.devices()[0]
-    if device.platform not in ("gpu", "cuda"):
-        return f"the default device is {device.device_kind}, not a CUDA device"
+    device = placement.device()
+    if not placement.on_gpu():
+        return f"the device is {device.device_kind}, not a CUDA device"
     capability = str(getattr(device, "compute_capability", ""))
     if capability != CAPABILITY:
         return f"{device.device_kind} has compute capability {capability}; the kernels are tested on {CAPABILITY}"

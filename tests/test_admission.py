@@ -3,13 +3,12 @@
 import importlib
 import json
 
-import jax
 import pytest
 
 import experiments
 from gdn_jax import implementations
 from gdn_jax.progress import Progress
-from pallas_kernels import admission, ops, triton_calls
+from pallas_kernels import admission, ops, placement, triton_calls
 from pallas_kernels.gated_delta_rule import configurations
 
 WITH_KERNELS = ("gated_delta_rule", "gated_norm", "linear_attention", "selective_scan", "short_conv")
@@ -27,7 +26,7 @@ def hopper(monkeypatch, tmp_path):
     """A CPU that passes for a GPU of a kind and a jax that can be chosen, with an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(triton_calls, "why_not_here", lambda: None)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(placement, "on_gpu", lambda: True)
     admission._verdicts.cache_clear()
     configurations.table.cache_clear()
 

@@ -73,7 +73,7 @@ NAMES = [
     ("bench figure3 --settings 3Kx3", "settings names '3Kx3'"),
     ("bench generate smoke/transformer --batches 0", "batches is '0'; it must be positive whole numbers"),
     ("tune gated_norm", "There is no op 'gated_norm' to tune"),
-    ("tune gated_delta_rule", "cannot be tuned here: the default device is cpu"),
+    ("tune gated_delta_rule", "cannot be tuned here: the device is cpu"),
 ]
 FIELDS = [
     ("--optim.lr 1e400", "optim.lr is inf; it must be finite."),

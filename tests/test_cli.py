@@ -77,13 +77,13 @@ def test_show_is_one_flat_object(capsys, scale, count):
     assert shown["run_directory"] == f"runs/{shown['id']}/{shown['hash8']}"
     assert shown["optim.lr"] == 4e-4 and shown["model.pattern"] == ["gated_deltanet"]
     for op in ("gated_delta_rule", "short_conv"):
-        assert shown[f"here.{op}"] == "chunked (triton: the default device is cpu, not a CUDA device)"
+        assert shown[f"here.{op}"] == "chunked (triton: the device is cpu, not a CUDA device)"
     assert shown["here.linear_cross_entropy"] == "chunked"
 
 
 def test_show_says_what_cannot_run_here(capsys):
     shown = as_json(capsys, "show", "table3/gated-deltanet/1.3b", "--run.impl", "triton")
-    assert shown["here"].startswith("run.impl is 'triton', which cannot run gated_norm here (the default device")
+    assert shown["here"].startswith("run.impl is 'triton', which cannot run gated_norm here (the device is cpu")
 
 
 def test_overrides_reach_the_experiment(capsys):
@@ -181,7 +181,7 @@ def test_doctor_reports_and_passes(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "DTYPES", ("bfloat16",))
     found = as_json(capsys, "doctor", ID)
     assert found["ok"] is True and found["id"] == ID
-    refused = "triton: the default device is cpu, not a CUDA device"
+    refused = "triton: the device is cpu, not a CUDA device"
     assert found["impl"]["gated_norm"] == {"impl": "chunked", "refused": refused}
     around = {"short_conv", "gated_norm", "linear_cross_entropy"}
     assert {op["op"] for op in found["ops"]} == {"gated_delta_rule", "linear_attention", "selective_scan"} | around

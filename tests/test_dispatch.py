@@ -3,14 +3,15 @@
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import dispatch, triton_calls
+from pallas_kernels import dispatch, placement, triton_calls
 from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, triton_op
 from pallas_kernels.gated_delta_rule.conformance import Case
 from pallas_kernels.linear_attention import conformance as linear_attention_conformance
@@ -20,7 +21,7 @@ from pallas_kernels.selective_scan import selective_scan
 
 
 def test_auto_takes_the_first_that_can_run_and_says_why_once(capsys, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(placement, "on_gpu", lambda: True)
     choice = dispatch.choose("an_op", "auto", lambda interpret: None if interpret else "no CUDA device")
     assert choice == dispatch.Choice("an_op", "chunked", (dispatch.Refusal("an_op", "triton", "no CUDA device"),))
     with dispatch.record() as outer, dispatch.record() as inner:
@@ -31,8 +32,21 @@ def test_auto_takes_the_first_that_can_run_and_says_why_once(capsys, monkeypatch
     with dispatch.record(silent=True) as choices:
         assert dispatch.taken(choice._replace(op="another")) == "chunked"
     assert len(choices) == 1 and capsys.readouterr() == ("", "")
-    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(placement, "on_gpu", lambda: False)
     assert dispatch.taken(choice._replace(op="a third")) == "chunked" and capsys.readouterr() == ("", "")
+
+
+def test_the_choice_follows_the_mesh_and_the_default_device(monkeypatch):
+    """On a machine with a GPU, what runs on its CPU takes no kernels."""
+    cpus, gpu = jax.devices("cpu"), SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda platform=None: cpus if platform == "cpu" else [gpu])
+    no_gpu = f"the device is {cpus[0].device_kind}, not a CUDA device"
+    assert placement.device() is gpu and triton_calls.why_not_here() is None
+    for here in (jax.set_mesh(Mesh(cpus[:2], ("data",))), jax.default_device(cpus[1]), jax.default_device("cpu")):
+        with here:
+            assert placement.device() in cpus and triton_calls.why_not_here() == no_gpu
+            assert jax.jit(lambda: triton_calls.why_not_here() == no_gpu)()
+    assert placement.on_gpu()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +84,7 @@ def test_a_named_implementation_never_falls_back():
 @pytest.mark.parametrize("backend", ["gpu", "cpu"])
 def test_a_fallback_is_one_line_on_stderr_of_a_process_that_has_a_gpu(backend):
     code = (
-        f"import jax; jax.default_backend = lambda: {backend!r};"
+        f"from pallas_kernels import placement; placement.on_gpu = lambda: {backend == 'gpu'};"
         "import jax.numpy as jnp; from pallas_kernels.gated_delta_rule import gated_delta_rule as op;"
         "q, g = jnp.ones((1, 4, 1, 8), jnp.bfloat16), jnp.zeros((1, 4, 1));"
         "[op(q, q, q, g, g) for _ in range(2)]"

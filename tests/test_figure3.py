@@ -175,7 +175,7 @@ def test_out_of_memory_is_said_with_what_would_need_less():
 
 def test_an_implementation_that_cannot_run_is_a_refusal_in_its_row():
     row = training_speed.measure(point(impl="triton"))
-    assert row["note"].startswith("refuses: run.impl is 'triton', which cannot run gated_norm here (the default device")
+    assert row["note"].startswith("refuses: run.impl is 'triton', which cannot run gated_norm here (the device is cpu")
     assert row["tokens_per_s"] is None and row["changed"] == {"impl": "triton"}
 
 

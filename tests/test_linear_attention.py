@@ -275,7 +275,7 @@ def _tokens(T=8, H=2, Hv=2, K=4, V=4, dtype=jnp.float32):
             "K is 4; the kernels take 16 to 512",
         ),
         (_tokens(K=16, V=520), {"impl": "triton_interpret"}, NotImplementedError, "V is 520"),
-        (_tokens(K=16, V=16), {"impl": "triton"}, NotImplementedError, "the default device is cpu"),
+        (_tokens(K=16, V=16), {"impl": "triton"}, NotImplementedError, "the device is cpu"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_reason(tokens, options, error, words):

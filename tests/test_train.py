@@ -301,7 +301,7 @@ def test_keep_n_and_files_of_a_run(home, uninterrupted):
     assert sorted(int(path.name) for path in (directory / "checkpoints").iterdir()) == [15, 20, 24]
     assert read_config(directory) == in_this_process(home, "uninterrupted")
     env = json.loads((directory / "env.json").read_text())
-    refused = dict.fromkeys(("gated_norm", "short_conv"), "triton: the default device is cpu, not a CUDA device")
+    refused = dict.fromkeys(("gated_norm", "short_conv"), "triton: the device is cpu, not a CUDA device")
     refused |= {"linear_cross_entropy": "", "gated_delta_rule": "triton: it would round float32 to bfloat16"}
     assert env["impl"] == {op: {"impl": "chunked", "refused": reason} for op, reason in refused.items()}
     assert env["versions"]["jax"] == jax.__version__

@@ -251,7 +251,7 @@ def test_a_users_table_of_another_version_is_left_out(monkeypatch, tmp_path, cap
         ("tune gated_delta_rule --shapes 1x64,1,16,16", "Shape '1x64,1,16,16' cannot be tuned: there is no kernel for"),
         (
             "tune gated_delta_rule",
-            "gated_delta_rule cannot be tuned here: the default device is cpu, not a CUDA device.",
+            "gated_delta_rule cannot be tuned here: the device is cpu, not a CUDA device.",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from gdn_jax.config import Model
 from gdn_jax.errors import UserError
 from gdn_jax.layers import Compute, Linear, linear_init, rope, segment_index, together
-from pallas_kernels import context, dispatch
+from pallas_kernels import context, dispatch, placement
 from pallas_kernels.arguments import is_known
 
 NAME = "softmax_attention"  # implementations: cudnn and xla, by device and shape; run.impl names neither
@@ -181,8 +181,8 @@ def _by_rows(q: Array, keys: Array, values: Array, visible: Array) -> Array:
 
 def _why_not_cudnn(q: Array, mask: Array | None) -> str | None:
     """The reason cuDNN's attention cannot run here, by its limits on every GPU, or None."""
-    if jax.default_backend() != "gpu":
-        return f"the default device is {jax.devices()[0].device_kind}, not a CUDA device"
+    if not placement.on_gpu():
+        return f"the device is {placement.device().device_kind}, not a CUDA device"
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if mask is not None:

@@ -5,10 +5,10 @@ Used by the tests, by `gdn doctor` on the machine at hand, and by tuning, which 
 
 from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import placement
 from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, round_to
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import configurations
@@ -142,7 +142,7 @@ CHECKED = ("documents", "decay 0.3", "beta in (1,2)", "resets strewn in")  # of 
 
 def check(K: int, V: int) -> list[str]:
     """For admission: what the kernels miss at these sizes, as configured for many rows and for few."""
-    kind = jax.devices()[0].device_kind
+    kind = placement.device().device_kind
     cases = [replace(case, K=K, V=V, dtype="bfloat16") for case in CASES if case.name in CHECKED]
     both = dict.fromkeys(configurations.choose(K, V, kind, rows) for rows in (configurations.MANY_ROWS, 1))
     return [failure for configuration in both for failure in SUITE.missed(cases, configuration)]

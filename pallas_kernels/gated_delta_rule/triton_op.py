@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import placement
 from pallas_kernels import triton_calls as triton
 from pallas_kernels.chunkwise import LEAST_LOG_DECAY, document_starts, pad_tokens
 from pallas_kernels.gated_delta_rule import (
@@ -151,7 +152,7 @@ def _given(q, k, v, g, beta, segment_ids, scale, residuals, configuration, inter
     (batch, tokens), (heads, value_dim) = k.shape[:2], v.shape[2:]
     count = pieces(batch, tokens, heads, value_dim)
     if configuration is None:
-        kind, rows = "" if interpret else jax.devices()[0].device_kind, batch * count * heads
+        kind, rows = "" if interpret else placement.device().device_kind, batch * count * heads
         configuration = configurations.choose(k.shape[-1], value_dim, kind, rows)
     padding = -tokens % (BLOCK * count)
 

@@ -54,7 +54,10 @@ def source_hash(packages: tuple[str, ...] = SOURCES) -> str:
 
 
 def _commit() -> tuple[str, bool]:
-    """(short hash, uncommitted changes) of the checkout this package lies in; ("unknown", False) outside one."""
+    """(short hash, uncommitted changes) of the checkout this package lies in; ("unknown", False) outside one.
+
+    Published results decide nothing that is measured: one of them that was replaced is no change.
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
@@ -62,7 +65,8 @@ def _commit() -> tuple[str, bool]:
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != HERE:
             return "unknown", False
-        return git("rev-parse", "--short", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)experiments/results")
+        return git("rev-parse", "--short", "HEAD"), bool(changes)
     except (OSError, subprocess.CalledProcessError):
         return "unknown", False
 

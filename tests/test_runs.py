@@ -344,6 +344,21 @@ def test_runs_and_checkpoints_of_the_layout_before_are_refused_by_name(here, cap
 # --- what a result says of the code, and how work shows itself ---
 
 
+def test_a_published_result_that_is_replaced_is_no_uncommitted_change(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "HERE", tmp_path)
+    result, source = tmp_path / "experiments/results/x.json", tmp_path / "experiments/x.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("1"), source.write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "one"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    result.write_text("2")
+    commit, dirty = metrics._commit()
+    assert len(commit) >= 7 and dirty is False
+    source.write_text("2")
+    assert metrics._commit() == (commit, True)
+
+
 def test_the_hash_of_the_source_needs_no_git(tmp_path):
     """A copy of the packages has the checkout's hash; one changed line of code gives another."""
     for name in metrics.SOURCES:

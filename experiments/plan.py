@@ -38,13 +38,13 @@ class Measured(NamedTuple):
 
 MEASURED = {
     "retnet": Measured(59_000, "H100", "2026-11-28, 617f8ce", None),
-    "hgrn2": Measured(56_156, "H200", "2026-11-29, a7abc1d", 61.7),
-    "mamba": Measured(49_009, "H200", "2026-11-29, a7abc1d", 46.8),
-    "mamba2": Measured(57_661, "H200", "2026-11-29, a7abc1d", 59.1),
+    "hgrn2": Measured(60_080, "H200", "2026-11-30, c36cfca", 63.7),
+    "mamba": Measured(51_253, "H200", "2026-11-30, c36cfca", 48.8),
+    "mamba2": Measured(58_615, "H200", "2026-11-30, c36cfca", 61.3),
     "deltanet": Measured(60_600, "H100", "2026-11-27, before 330491e", None),
     "gated-deltanet": Measured(56_791, "H100", "2026-11-27, before 330491e", 57.2),
     "transformer": Measured(57_500, "H100", "2026-11-27, before 330491e", None),
-    "samba": Measured(53_782, "H200", "2026-11-29, a7abc1d", 45.6),
+    "samba": Measured(55_753, "H200", "2026-11-30, c36cfca", 47.3),
     "gated-deltanet-h1": Measured(59_901, "H100", "2026-11-27, before 330491e", 58.3),
     "gated-deltanet-h2": Measured(57_000, "H100", "2026-11-28, 617f8ce", None),
 }

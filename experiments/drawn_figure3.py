@@ -20,7 +20,7 @@ from gdn_jax.files import read_json, write_json
 NEAR = 0.01  # two steps of one program differ by about as much
 NO_DEVICE_LINE = f"{NOT_RUN}: the profiler's trace has no line of a device, as on a CPU"
 READ = "paper, read from the figure"
-PEERS = "jax-linear-attention (jla) and flash-linear-attention (FLA)"
+PEERS = {"jla": "jax-linear-attention (jla)", "fla": "flash-linear-attention (FLA)"}
 
 Row = dict[str, Any]
 Speeds = dict[str, dict[str, float]]  # model -> setting -> tokens/s
@@ -170,13 +170,14 @@ def markdown(found: dict[str, Any]) -> str:
 def _cells(row: Row, paper: dict[str, dict[str, float]]) -> tuple[str, ...]:
     read = paper.get(row["model"], {}).get(row["setting"])
     speed, *rest = (NOT_RUN,) * 6 if row["tokens_per_s"] is None else _numbers(row)
+    peer = row["changed"].get("peer")
     return (
-        row["model"],
+        row["model"] + f" ({peer})" * bool(peer),
         row["setting"],
         speed,
         "-" if read is None else f"about {_thousands(read)}",
         *rest,
-        _computed_with(row["run"]) + (f" (not the ID's {', '.join(row['changed'])})" if row["changed"] else ""),
+        _of_peer(row) if peer else _computed_with(row),
         row["note"] or "ok",
     )
 
@@ -184,7 +185,7 @@ def _cells(row: Row, paper: dict[str, dict[str, float]]) -> tuple[str, ...]:
 def _numbers(row: Row) -> tuple[str, ...]:
     """Tokens/s, MFU, step, peak memory, compilation and implementations of a point that was measured."""
     if row["peak_bytes"] is None:
-        memory = f"planned {row['planned_bytes'] / 2**30:.2f}"
+        memory = "unknown" if row["planned_bytes"] is None else f"planned {row['planned_bytes'] / 2**30:.2f}"
     else:
         memory = f"{row['peak_bytes'] / 2**30:.1f} of {row['limit_bytes'] / 2**30:.1f}"
     return (
@@ -197,9 +198,19 @@ def _numbers(row: Row) -> tuple[str, ...]:
     )
 
 
-def _computed_with(run: Row) -> str:
+def _of_peer(row: Row) -> str:
+    """Version and sizes of another library's model; "-" where it has no number."""
+    found = row["peer"]
+    if found is None:
+        return "-"
+    return "; ".join(word for word in (found["library"], found["words"], f"remat {found['remat']}") if word)
+
+
+def _computed_with(row: Row) -> str:
+    run = row["run"]
     layers, many = "scanned" if run["scan_layers"] else "written out", run["micro_batches"]
-    return f"remat {run['remat']}, layers {layers}, {many} micro-batch{'es' * (many > 1)}"
+    said = f"remat {run['remat']}, layers {layers}, {many} micro-batch{'es' * (many > 1)}"
+    return said + (f" (not the ID's {', '.join(row['changed'])})" if row["changed"] else "")
 
 
 def _implementations(impl: dict[str, dict[str, str]]) -> str:
@@ -230,11 +241,18 @@ def _facts(kind: str, rows: list[Row]) -> list[str]:
         f"Precision: {', '.join(dict.fromkeys(row['precision'] for row in rows))}; MFU: of the data sheet's bf16 peak; "
         "peak: the process's own, of what it may take, or what XLA plans for the step where the device does not say",
         f"Faster implementations refused: {'; '.join(sorted(refused)) or 'none'}",
-        f"Paper: tokens/s read from its figure, approximate; {PEERS}: {NOT_RUN}",
+        f"Paper: tokens/s read from its figure, approximate; {_peers(rows)}",
         f"Versions: {', '.join(sorted(versions)) or 'unknown'}",
         f"Date: {' to '.join(dict.fromkeys((dates[0], dates[-1]))) if dates else 'unknown'}, "
         f"commit {', '.join(commits) or 'unknown'}{dirty}",
     ]
+
+
+def _peers(rows: list[Row]) -> str:
+    """Which other libraries ran."""
+    ran = {row["peer"]["library"].split()[0]: row["peer"]["library"] for row in rows if row.get("peer")}
+    said = [f"{full}: {ran.get(short, NOT_RUN)}" for short, full in PEERS.items()]
+    return ", ".join(said) + (" (its own model, loss, optimizer and step, on the same tokens)" if ran else "")
 
 
 def _claims(found: list[dict[str, str]]) -> str:

@@ -7,16 +7,18 @@ measures one; this module starts no JAX elsewhere.
 
 import dataclasses
 import json
+import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import experiments
+from experiments import step_peers
 from experiments.figure3 import SETTINGS, Timing
 from experiments.models import PAPER_MODELS
 from experiments.options import Switch
@@ -42,6 +44,7 @@ class SpeedOptions:
     scale: Literal["tiny", "400m", "1.3b"] = "1.3b"
     models: str = "all"  # some of the ten, separated by commas
     settings: str = "all"  # some of 2Kx16,4Kx8,8Kx4,16Kx2: tokens of a row x rows (64x8,128x4,256x2,512x1 at tiny)
+    peers: str = ""  # other libraries' own steps beside ours, where they have the model: jla
     remat: Literal["id", "none", "products", "kernels", "products+kernels", "full"] = "id"  # id: the ID's own
     micro_batches: int = 1  # slices of a step's rows
     impl: Literal["auto", "chunked", "reference", "triton", "triton_interpret"] = "auto"
@@ -63,6 +66,7 @@ class Point(NamedTuple):
     warm_up: int
     repetitions: int
     step_profile: bool
+    peer: str = ""  # another library, whose step is timed instead of ours
 
     @property
     def timing(self) -> Timing:
@@ -80,7 +84,14 @@ class Point(NamedTuple):
     @property
     def path(self) -> Path:
         """Where its row is kept."""
-        return KEPT / self.id / f"{name(self.setting, changes(self.timing, self.setting, how(self.experiment)))}.json"
+        return KEPT / self.id / f"{name(self.setting, self.changed)}.json"
+
+    @property
+    def changed(self) -> Row:
+        """In what its measurement is not the ID's own."""
+        if self.peer:
+            return {"peer": self.peer}
+        return changes(self.timing, self.setting, how(self.experiment))
 
 
 def how(experiment: Experiment) -> Row:
@@ -115,6 +126,19 @@ def points(options: SpeedOptions) -> list[Point]:
     ]  # fmt: skip
     for point in found:
         _ = point.experiment  # its rules are checked before minutes of measuring
+    return found + _beside(options, found)
+
+
+def _beside(options: SpeedOptions, ours: list[Point]) -> list[Point]:
+    """The points of the libraries in options.peers, of the models that they have."""
+    found = []
+    for peer in _names("peers", options.peers, list(step_peers.PEERS)) if options.peers else []:
+        step_peers.version(peer)
+        models = step_peers.PEERS[peer].models
+        theirs = [point._replace(peer=peer, step_profile=False) for point in ours if point.timing.model in models]
+        if not theirs:
+            raise UserError(f"{peer} has none of the models {options.models}; it has {', '.join(models)}.")
+        found += theirs
     return found
 
 
@@ -145,10 +169,11 @@ def measure(point: Point) -> Row:
     """Compile and time the step of one point in this process, which must be fresh for its peak memory to be its own."""
     import jax
 
-    row = _row(point)
+    row, counts = _row(point), {"warm_up": point.warm_up, "repetitions": point.repetitions}
     try:
-        options = {"warm_up": point.warm_up, "repetitions": point.repetitions, "step_profile": point.step_profile}
-        return row | timed(point.experiment, jax.devices()[:1], **options)
+        if point.peer:
+            return row | timed_peer(point.peer, point.experiment, **counts)
+        return row | timed(point.experiment, jax.devices()[:1], step_profile=point.step_profile, **counts)
     except UserError as error:
         return row | {"note": f"refuses: {error}"}
     except jax.errors.JaxRuntimeError as error:
@@ -169,7 +194,6 @@ def timed(
 ) -> Row:
     """The training step on random tokens: compiled, then `repetitions` times after `warm_up`, each waited for."""
     import jax
-    import numpy as np
 
     from gdn_jax import sharding
     from gdn_jax.model import count_parameters
@@ -179,43 +203,98 @@ def timed(
     run = experiment.run
     trainer = Trainer(experiment, sharding.make_mesh(run.fsdp, list(devices), context=run.context))
     impls = trainer.implementations()
-    steps = warm_up + repetitions
-    shape = (steps, batch_size, seq_len + 1)
-    tokens = np.random.default_rng(experiment.run.seed).integers(0, experiment.model.vocab, shape, np.int32)
     with jax.set_mesh(trainer.mesh):
+        tokens = _tokens(experiment, warm_up + repetitions)
         batches = [sharding.place_batch(trainer.mesh, {"tokens": rows}) for rows in tokens]
-        model, opt_state = jax.block_until_ready(trainer.begin(experiment.run.seed))
-        program = trainer.step.trace(model, opt_state, batches[0])
+        state = jax.block_until_ready(trainer.begin(experiment.run.seed))
+        program = trainer.step.trace(*state, batches[0])
         start = time.perf_counter()
         step = program.lower().compile()
         compile_seconds = time.perf_counter() - start
-        seconds, losses = [], []
-        for batch in batches:
-            start = time.perf_counter()
-            model, opt_state, metrics = jax.block_until_ready(step(model, opt_state, batch))
-            seconds.append(time.perf_counter() - start)
-            losses.append(float(metrics["loss"]))
+
+        def run_step(state, batch):
+            *state, metrics = step(*state, batch)
+            return state, metrics["loss"]
+
+        state, seconds, losses = _clocked(run_step, state, batches)
         stats = jax.local_devices()[0].memory_stats() or {}
         profiled = {}
         if step_profile:
-            profiled["profile"] = _profile(step, (model, opt_state, batches[-1]), program.jaxpr, experiment)
+            profiled["profile"] = _profile(step, (*state, batches[-1]), program.jaxpr, experiment)
     speed = _speed(seconds[warm_up:], seq_len * batch_size)
     account = step.memory_analysis()
+    return (
+        {
+            "parameters": count_parameters(experiment.model),
+            "impl": impls,
+            **speed,
+            "mfu": mfu(experiment, speed["tokens_per_s"] / len(devices), devices[0].device_kind),
+            "compile_seconds": compile_seconds,
+            "peak_bytes": stats.get("peak_bytes_in_use"),
+            "limit_bytes": stats.get("bytes_limit"),
+            "planned_bytes": account.argument_size_in_bytes
+            + account.output_size_in_bytes
+            - account.alias_size_in_bytes
+            + account.temp_size_in_bytes,
+        }
+        | _losses(losses)
+        | profiled
+    )
+
+
+def timed_peer(peer: str, experiment: Experiment, *, warm_up: int, repetitions: int) -> Row:
+    """Another library's training step on the same tokens, keeping as much for its backward as fits into memory."""
+    import jax
+
+    batches = _tokens(experiment, warm_up + repetitions)
+    of = step_peers.PEERS[peer]
+    for remat in of.remat:
+        try:
+            built = of.build(experiment, remat, batches[0])
+            start = time.perf_counter()
+            step = built.compile()
+            compile_seconds = time.perf_counter() - start
+            seconds, losses = _clocked(step, built.state, [built.batch(tokens) for tokens in batches])[1:]
+            break
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or remat == of.remat[-1]:
+                raise
+    stats = jax.local_devices()[0].memory_stats() or {}
     return {
-        "parameters": count_parameters(experiment.model),
-        "impl": impls,
-        **speed,
-        "mfu": mfu(experiment, speed["tokens_per_s"] / len(devices), devices[0].device_kind),
+        "parameters": built.parameters,
+        "peer": {"library": step_peers.version(peer), "words": built.words, "remat": remat},
+        **_speed(seconds[warm_up:], batches[0][:, 1:].size),
         "compile_seconds": compile_seconds,
-        "peak_bytes": stats.get("peak_bytes_in_use"),
+        # of this attempt alone where it was the first
+        "peak_bytes": stats.get("peak_bytes_in_use") if remat == of.remat[0] else None,
         "limit_bytes": stats.get("bytes_limit"),
-        "planned_bytes": account.argument_size_in_bytes
-        + account.output_size_in_bytes
-        - account.alias_size_in_bytes
-        + account.temp_size_in_bytes,
-        "losses": [losses[0], losses[-1]],
-        "note": "" if np.isfinite(losses).all() else f"failed: the loss is {losses[-1]}",
-    } | profiled
+    } | _losses(losses)
+
+
+def _tokens(experiment: Experiment, steps: int) -> Any:
+    """Random tokens of so many batches, [steps,B,1+T] int32."""
+    import numpy as np
+
+    shape = (steps, experiment.optim.batch_size, experiment.data.seq_len + 1)
+    return np.random.default_rng(experiment.run.seed).integers(0, experiment.model.vocab, shape, np.int32)
+
+
+def _clocked(step: Callable, state: Any, batches: Sequence[Any]) -> tuple[Any, list[float], list[float]]:
+    """The state after step(state, batch) -> (state, loss) of every batch, each waited for; its seconds and losses."""
+    import jax
+
+    seconds, losses = [], []
+    for batch in batches:
+        start = time.perf_counter()
+        state, loss = jax.block_until_ready(step(state, batch))
+        seconds.append(time.perf_counter() - start)
+        losses.append(float(loss))
+    return state, seconds, losses
+
+
+def _losses(losses: list[float]) -> Row:
+    bad = [loss for loss in losses if not math.isfinite(loss)]
+    return {"losses": [losses[0], losses[-1]], "note": f"failed: the loss is {bad[-1]}" if bad else ""}
 
 
 def mfu(experiment: Experiment, tokens_per_s: float, kind: str) -> float | None:
@@ -270,7 +349,8 @@ def _row(point: Point) -> Row:
         "parameters": None,
         "precision": experiment.optim.precision,
         "run": how(experiment),
-        "changed": changes(point.timing, point.setting, how(experiment)),
+        "changed": point.changed,
+        "peer": None,
         "warm_up": point.warm_up,
         "repetitions": point.repetitions,
         "impl": {},
@@ -332,6 +412,8 @@ def kept(point: Point, here: Row) -> Row | None:
     same = same and all(row["environment"][field] == here[field] for field in ("code", "devices", "versions", "python"))
     told = not row["note"] or row["note"].startswith(OUT_OF_MEMORY)
     profiled = not point.step_profile or row["note"] or "profile" in row
+    if point.peer and row["peer"]:
+        same = same and row["peer"]["library"] == step_peers.version(point.peer)
     return row if same and told and profiled else None
 
 

@@ -256,7 +256,7 @@ def test_devices_are_apart_and_a_changed_point_is_marked():
         in text
     )
     assert "remat full, layers written out, 1 micro-batch (not the ID's remat) | ok |" in text
-    assert text.count("jla) and flash-linear-attention (FLA): not run") == 2
+    assert text.count("(jla): not run, flash-linear-attention (FLA): not run\n") == 2
     assert text.count("- Points: 8 of 40 have a number as their IDs say\n") == 2
     assert "commit abcdef123" in text and "- Device: NVIDIA H200\n" in text
     picture = drawn_figure3.draw(found)

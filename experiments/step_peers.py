@@ -1,0 +1,135 @@
+"""Training steps of other libraries beside ours, for `gdn bench figure3 --peers`: the model of ours that a library can
+build, at its sizes or the nearest that it has kernels for, which `words` name.
+
+jla    jax-linear-attention (Python 3.12, jax 0.11.2): its models, cross entropy, AdamW and step. Llama's layout of
+       transformer, DeltaNet, Gated DeltaNet, Mamba2 and Mamba; the other five models it does not have.
+
+flash-linear-attention's models are not called: they train in torch.
+"""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gdn_jax.config import Experiment
+from gdn_jax.errors import UserError
+from pallas_kernels.peers import JLA, Library
+
+JLA_KEYS = (64, 128, 256)  # of the heads that its delta rule's kernels take; below, its plain form runs
+
+
+class Step(NamedTuple):
+    """A training step that a clock can call."""
+
+    words: str  # the library's model, where it is not ours
+    parameters: int
+    state: Any  # parameters, optimizer state and what else a step hands on
+    compile: Callable[[], Callable[[Any, Any], tuple[Any, Any]]]  # gives (state, batch) -> (state, loss)
+    batch: Callable[[np.ndarray], Any]  # of tokens [B,1+T]
+
+
+class Peer(NamedTuple):
+    """A library, and what builds its step: build(experiment, one of `remat`, a batch's tokens) -> Step."""
+
+    library: Library
+    models: tuple[str, ...]  # of the ten, that it has
+    remat: tuple[str, ...]  # what it can keep of a layer for the backward, most first
+    build: Callable[[Experiment, str, np.ndarray], Step]
+
+
+def version(peer: str) -> str:
+    """ "jla 0.1.0"; UserError where it is not installed."""
+    library = PEERS[peer].library
+    if importlib.util.find_spec(library.module) is None:
+        raise UserError(f"peers names {peer!r}, which is not installed; pip install {library.distributions[0]}.")
+    return f"{peer} {importlib.metadata.version(library.distributions[0])}"
+
+
+def _jla_model(experiment: Experiment) -> tuple[Any, str]:
+    """(jla's ModelConfig, where it differs from ours) for one of JLA_MODELS."""
+    from jla.models.config import AttentionConfig, LinearAttentionConfig, ModelConfig, SSMConfig
+
+    ours = experiment.model
+    (kind,) = set(ours.pattern)
+    layers = len(ours.pattern) * ours.repeats
+    attention = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=64)  # of no layer where the model has none
+    parts: dict[str, Any] = {}
+    words, names = "", {"attention": "attention", "deltanet": "deltanet", "gated_deltanet": "gated_deltanet"}
+    if kind == "attention":
+        sizes = ours.attention
+        attention = AttentionConfig(
+            num_heads=sizes.heads, num_kv_heads=sizes.heads, head_dim=sizes.head_dim, rope_theta=sizes.rope_base
+        )
+    elif kind in ("deltanet", "gated_deltanet"):
+        sizes = getattr(ours, kind)
+        heads, key, value = sizes.heads, sizes.key_dim, sizes.value_dim
+        if key >= JLA_KEYS[0] and key not in JLA_KEYS:
+            key = JLA_KEYS[-1]
+            heads, value = max(1, round(heads * sizes.key_dim / key)), 2 * key
+            words = f"{heads} heads of {key} x {value} for {sizes.heads} of {sizes.key_dim} x {sizes.value_dim}"
+        parts["linear_attention"] = LinearAttentionConfig(
+            num_k_heads=heads, num_v_heads=heads, head_k_dim=key, head_v_dim=value,
+            output_gate=kind == "gated_deltanet",
+        )  # fmt: skip
+    elif kind in ("mamba2", "mamba"):
+        sizes, names = getattr(ours, kind), {"mamba2": "mamba2", "mamba": "mamba1"}
+        inner = sizes.inner if kind == "mamba" else sizes.heads * sizes.head_dim
+        ssm = {"d_state": sizes.state, "expand": inner // ours.d_model}
+        if kind == "mamba2":
+            ssm |= {"head_dim": sizes.head_dim, "n_groups": sizes.groups}
+        parts["ssm"] = SSMConfig(**ssm)
+    config = ModelConfig(
+        vocab_size=ours.vocab, d_model=ours.d_model, n_layers=layers, d_ff=ours.d_ff or 1, attention=attention,
+        layer_types=(names[kind],) * layers, mlp_types=("dense" if ours.d_ff else "none",) * layers,
+        tie_embeddings=ours.tied, norm_eps=ours.norm_eps,
+        compute_dtype="bfloat16" if experiment.optim.precision == "bf16" else "float32", **parts,
+    )  # fmt: skip
+    return config, words
+
+
+def _jla(experiment: Experiment, remat: str, tokens: np.ndarray) -> Step:
+    import equinox as eqx
+    import jax
+    from jla.models.lm import build_model
+    from jla.training.optimizers import create_optimizer
+    from jla.training.step import LossConfig, build_train_step, lm_loss
+
+    config, words = _jla_model(experiment)
+    recipe = experiment.optim
+    model = build_model(replace(config, remat=remat), key=jax.random.key(experiment.run.seed))
+    optimizer = create_optimizer(
+        lr=recipe.lr, weight_decay=recipe.weight_decay, betas=(recipe.b1, recipe.b2), eps=recipe.eps,
+        max_grad_norm=recipe.clip,
+    )  # fmt: skip
+    params = eqx.filter(model, eqx.is_inexact_array)
+    opt_state = jax.jit(optimizer.init)(params)
+    # "auto": its kernels where they run, and the gradient of the logits in the forward
+    loss = LossConfig(impl="auto", grad_in_forward=jax.default_backend() == "gpu", compute_dtype=config.compute_dtype)
+    step = build_train_step(optimizer, lm_loss(loss))
+
+    def batch(tokens: np.ndarray) -> dict[str, jax.Array]:
+        rows = jax.numpy.asarray(tokens[None])
+        return {"input_ids": rows[..., :-1], "labels": rows[..., 1:]}
+
+    key = jax.random.key(0)
+    lowered = step.lower(model, opt_state, batch(tokens), key)
+
+    def compile() -> Callable:
+        step.use_compiled(lowered.compile())
+
+        def run(state: Any, batch: Any) -> tuple[Any, Any]:
+            model, opt_state, metrics, key = step(*state[:2], batch, state[2])
+            return (model, opt_state, key), metrics["loss"]
+
+        return run
+
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    return Step(words, count, (model, opt_state, key), compile, batch)
+
+
+JLA_MODELS = ("transformer", "deltanet", "gated-deltanet", "mamba2", "mamba")
+PEERS = {"jla": Peer(JLA, JLA_MODELS, ("dots_kernels", "dots", "full"), _jla)}

@@ -1,0 +1,92 @@
+"""Other libraries' training steps beside ours in Figure 3."""
+
+import importlib.metadata
+import importlib.util
+import math
+import types
+
+import pytest
+
+import experiments
+from experiments import drawn_figure3, step_peers, training_speed
+from experiments.training_speed import SpeedOptions, points
+from gdn_jax.errors import UserError
+from gdn_jax.model import count_parameters
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """jla 0.1.0, as far as anybody asks before a process imports it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.1.0")
+
+
+def test_a_peers_points_follow_ours_for_the_models_that_it_has(installed):
+    options = SpeedOptions(models="retnet,gated-deltanet,mamba2", settings="4Kx8,16Kx2", peers="jla", step_profile=True)
+    found = points(options)
+    assert [point.peer for point in found] == [""] * 6 + ["jla"] * 4
+    assert [(point.timing.model, point.setting) for point in found[6:]] == [
+        ("gated-deltanet", "4Kx8"), ("gated-deltanet", "16Kx2"), ("mamba2", "4Kx8"), ("mamba2", "16Kx2"),
+    ]  # fmt: skip
+    last = found[-1]
+    assert last.path.as_posix() == "runs/figure3/mamba2/1.3b/16Kx2-peer-jla.json" and not last.step_profile
+    assert last.changed == {"peer": "jla"} and points(SpeedOptions(models="mamba2")) == points(
+        SpeedOptions(models="mamba2", peers="")
+    )
+
+
+def test_a_peer_that_cannot_be_asked_is_one_sentence(installed, monkeypatch):
+    with pytest.raises(UserError, match=r"^peers names 'fla' \(did you mean 'jla'\?\); it must be all or some of jla"):
+        points(SpeedOptions(peers="fla"))
+    with pytest.raises(UserError, match=r"^jla has none of the models retnet,hgrn2; it has transformer, deltanet, "):
+        points(SpeedOptions(models="retnet,hgrn2", peers="jla"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^peers names 'jla', which is not installed; pip install jax-linear-attent"):
+        points(SpeedOptions(peers="jla"))
+
+
+def test_a_peers_row_is_named_and_counts_for_no_claim(installed):
+    ours, theirs = points(SpeedOptions(models="gated-deltanet", settings="4Kx8", peers="jla"))
+    here = {"devices": ["a GPU"], "versions": {"jax": "0.11.2"}, "date": "2026-11-30", "commit": "abc", "dirty": False}
+    measured = {
+        "least": 1.0,
+        "most": 3.0,
+        "step_ms": 4.0,
+        "compile_seconds": 5.0,
+        "limit_bytes": 1,
+        "environment": here,
+    }
+    rows = [
+        training_speed._row(ours) | measured | {"tokens_per_s": 2.0, "planned_bytes": 2**30},
+        training_speed._row(theirs) | measured | {
+            "tokens_per_s": 9.0,
+            "peer": {"library": "jla 0.1.0", "words": "7 heads of 256 x 512 for 9 of 200 x 400", "remat": "dots"},
+        },
+    ]  # fmt: skip
+    text = drawn_figure3.markdown(drawn_figure3.collected("1.3b", rows))
+    assert "\n| gated-deltanet (jla) | 4Kx8 | 9 (1 to 3) | - | unknown | 4.0 | unknown | 5.0 |" in text
+    assert "| jla 0.1.0; 7 heads of 256 x 512 for 9 of 200 x 400; remat dots | ok |" in text
+    assert "jax-linear-attention (jla): jla 0.1.0, flash-linear-attention (FLA): not run (its own model" in text
+    assert "- Points: 1 of 40 have a number as their IDs say" in text
+    assert {one["verdict"] for one in drawn_figure3.claims("1.3b", rows)} == {"not run"}
+    (panel,) = [axes for axes in drawn_figure3.draw(drawn_figure3.collected("1.3b", rows)).axes if axes.lines][:1]
+    assert [line.get_label() for line in panel.lines] == ["gated-deltanet", "gated-deltanet-peer-jla"]
+
+
+def test_jla_has_our_sizes_or_the_nearest_and_runs():
+    """With jax-linear-attention installed: parameters within 3 % of ours at 1.3b, three steps at tiny."""
+    pytest.importorskip("jla")
+    import jax
+    from jla.models.lm import build_model
+
+    for model in step_peers.JLA_MODELS:
+        experiment = experiments.get(f"table3/{model}/1.3b")
+        config, words = step_peers._jla_model(experiment)
+        built = jax.eval_shape(lambda config=config: build_model(config, key=jax.random.key(0)))
+        count = sum(leaf.size for leaf in jax.tree.leaves(built) if hasattr(leaf, "size"))
+        assert count == pytest.approx(count_parameters(experiment.model), rel=0.03), model
+        assert words == ("7 heads of 256 x 512 for 9 of 200 x 400" if model == "gated-deltanet" else "")
+        small = experiments.TIMINGS[f"figure3/{model}/tiny"].experiment("64x8")
+        row = training_speed.timed_peer("jla", small, warm_up=1, repetitions=2)
+        assert row["losses"] == pytest.approx([math.log(small.model.vocab)] * 2, abs=0.1), "random tokens"
+        assert row["note"] == "" and row["peer"]["remat"] == "dots_kernels" and row["tokens_per_s"] > 0

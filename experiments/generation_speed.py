@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from experiments import model_peers
 from experiments.report import piped
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
@@ -23,6 +24,7 @@ class GenerationOptions:
     repetitions: int = 3  # after one that compiles; the median is reported
     precision: Literal["run", "bf16", "fp32"] = "run"  # of activations and parameters; run: as the ID trains
     impl: Literal["auto", "chunked", "reference", "triton", "triton_interpret"] = "auto"  # for reading the prompts
+    peers: str = ""  # another library's generation beside ours, where it has the model: jla
     out: str = ""  # directory that gets generate.md and generate.json; empty: none
 
 
@@ -43,6 +45,8 @@ def measure(experiment: Experiment, options: GenerationOptions) -> dict[str, Any
         if getattr(options, name) < 1:
             raise UserError(f"{name} is {getattr(options, name)}; it must be positive.")
     asked = [(b, p) for p in sizes("prompts", options.prompts) for b in sizes("batches", options.batches)]
+    if options.peers:
+        model_peers.check(options.peers, experiment.id)
 
     import jax
 
@@ -53,7 +57,6 @@ def measure(experiment: Experiment, options: GenerationOptions) -> dict[str, Any
     from gdn_jax.model import count_parameters, for_inference, init_model
 
     cfg, compute = experiment.model, compute_for(experiment)
-    model = jax.jit(lambda key: for_inference(init_model(cfg, key), compute.dtype))(jax.random.key(0))
 
     def needed(size: tuple[int, int]) -> int:
         batch, prompt = size
@@ -62,11 +65,13 @@ def measure(experiment: Experiment, options: GenerationOptions) -> dict[str, Any
     rows = []
 
     def time_all() -> None:
+        model = jax.jit(lambda key: for_inference(init_model(cfg, key), compute.dtype))(jax.random.key(0))
         for batch, prompt in sorted(asked, key=needed):
             rows.append(_row(model, batch, prompt, options, compute))
             print(f"[{len(rows)}/{len(asked)}] {_said(rows[-1])}", file=sys.stderr, flush=True)
 
     impls = traced(experiment.run.impl, time_all)
+    beside = _peer(experiment, asked, options) if options.peers else None
     here = environment()
     return {
         "id": experiment.id,
@@ -77,8 +82,44 @@ def measure(experiment: Experiment, options: GenerationOptions) -> dict[str, Any
         "repetitions": options.repetitions,
         "device": jax.devices()[0].device_kind,
         "rows": sorted(rows, key=lambda row: asked.index((row["batch"], row["prompt"]))),
+        "peer": beside,
         **{name: here[name] for name in ("date", "commit", "dirty", "python", "versions")},
     }
+
+
+def _peer(experiment: Experiment, asked: list[tuple[int, int]], options: GenerationOptions) -> dict[str, Any]:
+    """Another library's speeds at the same sizes. Its prefill is the time to the first token, its decode what every
+    further one adds."""
+    import jax
+    import numpy as np
+
+    write, words = model_peers.PEERS[options.peers].generate(experiment)
+    rows = []
+    for batch, prompt in asked:
+        prompts = np.random.default_rng(0).integers(0, experiment.model.vocab, (batch, prompt)).tolist()
+        row: dict[str, Any] = {"batch": batch, "prompt": prompt, "prefill": None, "decode": None, "note": ""}
+        try:
+            first, further = (_timed(write, prompts, count, options) for count in (1, 1 + options.tokens))
+            row["prefill"] = _speed(first, batch * prompt, None)
+            each = [(seconds - statistics.median(first)) / options.tokens for seconds in further]
+            if min(each) > 0:
+                row["decode"] = _speed(each, batch, None)
+            else:
+                row["note"] = f"{options.tokens} tokens take no longer than the clock is unsure; ask for more --tokens"
+        except jax.errors.JaxRuntimeError as error:
+            row["note"] = str(error).splitlines()[0]
+        rows.append(row)
+        print(f"[{options.peers} {len(rows)}/{len(asked)}] {_said(row)}", file=sys.stderr, flush=True)
+    return {"library": model_peers.version(options.peers), "words": words, "rows": rows}
+
+
+def _timed(write, prompts: list[list[int]], count: int, options: GenerationOptions) -> list[float]:
+    seconds = []
+    for _ in range(1 + options.repetitions):
+        start = time.perf_counter()
+        write(prompts, count)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
 
 
 def _row(model, batch: int, prompt: int, options: GenerationOptions, compute) -> dict[str, Any]:
@@ -211,6 +252,11 @@ def markdown(found: dict[str, Any]) -> str:
                 row["note"] or "ok",
             )
         )
+    beside = found["peer"]
+    for row in beside["rows"] if beside else ():
+        speeds = (_rate(row["prefill"]), "-", _rate(row["decode"]), "-", "-", "-", "-")
+        name = f"{row['batch']:,} ({beside['library'].split()[0]})"
+        lines.append((name, f"{row['prompt']:,}", *speeds, row["note"] or "ok"))
     cpu = "; speeds of a CPU say nothing about a GPU" if found["device"].lower() == "cpu" else ""
     facts = [
         f"Device: {found['device']}{cpu}",
@@ -221,10 +267,19 @@ def markdown(found: dict[str, Any]) -> str:
         "Floor of prefill: its floating point operations at the device's measured bf16 peak; of decode: GB a step "
         "(parameters once, states in and out, visible keys and values once) at its measured bandwidth",
         "Peak: the process's until then, the smallest request first",
+        *([_of_peer(beside)] if beside else []),
         f"Versions: {', '.join(f'{name} {version}' for name, version in found['versions'].items())}",
         f"Date: {found['date']}, commit {found['commit']}{' with uncommitted changes' if found['dirty'] else ''}",
     ]
     return f"{piped(lines)}\n\n" + "\n".join(f"- {fact}" for fact in facts)
+
+
+def _of_peer(beside: dict[str, Any]) -> str:
+    """What a reader needs to know of another library's rows."""
+    sizes = beside["words"] or "at our sizes"
+    return (
+        f"{beside['library']}: its own model, {sizes}; prefill: to the first token, decode: what every further one adds"
+    )
 
 
 def _said(row: dict[str, Any]) -> str:

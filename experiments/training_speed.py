@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import experiments
-from experiments import step_peers
+from experiments import model_peers
 from experiments.figure3 import SETTINGS, Timing
 from experiments.models import PAPER_MODELS
 from experiments.options import Switch
@@ -132,9 +132,9 @@ def points(options: SpeedOptions) -> list[Point]:
 def _beside(options: SpeedOptions, ours: list[Point]) -> list[Point]:
     """The points of the libraries in options.peers, of the models that they have."""
     found = []
-    for peer in _names("peers", options.peers, list(step_peers.PEERS)) if options.peers else []:
-        step_peers.version(peer)
-        models = step_peers.PEERS[peer].models
+    for peer in _names("peers", options.peers, list(model_peers.PEERS)) if options.peers else []:
+        model_peers.version(peer)
+        models = model_peers.PEERS[peer].models
         theirs = [point._replace(peer=peer, step_profile=False) for point in ours if point.timing.model in models]
         if not theirs:
             raise UserError(f"{peer} has none of the models {options.models}; it has {', '.join(models)}.")
@@ -247,7 +247,7 @@ def timed_peer(peer: str, experiment: Experiment, *, warm_up: int, repetitions: 
     import jax
 
     batches = _tokens(experiment, warm_up + repetitions)
-    of = step_peers.PEERS[peer]
+    of = model_peers.PEERS[peer]
     for remat in of.remat:
         try:
             built = of.build(experiment, remat, batches[0])
@@ -262,7 +262,7 @@ def timed_peer(peer: str, experiment: Experiment, *, warm_up: int, repetitions: 
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
         "parameters": built.parameters,
-        "peer": {"library": step_peers.version(peer), "words": built.words, "remat": remat},
+        "peer": {"library": model_peers.version(peer), "words": built.words, "remat": remat},
         **_speed(seconds[warm_up:], batches[0][:, 1:].size),
         "compile_seconds": compile_seconds,
         # of this attempt alone where it was the first
@@ -413,7 +413,7 @@ def kept(point: Point, here: Row) -> Row | None:
     told = not row["note"] or row["note"].startswith(OUT_OF_MEMORY)
     profiled = not point.step_profile or row["note"] or "profile" in row
     if point.peer and row["peer"]:
-        same = same and row["peer"]["library"] == step_peers.version(point.peer)
+        same = same and row["peer"]["library"] == model_peers.version(point.peer)
     return row if same and told and profiled else None
 
 

@@ -181,7 +181,7 @@ def test_generation_is_timed_by_batch_and_length(capsys, tmp_path):
     assert said[0].startswith("[1/2] batch 1, prompts of 20: prefill ") and len(said) == 2, "the smallest first"
     table = (tmp_path / "x" / "generate.md").read_text().splitlines()
     assert table[2].startswith("| 2 | 20 | ") and table[2].endswith(" | unknown | ok |")
-    assert "- Device: cpu; speeds of a CPU say nothing about a GPU" in table
+    assert "- Device: cpu; speeds of a CPU say nothing about a GPU" in table and found["peer"] is None
 
 
 def test_a_row_that_does_not_fit_says_so(capsys, monkeypatch):

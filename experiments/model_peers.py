@@ -1,10 +1,10 @@
-"""Training steps of other libraries beside ours, for `gdn bench figure3 --peers`: the model of ours that a library can
-build, at its sizes or the nearest that it has kernels for, which `words` name.
+"""Other libraries' models beside ours, for the option --peers of `gdn bench figure3` and `gdn bench generate`: those of
+ours that a library can build, at our sizes or the nearest that it has kernels for, which `words` name.
 
-jla    jax-linear-attention (Python 3.12, jax 0.11.2): its models, cross entropy, AdamW and step. Llama's layout of
-       transformer, DeltaNet, Gated DeltaNet, Mamba2 and Mamba; the other five models it does not have.
+jla    jax-linear-attention (Python 3.12, jax 0.11.2): its models, loss, AdamW, training step and generation. Llama's
+       layout of transformer, DeltaNet, Gated DeltaNet, Mamba2 and Mamba; the other five models it does not have.
 
-flash-linear-attention's models are not called: they train in torch.
+flash-linear-attention's models, which run in torch, are not called.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gdn_jax.config import Experiment
-from gdn_jax.errors import UserError
+from gdn_jax.errors import UserError, nearest
 from pallas_kernels.peers import JLA, Library
 
 JLA_KEYS = (64, 128, 256)  # of the heads that its delta rule's kernels take; below, its plain form runs
@@ -33,12 +33,17 @@ class Step(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """A library, and what builds its step: build(experiment, one of `remat`, a batch's tokens) -> Step."""
+    """A library, and how it is asked.
+
+    build     (experiment, one of `remat`, a batch's tokens) -> Step
+    generate  experiment -> (a function of prompts and how many tokens to write after each, which waits; words)
+    """
 
     library: Library
     models: tuple[str, ...]  # of the ten, that it has
     remat: tuple[str, ...]  # what it can keep of a layer for the backward, most first
     build: Callable[[Experiment, str, np.ndarray], Step]
+    generate: Callable[[Experiment], tuple[Callable[[list[list[int]], int], Any], str]]
 
 
 def version(peer: str) -> str:
@@ -47,6 +52,16 @@ def version(peer: str) -> str:
     if importlib.util.find_spec(library.module) is None:
         raise UserError(f"peers names {peer!r}, which is not installed; pip install {library.distributions[0]}.")
     return f"{peer} {importlib.metadata.version(library.distributions[0])}"
+
+
+def check(peer: str, id: str) -> None:
+    """UserError where `peer` is unknown, not installed, or lacks the model of an ID."""
+    if peer not in PEERS:
+        raise UserError(f"peers names {peer!r}{nearest(peer, PEERS)}; it must be {' or '.join(PEERS)}.")
+    version(peer)
+    model = id.split("/")[1] if "/" in id else id
+    if model not in PEERS[peer].models:
+        raise UserError(f"{peer} has no model {model}; it has {', '.join(PEERS[peer].models)}.")
 
 
 def _jla_model(experiment: Experiment) -> tuple[Any, str]:
@@ -131,5 +146,19 @@ def _jla(experiment: Experiment, remat: str, tokens: np.ndarray) -> Step:
     return Step(words, count, (model, opt_state, key), compile, batch)
 
 
+def _jla_generation(experiment: Experiment) -> tuple[Callable, str]:
+    import jax
+    from jla.inference.generate import generate
+    from jla.models.lm import build_model
+
+    config, words = _jla_model(experiment)
+    model = build_model(replace(config, param_dtype=config.compute_dtype), key=jax.random.key(0))
+
+    def write(prompts: list[list[int]], count: int) -> Any:
+        return generate(model, prompts, max_new_tokens=count, bucket=1).tokens
+
+    return write, words
+
+
 JLA_MODELS = ("transformer", "deltanet", "gated-deltanet", "mamba2", "mamba")
-PEERS = {"jla": Peer(JLA, JLA_MODELS, ("dots_kernels", "dots", "full"), _jla)}
+PEERS = {"jla": Peer(JLA, JLA_MODELS, ("dots_kernels", "dots", "full"), _jla, _jla_generation)}

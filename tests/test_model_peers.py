@@ -1,4 +1,4 @@
-"""Other libraries' training steps beside ours in Figure 3."""
+"""Other libraries' models beside ours: training steps in Figure 3, and generation."""
 
 import importlib.metadata
 import importlib.util
@@ -8,7 +8,8 @@ import types
 import pytest
 
 import experiments
-from experiments import drawn_figure3, step_peers, training_speed
+from experiments import drawn_figure3, generation_speed, model_peers, training_speed
+from experiments.generation_speed import GenerationOptions
 from experiments.training_speed import SpeedOptions, points
 from gdn_jax.errors import UserError
 from gdn_jax.model import count_parameters
@@ -79,9 +80,9 @@ def test_jla_has_our_sizes_or_the_nearest_and_runs():
     import jax
     from jla.models.lm import build_model
 
-    for model in step_peers.JLA_MODELS:
+    for model in model_peers.JLA_MODELS:
         experiment = experiments.get(f"table3/{model}/1.3b")
-        config, words = step_peers._jla_model(experiment)
+        config, words = model_peers._jla_model(experiment)
         built = jax.eval_shape(lambda config=config: build_model(config, key=jax.random.key(0)))
         count = sum(leaf.size for leaf in jax.tree.leaves(built) if hasattr(leaf, "size"))
         assert count == pytest.approx(count_parameters(experiment.model), rel=0.03), model
@@ -90,3 +91,32 @@ def test_jla_has_our_sizes_or_the_nearest_and_runs():
         row = training_speed.timed_peer("jla", small, warm_up=1, repetitions=2)
         assert row["losses"] == pytest.approx([math.log(small.model.vocab)] * 2, abs=0.1), "random tokens"
         assert row["note"] == "" and row["peer"]["remat"] == "dots_kernels" and row["tokens_per_s"] > 0
+
+
+def test_generation_beside_a_peer(installed, monkeypatch):
+    """A library that reads a prompt in 1 ms a token and writes each token of all rows in 2 ms."""
+    clock = [0.0]
+
+    def write(prompts, count):
+        assert [len(prompt) for prompt in prompts] == [10, 10]
+        clock[0] += 0.010 + 0.002 * count
+
+    peer = model_peers.PEERS["jla"]._replace(generate=lambda experiment: (write, ""))
+    monkeypatch.setitem(model_peers.PEERS, "jla", peer)
+    monkeypatch.setattr(generation_speed.time, "perf_counter", lambda: clock[0])
+    options = GenerationOptions(peers="jla", tokens=5, repetitions=2)
+    experiment = experiments.get("table3/gated-deltanet/tiny")
+    found = generation_speed._peer(experiment, [(2, 10)], options)
+    (row,) = found["rows"]
+    assert found["library"] == "jla 0.1.0" and row["note"] == ""
+    assert row["prefill"]["tokens_per_s"] == pytest.approx(20 / 0.012)
+    assert row["decode"]["tokens_per_s"] == pytest.approx(2 / 0.002)
+    with pytest.raises(UserError, match=r"^jla has no model retnet; it has transformer, deltanet, gated-deltanet, "):
+        generation_speed.measure(experiments.get("table3/retnet/tiny"), options)
+
+
+def test_jla_generates_at_tiny():
+    pytest.importorskip("jla")
+    options = GenerationOptions(peers="jla", tokens=200, repetitions=2)
+    found = generation_speed._peer(experiments.get("table3/gated-deltanet/tiny"), [(2, 10)], options)
+    assert found["rows"][0]["note"] == "" and found["rows"][0]["decode"]["tokens_per_s"] > 0

@@ -72,6 +72,16 @@ def test_interpreted_kernels_with_several_blocks_a_chunk(chunk):
     assert conformance.failures(case, "triton_interpret", seed=3, configuration=configuration) == []
 
 
+@pytest.mark.parametrize("joined", [False, True])
+def test_interpreted_carries_that_make_outputs_and_that_leave_them_to_joins(joined):
+    """Keys in tiles of 32 and 8, products of 32 tokens where the carry makes none, states kept and made again."""
+    carry = Carry(joined=joined, key_tile=32, token_tile=32)
+    configuration = Configuration(chunk=64, forward=carry, reverse=carry, keys=Join(column_tile=32))
+    for residuals in ("saved", "inputs"):
+        case = Case(name="carry", T=130, H=1, Hv=2, K=40, B=1, dtype="bfloat16", documents=0.02, residuals=residuals)
+        assert conformance.failures(case, "triton_interpret", seed=4, configuration=configuration) == []
+
+
 def test_without_dg_the_other_gradients_are_the_same():
     """g that is not differentiated, as RetNet's, spares the kernels its sums and changes nothing else."""
     (*tokens, state), (do, d_state) = _inputs(T=64, K=16, V=16)

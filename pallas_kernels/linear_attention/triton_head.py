@@ -46,10 +46,10 @@ BLOCK = 64  # tokens whose rows a program of join makes
 class Carry:
     """Of the serial kernel: a program owns a tile of the state, or all keys of its columns where `joined`."""
 
-    joined: bool = False  # whether it also makes the outputs, which takes chunks of one block
+    joined: bool = False  # whether it also makes the outputs, where a chunk is one block
     key_tile: int = 64
     value_tile: int = 64
-    token_tile: int = 64  # tokens of one product
+    token_tile: int = 64  # tokens of one product; where it makes outputs, those of a block
     warps: int = 4
     num_stages: int = 3
 
@@ -79,7 +79,7 @@ class Configuration:
 def configuration_for(K: int, V: int) -> Configuration:
     """The fastest of those timed on an H100: at RetNet's heads (256 x 512), and Mamba2's (128 x 64) for narrow ones."""
     if min(K, V) < 128:
-        carry = Carry(joined=True, key_tile=128, num_stages=2)
+        carry = Carry(joined=True, key_tile=128, num_stages=2) if K <= 128 else Carry()
         return Configuration(chunk=BLOCK, forward=carry, reverse=carry, keys=Join(column_tile=128))
     carry = Carry(key_tile=128, value_tile=64, token_tile=128, num_stages=2)
     join = Join(column_tile=128, num_stages=3)
@@ -101,6 +101,10 @@ class _Static(NamedTuple):
     residuals: str
     interpret: bool
     configuration: Configuration
+
+    def makes_outputs(self, carry: Carry) -> bool:
+        """Whether a carry makes O or dV on its way."""
+        return carry.joined and self.chunk == BLOCK
 
 
 class _Decays(NamedTuple):
@@ -170,7 +174,7 @@ def _carry(z, y, write, decays, initial, other, asked, *, reverse, keep, config,
     (B, T, H, K), (Hv, V) = z.shape, y.shape[2:]
     N, group = T // chunk, Hv // H
     down, along = Tiling(K, config.key_tile), Tiling(V, config.value_tile)
-    token_tile = BLOCK if chunk % config.token_tile else config.token_tile
+    token_tile = BLOCK if asked is not None or chunk % config.token_tile else config.token_tile
 
     def lin_carry(refs):
         origin = 0 * triton.program_id(0)
@@ -378,7 +382,7 @@ def _join(operands, decays, heads, *, scale, config, chunk, interpret):
 def _carried(static, z, y, write, decays, initial, other, asked, *, reverse, keep):
     config = static.configuration.reverse if reverse else static.configuration.forward
     return _carry(
-        z, y, write, decays, initial, other, asked if config.joined and static.chunk == BLOCK else None,
+        z, y, write, decays, initial, other, asked if static.makes_outputs(config) else None,
         reverse=reverse, keep=keep, config=config, chunk=static.chunk, interpret=static.interpret,
     )  # fmt: skip
 
@@ -405,10 +409,9 @@ def _run(static, q, k, v, g, initial, numbers, *, keep):
     """((o, final state), states where `keep` or where o is made from them)."""
     decays = _decays(g, numbers, static.chunk)
     read = static.scale * decays.gamma
-    on_the_way = static.configuration.forward.joined and static.chunk == BLOCK
     made = _carried(
         static, k, v, decays.leaving, decays, initial, None, _Asked(q, read, static.scale),
-        reverse=False, keep=keep or not on_the_way,
+        reverse=False, keep=keep or not static.makes_outputs(static.configuration.forward),
     )  # fmt: skip
     o = made.out
     if o is None:

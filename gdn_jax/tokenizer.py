@@ -13,6 +13,7 @@ from gdn_jax.errors import UserError
 # A tokenizers file does not say which token ends a document. The first of these it holds does, so that the
 # file's hash fixes everything the tokenizer does.
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>")
+REPLACEMENT = "\ufffd"  # what half a character decodes to
 
 
 class Tokenizer(Protocol):
@@ -141,6 +142,32 @@ class JsonTokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         kept = [int(index) for index in ids if index != self.eos]
         return self._backend.decode(kept, skip_special_tokens=True).encode()
+
+
+def text_between(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, start: int, stop: int) -> str:
+    """The text of ids[start:stop], less a character that either end would split.
+
+    Several tokens may spell one character, and some of them decode to U+FFFD. A U+FFFD of the text itself is kept: an
+    end splits a character where its two sides hold more of them than the whole.
+    """
+
+    def decoded(part: Sequence[int] | np.ndarray) -> str:
+        return tokenizer.decode_bytes(part).decode("utf-8", "replace")
+
+    def halves(part: Sequence[int] | np.ndarray) -> int:
+        return decoded(part).count(REPLACEMENT)
+
+    def splits(place: int) -> bool:
+        return halves(ids[:place]) + halves(ids[place:]) > halves(ids)
+
+    text = decoded(ids[start:stop])
+    while text.endswith(REPLACEMENT) and splits(stop):
+        stop -= 1
+        text = decoded(ids[start:stop])
+    while text.startswith(REPLACEMENT) and splits(start):
+        start += 1
+        text = decoded(ids[start:stop])
+    return text
 
 
 def _hash8(content: bytes) -> str:

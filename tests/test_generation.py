@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from eval_text import Script
 from small import experiment, scripted_model
+from test_tokenizer import model_file  # noqa: F401  a fixture
 
 from gdn_jax import tokenizer
 from gdn_jax.errors import UserError
@@ -107,6 +108,14 @@ def test_cuts():
     assert cut(BYTES, "aé漢b", 3, "left") == Answer("b", 1, 7), "no half characters"
     found = ask(Script(lambda prompt: prompt), max_length=7, truncation="left")
     assert [answer.text for answer in found] == ["one", "ree", "two", "one", "mpt", ""]
+
+
+def test_a_cut_splits_no_character_of_several_pieces(request):
+    pieces = tokenizer.load(str(request.getfixturevalue("model_file")))
+    for room in range(4, 30):
+        for truncation in ("left", "middle"):
+            found = cut(pieces, "漢字" * 9, room, truncation)
+            assert "\ufffd" not in found.text and found.tokens <= room
 
 
 class Swelling(tokenizer.ByteTokenizer):

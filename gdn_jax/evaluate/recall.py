@@ -13,7 +13,7 @@ from typing import Any
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.evaluate.generation import Ask
 from gdn_jax.evaluate.rows import LABELS, TEXT, TEXTS, Kind, Source, check_row, load_rows
-from gdn_jax.tokenizer import Tokenizer
+from gdn_jax.tokenizer import Tokenizer, text_between
 
 CONTEXT_LENGTH = 2048  # tokens, the paper's; JRT's own script has 1000
 ANSWER_LENGTH = 50  # of them, left free
@@ -186,7 +186,10 @@ def _task(name: str) -> Task:
 
 
 def _cut(text: str, around: Sequence[str], row: Row, tokenizer: Tokenizer, room: int) -> str | None:
-    """At most `room` tokens of the text around the earliest mention; JRT's truncate_context, special tokens apart."""
+    """At most `room` tokens of the text around the earliest mention; JRT's truncate_context, special tokens apart.
+
+    JRT leaves half a character at a cut, and a token more where the text behind the cut encodes to one more.
+    """
     places = []
     for column in around:
         answer = row[column][0] if isinstance(row[column], list) and row[column] else row[column]
@@ -204,7 +207,12 @@ def _cut(text: str, around: Sequence[str], row: Row, tokenizer: Tokenizer, room:
         before = len(tokenizer.encode(text[: min(places, default=0)]))
     ids = tokenizer.encode(text)
     start = max(0, before - room // 2)
-    return tokenizer.decode_bytes(ids[start : min(len(ids), start + room)]).decode("utf-8", "ignore")
+    stop = min(len(ids), start + room)
+    short = text_between(tokenizer, ids, start, stop)
+    while (over := len(tokenizer.encode(short)) - room) > 0:  # text may encode to more tokens than it was decoded from
+        stop -= over
+        short = text_between(tokenizer, ids, start, stop)
+    return short
 
 
 def _mentions(answer: str, text: str) -> list[int]:

@@ -117,10 +117,8 @@ def described(found: list[dict[str, Any]]) -> str:
     lines = []
     for one in found:
         suite = experiments.SUITES[one["suite"]]
-        columns = [column for column in suite.columns.values() if column.task == one["task"]]
+        columns = [column for column in suite.columns.values() if column.task == one["task"]] or [None]
         marks = list(dict.fromkeys(mark for column in columns for mark in suite.marks(one, column)))
-        if not columns:
-            marks = [f"n = {one['n']:,} of {one['of']:,}"] * (one["n"] < one["of"]) + one["marks"]
         shots = one["protocol"].get("fewshot")
         task = f"{one['suite']}/{one['task']}{f', {shots} worked examples' if shots else ''}"
         numbers = ", ".join(f"{name} {_number(value)}" for name, value in one["metrics"].items())

@@ -235,8 +235,7 @@ def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: A
         row = suite.measure(task, answering, run, asked)
         makers = answering.kept.makers()
         marks = [row["stand_in"]] if row["stand_in"] else []
-        if run.step < steps and run.trained_on.fingerprint is not None:  # imported parameters were trained elsewhere
-            marks.append(f"step {run.step:,} of {steps:,}")
+        marks += unfinished(run.step, steps, run.trained_on.fingerprint)
         read = {} if own_length is None else {"max_length": answering.max_length}
         protocol = {"limit": asked.limit} | read | row["protocol"] | asked.facts(suite.name, task)
         if own_length not in (None, protocol.get("max_length")):
@@ -254,6 +253,11 @@ def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: A
         save(run.directory, entry)
         found.append(entry)
     return found
+
+
+def unfinished(step: int, of_steps: int, trained_on: str | None) -> list[str]:
+    """The mark of a checkpoint before a training's last step; imported parameters were trained elsewhere."""
+    return [f"step {step:,} of {of_steps:,}"] if step < of_steps and trained_on is not None else []
 
 
 def _other(maker: Row | None) -> str:

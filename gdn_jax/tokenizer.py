@@ -1,14 +1,16 @@
 """Text to token ids: bytes, a SentencePiece model or a `tokenizers` file behind one small interface."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from gdn_jax.errors import UserError
+from gdn_jax.half_characters import check_whole
 
 # A tokenizers file does not say which token ends a document. The first of these it holds does, so that the
 # file's hash fixes everything the tokenizer does.
@@ -24,7 +26,9 @@ class Tokenizer(Protocol):
     eos: int  # ends every document
     hash8: str  # first 8 hex digits of the sha256 of the file
 
-    def encode(self, text: str) -> np.ndarray: ...
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text; UserError for one with half a character (a lone surrogate)."""
+        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
@@ -63,7 +67,8 @@ class ByteTokenizer:
     hash8 = hashlib.sha256(b"ids 0..255: the bytes of the UTF-8 text; id 256: EOS").hexdigest()[:8]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        with _whole([text]):
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -91,10 +96,12 @@ class SentencePieceTokenizer:
             raise UserError(f"Tokenizer {name} has no EOS piece to end documents with; train it with an eos_id >= 0.")
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._model.encode(text), np.int32)
+        with _whole([text]):
+            return np.asarray(self._model.encode(text), np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.asarray(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
+        with _whole(texts):
+            return [np.asarray(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._model.decode([int(index) for index in ids]).encode()
@@ -133,10 +140,12 @@ class JsonTokenizer:
         self.vocab, self.eos = max(ids.values()) + 1, ids[eos]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+        with _whole([text]):
+            return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _whole(texts):
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in encoded]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -168,6 +177,17 @@ def text_between(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, start: i
         start += 1
         text = decoded(ids[start:stop])
     return text
+
+
+@contextlib.contextmanager
+def _whole(texts: Sequence[str]) -> Iterator[None]:
+    """Says of a text with half a character what is wrong with it: each library fails in a way of its own."""
+    try:
+        yield
+    except (UnicodeEncodeError, RuntimeError, TypeError):
+        for text in texts:
+            check_whole(text, f"The text {str(text)[:40]!a}", "pass it in UTF-8")
+        raise
 
 
 def _hash8(content: bytes) -> str:

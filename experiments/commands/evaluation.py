@@ -185,9 +185,14 @@ def score_text(experiment: Experiment, files: tuple[str, ...], max_length: int |
         return
     header = ("file", "bytes", "nats per byte", "nats per token", "word perplexity")
     lines = [
-        (row["file"], f"{row['bytes']:,}", f"{row['nats_per_byte']:.4f}", f"{row['nats_per_token']:.4f}",
+        (_shown(row["file"]), f"{row['bytes']:,}", f"{row['nats_per_byte']:.4f}", f"{row['nats_per_token']:.4f}",
          f"{row['word_perplexity']:.4g}")
         for row in rows
     ]  # fmt: skip
     print(aligned([header, *lines]))
     print(f"step {answering.run.step:,}, blocks of {answering.max_length:,} tokens")
+
+
+def _shown(name: str) -> str:
+    """The name of a file, which need not be text."""
+    return name.encode("utf-8", "backslashreplace").decode()

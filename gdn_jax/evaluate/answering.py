@@ -13,6 +13,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.evaluate.generation import Ask, Greedy, answers
 from gdn_jax.evaluate.kept import Kept, key_of
 from gdn_jax.evaluate.scoring import BATCH_TOKENS, Score, Scorer
+from gdn_jax.half_characters import check_whole
 from gdn_jax.layers import Compute, compute_for
 from gdn_jax.metrics import environment
 from gdn_jax.progress import Progress
@@ -171,12 +172,11 @@ def read_requests(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise UserError(
             f"{path} holds no requests ({error}); write it with: gdn eval RUN --tasks ... --requests FILE."
         ) from None
+    again = "write the file again with: gdn eval RUN --tasks ... --requests FILE"
     for number, row in enumerate(rows, 2):
         if not _is_request(row):
-            raise UserError(
-                f"{path}, line {number}: is no request; write the file again with: gdn eval RUN --tasks ... --requests "
-                f"FILE."
-            )
+            raise UserError(f"{path}, line {number}: is no request; {again}.")
+        check_whole(row, f"{path}, line {number}", again)
     return facts, rows
 
 

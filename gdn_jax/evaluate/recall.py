@@ -119,22 +119,12 @@ TASKS = {
 def rows_of(task: str, folder: Path) -> list[Row]:
     """The task's rows from folder/<task>.jsonl or .jsonl.gz. Errors as of load_rows."""
     found = _task(task)
-    rows = load_rows(folder, task, _fields(found), Source(found.dataset, "validation"))
-    _check(task, rows, str(folder / task))
-    return rows
+    return load_rows(folder, task, _fields(found), Source(found.dataset, "validation"), MAY_LACK)
 
 
 def _fields(task: Task) -> dict[str, Kind]:
     """The columns of a task's rows, but for those that a row may lack."""
     return {column: LABELS if column == "answers" else TEXT for column in task.columns}
-
-
-def _check(task: str, rows: Sequence[Row], name: str) -> None:
-    """UserError for a row whose columns hold something else, the two that it may lack included."""
-    fields = _fields(TASKS[task])
-    for number, row in enumerate(rows, 1):
-        others = {column: kind for column, kind in MAY_LACK.items() if row.get(column) not in (None, [])}
-        check_row(row, f"{name}, row {number}", fields | others)
 
 
 def make_prompt(task: str, row: Row, tokenizer: Tokenizer, context_length: int = CONTEXT_LENGTH) -> str | None:
@@ -161,7 +151,8 @@ def evaluate(
     found = _task(task)
     if context_length <= ANSWER_LENGTH + 1:
         raise UserError(f"context_length is {context_length}; it must be at least {ANSWER_LENGTH + 2} tokens.")
-    _check(task, rows, task)
+    for number, row in enumerate(rows, 1):
+        check_row(row, f"{task}, row {number}", _fields(found), MAY_LACK)
     prompts = [make_prompt(task, row, tokenizer, context_length) for row in rows]
     asked = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if prompt is not None]
     if not asked:

@@ -163,9 +163,10 @@ def test_who_made_an_answer_is_kept_with_it(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     keep = tmp_path / "answers.jsonl"
-    keep.write_text('{"key": 1}\n')
-    with pytest.raises(UserError, match=r"answers.jsonl, line 1: holds no answer"):
-        ask(Script(str.upper), keep=Kept(keep))
+    for line in ('{"key": 1}\n', "[" * 100_000 + "\n"):
+        keep.write_text(line)
+        with pytest.raises(UserError, match=r"answers.jsonl, line 1: holds no answer"):
+            ask(Script(str.upper), keep=Kept(keep))
 
 
 def test_a_model_continues_and_is_known_by_its_parameters(tmp_path):

@@ -168,7 +168,7 @@ def read_requests(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         first, *rows = map(json.loads, path.read_text().splitlines())
         facts = {name: first[name] for name in ("max_length", "tokenizer")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} holds no requests ({error}); write it with: gdn eval RUN --tasks ... --requests FILE."
         ) from None

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from experiments.suites import unfinished
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError
 from gdn_jax.files import read_json, write_json
@@ -28,8 +29,8 @@ Row = dict[str, Any]
 
 
 def marks(evaluation: Row) -> list[str]:
-    """Why an evaluation is not the number of its ID, in words: fewer windows, another stride, other data."""
-    found = []
+    """Why an evaluation is not the number of its ID, in words: unfinished, fewer windows, other stride, other data."""
+    found = unfinished(evaluation["step"], evaluation["of_steps"], evaluation["trained_on"])
     if evaluation["windows"] < evaluation["of_windows"]:
         found.append(f"{evaluation['windows']:,} of {evaluation['of_windows']:,} windows")
     if evaluation["stride"] != evaluation["window"]:
@@ -48,8 +49,8 @@ def protocol(evaluation: Row) -> tuple:
 
 
 def preferred(evaluations: list[Row]) -> Row:
-    """The evaluation that stands for a run: the newest without a mark, else the newest."""
-    return next((one for one in reversed(evaluations) if not marks(one)), evaluations[-1])
+    """The evaluation that stands for a run: of those with the fewest marks the newest."""
+    return min(reversed(evaluations), key=lambda one: len(marks(one)))
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,13 @@ def of_experiment(experiment: Experiment, *, runs: Path | None = None) -> list[R
     """Results of an experiment's own recipe: those below `runs` first, then the published ones."""
     own = [] if runs is None else sorted((runs / experiment.id).glob("*/result.json"))
     found = [read_json(path, dict, "recipe8") for path in own] + rows(experiment.id)
-    return results(row for row in found if row.get("recipe8") == experiment.recipe8)
+    steps = experiment.optim.steps  # of the recipe
+    return results(with_steps(row, steps) for row in found if row.get("recipe8") == experiment.recipe8)
+
+
+def with_steps(row: Row, of_steps: int) -> Row:
+    """A result row whose evaluation says of how many steps it is, also where that was not yet recorded."""
+    return row | {"validation": {"step": row["steps"], "of_steps": of_steps} | row["validation"]}
 
 
 def place(row: Row) -> Path:
@@ -132,6 +139,10 @@ def publish(run_dir: Path) -> Path:
     if not path.exists():
         raise UserError(f"{run_dir} holds no result.json; `gdn run` writes it.")
     row = read_json(path, dict, "recipe8")
+    if "of_steps" not in row["validation"]:
+        from gdn_jax.checkpoint import read_config
+
+        row = with_steps(row, read_config(run_dir).optim.steps)
     if why := marks(row["validation"]):
         raise UserError(f"The result of {run_dir} is not its ID's number ({', '.join(why)}); run: gdn run {row['id']}.")
     return _keep(row, place(row), run_dir)

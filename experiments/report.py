@@ -47,14 +47,16 @@ def result_row(run_dir: Path) -> Row:
     """Everything that identifies and summarises a run; also written to its result.json.
 
     Reads config.json, env.json, metrics.jsonl and evaluation.json, and raises a UserError that names the file
-    which is missing and the command that writes it. Of several evaluations the one without a mark stands for the run.
+    which is missing and the command that writes it. Of several evaluations the one with the fewest marks stands for the
+    run.
     """
     from gdn_jax.checkpoint import read_config
     from gdn_jax.metrics import read_rows
 
     experiment = read_config(run_dir)
     environment = _read(run_dir, "env.json", "train", dict, "devices", "impl")
-    evaluation = published.preferred(_read(run_dir, EVALUATION, "eval", list, "step"))
+    measured = _read(run_dir, EVALUATION, "eval", list, "step")
+    evaluation = published.preferred([{"of_steps": experiment.optim.steps} | one for one in measured])
     rows = read_rows(run_dir)
     events = [row.get("event") for row in rows]
     row = {
@@ -70,7 +72,7 @@ def result_row(run_dir: Path) -> Row:
         "precision": experiment.optim.precision,
         "seed": experiment.run.seed,
         "impl": {op: choice["impl"] for op, choice in environment["impl"].items()},
-        "validation": {key: value for key, value in evaluation.items() if key != "step"},
+        "validation": evaluation,
         "tasks": suites.of_step(run_dir, evaluation["step"]),
         "environment": environment,
     }

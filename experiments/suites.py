@@ -85,6 +85,7 @@ class Column:
     rows: range  # numbers of documents that the published task may have
     times: float = 1.0  # 100 for a fraction that the paper prints in per cent
     lower: bool = False  # is better
+    files: tuple[str, ...] = ()  # sha256 of the text of local files that hold its rows; any other one is of own rows
 
 
 class Cell(NamedTuple):
@@ -175,18 +176,27 @@ class Suite:
 
         def rank(entry: Row) -> tuple[int, bool, int]:
             column = next((one for one in self.columns.values() if one.task == entry["task"]), None)
-            return -len(self.marks(entry, column)), column is None or entry["of"] in column.rows, entry["n"]
+            return -len(self.marks(entry, column)), not _own(entry, column), entry["n"]
 
         return max(reversed(entries), key=rank, default=None)
 
     def marks(self, entry: Row, column: Column | None) -> tuple[str, ...]:
         """Why the entry is not the column's own number, or a task's that has no column, in words."""
         found = []
-        if column is not None and entry["of"] not in column.rows:
+        if _own(entry, column):
             found.append(f"own rows, n = {entry['n']:,}")
         elif entry["n"] < entry["of"]:
             found.append(f"n = {entry['n']:,} of {entry['of']:,}")
         return (*found, *entry["marks"])
+
+
+def _own(entry: Row, column: Column | None) -> bool:
+    """Whether the entry is of rows of one's own: a local file that is none of `files`, or another number of rows.
+
+    A file of the published length may hold anything. An entry of before files were recorded has no hash.
+    """
+    read, known = entry["protocol"].get("data_sha256"), () if column is None else column.files
+    return (read is not None and read not in known) or (column is not None and entry["of"] not in column.rows)
 
 
 def _date(seed: Sequence[Row]) -> str:
@@ -225,8 +235,7 @@ def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: A
         row = suite.measure(task, answering, run, asked)
         makers = answering.kept.makers()
         marks = [row["stand_in"]] if row["stand_in"] else []
-        if run.step < steps and run.trained_on.fingerprint is not None:  # imported parameters were trained elsewhere
-            marks.append(f"step {run.step:,} of {steps:,}")
+        marks += unfinished(run.step, steps, run.trained_on.fingerprint)
         read = {} if own_length is None else {"max_length": answering.max_length}
         protocol = {"limit": asked.limit} | read | row["protocol"] | asked.facts(suite.name, task)
         if own_length not in (None, protocol.get("max_length")):
@@ -244,6 +253,11 @@ def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: A
         save(run.directory, entry)
         found.append(entry)
     return found
+
+
+def unfinished(step: int, of_steps: int, trained_on: str | None) -> list[str]:
+    """The mark of a checkpoint before a training's last step; imported parameters were trained elsewhere."""
+    return [f"step {step:,} of {of_steps:,}"] if step < of_steps and trained_on is not None else []
 
 
 def _other(maker: Row | None) -> str:

@@ -3,11 +3,10 @@
 import codecs
 from collections.abc import Sequence
 
-from gdn_jax.tokenizer import Tokenizer
+from gdn_jax.tokenizer import REPLACEMENT, Tokenizer
 
 CONTEXT = 16  # earlier tokens decoded along, because a token's text may depend on its neighbours
 UNDECIDED = 3  # U+FFFD at the end that later tokens may still turn into one character of four bytes
-REPLACEMENT = "\ufffd"
 
 
 class Continuation:

@@ -14,6 +14,7 @@ import numpy as np
 from gdn_jax.batch import Batch, Chunk
 from gdn_jax.continuation import Continuation
 from gdn_jax.errors import UserError
+from gdn_jax.half_characters import half_character
 from gdn_jax.layers import Compute
 from gdn_jax.memory import check_fits, free_bytes
 from gdn_jax.model import LM, for_inference
@@ -178,10 +179,10 @@ def _check(
     for prompt in prompts:
         if not isinstance(prompt, str):
             raise UserError(f"A prompt is {prompt!r:.40}; each must be a text.")
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"The prompt {prompt[:40]!a} is not valid UTF-8; pass it in UTF-8.") from None
+    for name, texts in (("prompt", prompts), ("stop string", stops)):
+        for text in texts:
+            if half_character(text) is not None:
+                raise UserError(f"The {name} {text[:40]!a} is not valid UTF-8; pass it in UTF-8.")
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size), ("chunk", chunk)):
         if not isinstance(value, int | np.integer | None):
             raise UserError(f"{name} is {value!r}; it must be a whole number.")

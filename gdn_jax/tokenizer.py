@@ -1,18 +1,21 @@
 """Text to token ids: bytes, a SentencePiece model or a `tokenizers` file behind one small interface."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from gdn_jax.errors import UserError
+from gdn_jax.half_characters import check_whole
 
 # A tokenizers file does not say which token ends a document. The first of these it holds does, so that the
 # file's hash fixes everything the tokenizer does.
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "<|im_end|>")
+REPLACEMENT = "\ufffd"  # what half a character decodes to
 
 
 class Tokenizer(Protocol):
@@ -23,7 +26,9 @@ class Tokenizer(Protocol):
     eos: int  # ends every document
     hash8: str  # first 8 hex digits of the sha256 of the file
 
-    def encode(self, text: str) -> np.ndarray: ...
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text; UserError for one with half a character (a lone surrogate)."""
+        ...
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
@@ -62,7 +67,8 @@ class ByteTokenizer:
     hash8 = hashlib.sha256(b"ids 0..255: the bytes of the UTF-8 text; id 256: EOS").hexdigest()[:8]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+        with _whole([text]):
+            return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [self.encode(text) for text in texts]
@@ -90,10 +96,12 @@ class SentencePieceTokenizer:
             raise UserError(f"Tokenizer {name} has no EOS piece to end documents with; train it with an eos_id >= 0.")
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._model.encode(text), np.int32)
+        with _whole([text]):
+            return np.asarray(self._model.encode(text), np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.asarray(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
+        with _whole(texts):
+            return [np.asarray(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._model.decode([int(index) for index in ids]).encode()
@@ -132,15 +140,54 @@ class JsonTokenizer:
         self.vocab, self.eos = max(ids.values()) + 1, ids[eos]
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+        with _whole([text]):
+            return np.asarray(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        with _whole(texts):
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in encoded]
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         kept = [int(index) for index in ids if index != self.eos]
         return self._backend.decode(kept, skip_special_tokens=True).encode()
+
+
+def text_between(tokenizer: Tokenizer, ids: Sequence[int] | np.ndarray, start: int, stop: int) -> str:
+    """The text of ids[start:stop], less a character that either end would split.
+
+    Several tokens may spell one character, and some of them decode to U+FFFD. A U+FFFD of the text itself is kept: an
+    end splits a character where its two sides hold more of them than the whole.
+    """
+
+    def decoded(part: Sequence[int] | np.ndarray) -> str:
+        return tokenizer.decode_bytes(part).decode("utf-8", "replace")
+
+    def halves(part: Sequence[int] | np.ndarray) -> int:
+        return decoded(part).count(REPLACEMENT)
+
+    def splits(place: int) -> bool:
+        return halves(ids[:place]) + halves(ids[place:]) > halves(ids)
+
+    text = decoded(ids[start:stop])
+    while text.endswith(REPLACEMENT) and splits(stop):
+        stop -= 1
+        text = decoded(ids[start:stop])
+    while text.startswith(REPLACEMENT) and splits(start):
+        start += 1
+        text = decoded(ids[start:stop])
+    return text
+
+
+@contextlib.contextmanager
+def _whole(texts: Sequence[str]) -> Iterator[None]:
+    """Says of a text with half a character what is wrong with it: each library fails in a way of its own."""
+    try:
+        yield
+    except (UnicodeEncodeError, RuntimeError, TypeError):
+        for text in texts:
+            check_whole(text, f"The text {str(text)[:40]!a}", "pass it in UTF-8")
+        raise
 
 
 def _hash8(content: bytes) -> str:

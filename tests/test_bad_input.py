@@ -163,6 +163,7 @@ RUNS = [
     ("eval run --tasks figure2 --task_data empty", "empty holds no corpus; it takes gov_report.jsonl"),
     ("eval run --tasks table2 --haystack empty", "The haystack empty cannot be read (Is a directory)"),
     ("eval run --answer junk.jsonl", "junk.jsonl holds no requests"),
+    ("eval run --answer deep.jsonl", "deep.jsonl holds no requests (maximum recursion depth exceeded"),
     ("eval run --requests out.jsonl", "--requests writes the requests of tasks; name them with --tasks."),
     ("eval run --data.source nothing", "data.source 'nothing' is not prepared in data/nothing-b3838ac4"),
     ("convert import nothing --out x", "There is no file or directory 'nothing'"),
@@ -289,4 +290,4 @@ def test_a_call(here, call, sentence):
 
 def test_they_are_many_and_different():
     commands = [words for words, _ in NAMES + FIELDS + TEXTS + RUNS]
-    assert len(commands) == len(set(commands)) == 127
+    assert len(commands) == len(set(commands)) == 128

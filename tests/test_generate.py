@@ -187,7 +187,8 @@ def test_wrong_arguments_get_a_sentence():
     with pytest.raises(UserError, match=r"prompts is the text 'She '; pass a list of prompts: \['She '\]"):
         generate(lm, BYTES, "She ", max_tokens=1)
     assert "stops is the text 'ab'" in says(stops="ab")
-    assert "'\\udcff' is not valid UTF-8" in says(prompts=["\udcff"])
+    assert "The prompt '\\udcff' is not valid UTF-8" in says(prompts=["\udcff"])
+    assert "The stop string '\\udcff' is not valid UTF-8" in says(stops=["\udcff"])
     assert "max_tokens is 0; it must be positive" in says(max_tokens=0)
     assert "seed is -1; it must be in [0, 2^31)" in says(seeds=[-1])
     assert "2 seeds for 1 prompts" in says(seeds=[1, 2])

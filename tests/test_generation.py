@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from eval_text import Script
 from small import experiment, scripted_model
+from test_tokenizer import model_file  # noqa: F401  a fixture
 
 from gdn_jax import tokenizer
 from gdn_jax.errors import UserError
@@ -109,6 +110,14 @@ def test_cuts():
     assert [answer.text for answer in found] == ["one", "ree", "two", "one", "mpt", ""]
 
 
+def test_a_cut_splits_no_character_of_several_pieces(request):
+    pieces = tokenizer.load(str(request.getfixturevalue("model_file")))
+    for room in range(4, 30):
+        for truncation in ("left", "middle"):
+            found = cut(pieces, "漢字" * 9, room, truncation)
+            assert "\ufffd" not in found.text and found.tokens <= room
+
+
 class Swelling(tokenizer.ByteTokenizer):
     """Text that does not begin with the first byte it was cut from costs one token more, as dummy prefixes do."""
 
@@ -154,9 +163,10 @@ def test_who_made_an_answer_is_kept_with_it(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     keep = tmp_path / "answers.jsonl"
-    keep.write_text('{"key": 1}\n')
-    with pytest.raises(UserError, match=r"answers.jsonl, line 1: holds no answer"):
-        ask(Script(str.upper), keep=Kept(keep))
+    for line in ('{"key": 1}\n', "[" * 100_000 + "\n"):
+        keep.write_text(line)
+        with pytest.raises(UserError, match=r"answers.jsonl, line 1: holds no answer"):
+            ask(Script(str.upper), keep=Kept(keep))
 
 
 def test_a_model_continues_and_is_known_by_its_parameters(tmp_path):

@@ -131,7 +131,7 @@ def test_wrong_arguments(tmp_path):
     [
         ("qasper", {"context": None}, "qasper.*(row|line) 1: context is null, but must be a text; mend the row"),
         ("qasper", {"question": 7}, "question is 7, but must be a text"),
-        ("gov_report", {"context": "a\ud800"}, 'context is "a.ud800", but must be a text'),
+        ("gov_report", {"context": "a\ud800"}, r"context holds '.ud800', half a character"),
         ("qasper", {"answers": "seven"}, 'answers is "seven", but must be a list of texts, one at least'),
         ("qasper", {"answers": []}, r"answers is \[\], but must be a list of texts"),
         ("qasper", {"answers": ["a", None]}, r"answers is \[\"a\", null\], but must be a list of texts"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from eval_text import Script, told
+from test_tokenizer import model_file  # noqa: F401  a fixture
 
 from gdn_jax import tokenizer
 from gdn_jax.errors import UserError
@@ -96,6 +97,17 @@ def test_the_cut_is_around_the_earliest_mention_in_any_case():
         "value": "red",
     }
     assert make_prompt("swde", summed, BYTES, room) == f"{'x' * 10}red{'y' * 7}. Hue:"
+
+
+@pytest.mark.parametrize("room", range(4, 40))
+def test_a_cut_leaves_no_half_character_and_stays_within_the_limit(request, room):
+    """SentencePiece spells 漢 in three byte pieces, and puts one more before a text that begins with it."""
+    pieces = tokenizer.load(str(request.getfixturevalue("model_file")))
+    for filler in ("漢字", "wave of 漢, a "):
+        text = filler * 9 + "needle" + filler * 9
+        kept = make_prompt("squad", {"text": text, "value": "needle"}, pieces, room + ANSWER_LENGTH)
+        assert kept in text and len(kept) > 0 and len(pieces.encode(kept)) <= room
+        assert len(pieces.encode(kept)) > room - 10, "no more is lost than a character at each end"
 
 
 def test_answers_of_one_character_are_left_out():
@@ -203,7 +215,7 @@ def test_rows_from_files(tmp_path):
             "squad.*(row|line) 1: value is null, but must be a text; mend the row, or leave it out.",
         ),
         ("squad", {"value": 1840}, "value is 1840, but must be a text"),
-        ("squad", {"text": "born \ud800 in 1840"}, "text is .*, but must be a text"),
+        ("squad", {"text": "born \ud800 in 1840"}, r"text holds '.ud800', half a character"),
         ("triviaqa", {"answers": {"text": ["seven"]}}, "answers is .*, but must be a list of texts, one at least"),
         ("drop", {"answers": "seven"}, "answers is .*, but must be a list of texts"),
         ("drop", {"answers": ["seven", ""]}, r"answers is \[\"seven\", \"\"\], but must be .* none of them empty"),

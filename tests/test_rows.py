@@ -33,7 +33,12 @@ def test_fields_that_fit(tmp_path, kind, value):
     [
         (TEXT, None, "field is null, but must be a text; mend the row, or leave it out."),
         (TEXT, 7, "field is 7, but must be a text;"),
-        (TEXT, "half a character \ud83d", r'field is "half a character \\ud83d", but must be a text;'),
+        (
+            TEXT,
+            "half a \ud83d",
+            r"field holds '\\ud83d', half a character \(a lone surrogate\), which no text may hold;",
+        ),
+        (TEXTS, ["x", "\ud83d"], r"field holds '\\ud83d', half a character"),
         (TEXTS, "seven", 'field is "seven", but must be a list of texts, one at least;'),
         (TEXTS, [], r"field is \[\], but must be a list of texts, one at least;"),
         (TEXTS, None, "field is null, but must be a list of texts, one at least;"),

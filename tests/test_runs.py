@@ -21,6 +21,7 @@ from test_tokenizer import save_json_tokenizer
 
 import experiments
 import gdn_jax
+from experiments import published, report
 from experiments.run import main
 from gdn_jax import checkpoint, metrics, prepare, runs
 from gdn_jax.data import open_prepared
@@ -115,6 +116,20 @@ def test_an_evaluation_of_three_windows_keeps_the_whole_one(here, capfd):
     assert result()["validation"] == whole["validation"]
     assert main(["eval", ID, "--stride", "7", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["marks"] == ["stride 7"]
+
+
+def test_an_unfinished_training_is_marked(here, capfd):
+    """Its newest checkpoint is scored, and of its evaluations the one of the whole text stands for it."""
+    shutil.rmtree(RUN / "checkpoints" / "6")
+    for words in ([], ["--windows", "3"]):
+        capfd.readouterr()
+        assert main(["eval", ID, *words]) == 0
+        assert "NOT the whole measure: step 4 of 6" in capfd.readouterr().out
+    row = report.result_row(RUN)
+    assert (row["steps"], published.marks(row["validation"])) == (4, ["step 4 of 6"])
+    with pytest.raises(UserError, match=r"is not its ID's number \(step 4 of 6\)"):
+        published.publish(RUN)
+    assert main(["run", ID]) == 0 and published.marks(result()["validation"]) == []
 
 
 def test_results_checkpoints_and_curves_name_the_data(here):

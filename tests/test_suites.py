@@ -211,7 +211,7 @@ def test_a_figure_of_one_corpus(capsys, tmp_path):
     directory = next((Path("runs") / ID).iterdir())
     experiment = experiments.get(ID)
     row = {
-        "id": ID, "recipe8": experiment.recipe8, "seed": 1, "tasks": [one],
+        "id": ID, "recipe8": experiment.recipe8, "seed": 1, "steps": 200, "tasks": [one],
         "validation": {
             "trained_on": "a" * 64, "data": "a" * 64, "window": 256, "trained_window": 256, "stride": 256,
             "windows": 1, "of_windows": 1,
@@ -283,7 +283,7 @@ def test_a_figures_row_is_of_the_seeds_that_its_curve_is_of(monkeypatch):
         trained = {"trained_on": "a" * 64, "data": "a" * 64, "window": 1, "trained_window": 1, "stride": 1}
         return {
             "recipe8": "r", "seed": seed, "steps": 5, "tasks": list(tasks),
-            "validation": trained | {"windows": 1, "of_windows": 1},
+            "validation": trained | {"windows": 1, "of_windows": 1, "step": 5, "of_steps": 5},
             "environment": {"devices": ["cpu"], "date": "2026-01-02", "commit": "abcdef0", "dirty": False},
         }  # fmt: skip
 

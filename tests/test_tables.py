@@ -10,6 +10,7 @@ from experiments.commands.table import main as script
 from experiments.models import PAPER_MODELS
 from experiments.run import main
 from gdn_jax import metrics
+from gdn_jax.checkpoint import write_config
 from gdn_jax.errors import UserError
 
 DATA, OTHER = "1a2b3c4d" + "0" * 56, "5e6f7a8b" + "0" * 56
@@ -24,11 +25,19 @@ def nothing_published(monkeypatch, tmp_path):
 def row_of(id, perplexity=7.5, seed=3407, data=DATA, device="cpu", measured=None, **more):
     """A result row of the ID's own recipe; `measured` changes what its evaluation says it measured."""
     experiment = get(id)
-    window = experiment.data.seq_len
-    protocol = {"data": data, "window": window, "stride": window, "windows": 9, "of_windows": 9}
+    window, steps = experiment.data.seq_len, experiment.optim.steps
+    protocol = {
+        "step": steps,
+        "of_steps": steps,
+        "data": data,
+        "window": window,
+        "stride": window,
+        "windows": 9,
+        "of_windows": 9,
+    }
     trained = {"trained_on": data, "trained_window": window, "token_perplexity": perplexity}
     return {
-        "id": id, "hash8": experiment.hash8, "recipe8": experiment.recipe8, "seed": seed, "steps": 5,
+        "id": id, "hash8": experiment.hash8, "recipe8": experiment.recipe8, "seed": seed, "steps": steps,
         "validation": trained | protocol | (measured or {}),
         "environment": {"devices": [device], "date": "2026-01-02T03:04:05", "commit": "abcdef0", "dirty": False},
     } | more  # fmt: skip
@@ -112,6 +121,7 @@ def test_a_row_is_mean_and_spread_over_seeds_of_the_same_data_and_device(capsys)
     ("measured", "mark"),
     [
         ({"windows": 3}, "3 of 9 windows"),
+        ({"step": 50}, "step 50 of 200"),
         ({"stride": 16}, "stride 16"),
         ({"window": 512, "stride": 512}, "windows of 512, trained with 256"),
         ({"data": OTHER}, "read on data 5e6f7a8b, trained on 1a2b3c4d"),
@@ -128,8 +138,27 @@ def test_what_was_measured_otherwise_is_marked_and_never_averaged(capsys, measur
         published.publish(Path("runs/table3/retnet/tiny/2-cpu"))
 
 
+def test_a_row_from_before_steps_were_recorded_is_marked_where_its_training_is_unfinished():
+    for seed, step in enumerate((50, 200)):
+        row = row_of("table3/retnet/tiny", seed=seed, steps=step)
+        for name in ("step", "of_steps"):
+            del row["validation"][name]
+        directory = write_run(row)
+        write_config(directory, get("table3/retnet/tiny"))
+    found = [row for row in tables.rows("table3", "tiny") if row["model"] == "retnet"]
+    assert [row["marks"] for row in found] == [[], ["step 50 of 200"]]
+    with pytest.raises(UserError, match=r"is not its ID's number \(step 50 of 200\)"):
+        published.publish(Path("runs/table3/retnet/tiny/0-cpu"))
+
+
+def test_imported_parameters_have_no_unfinished_training():
+    evaluation = row_of("table3/retnet/tiny")["validation"] | {"step": 0}
+    assert published.marks(evaluation) == ["step 0 of 200"]
+    assert published.marks(evaluation | {"trained_on": None, "data": None}) == []
+
+
 def test_an_evaluation_of_fewer_windows_does_not_replace_the_whole(tmp_path):
-    whole = {"step": 4} | row_of("table3/retnet/tiny")["validation"]
+    whole = row_of("table3/retnet/tiny")["validation"] | {"step": 4}
     for one in (whole, whole | {"windows": 3, "token_perplexity": 1.0}, whole | {"stride": 8, "token_perplexity": 2.0}):
         report.save_evaluation(tmp_path, one)
     kept = json.loads((tmp_path / report.EVALUATION).read_text())

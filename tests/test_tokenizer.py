@@ -98,3 +98,18 @@ def test_user_errors(tmp_path, model_file, monkeypatch):
     assert "no token to end documents with; add one of </s>" in sentence(no_eos)
     monkeypatch.setitem(sys.modules, "sentencepiece", None)  # as when it is not installed
     assert "pip install 'gdn_jax[data]'" in sentence(model_file)
+
+
+@pytest.mark.parametrize("kind", ["byte", "model_file", "json_file"])
+def test_a_text_between_two_tokens_has_no_half_character(kind, request):
+    """Each is what is whole between its ends, whatever the tokens are; a U+FFFD of the text itself stays."""
+    encoder = tokenizer.load(kind if kind == "byte" else str(request.getfixturevalue(kind)))
+    text = "wave 漢\ufffd\ufffd字🙂 é\ufffd"
+    ids = encoder.encode(text)
+    texts = [tokenizer.text_between(encoder, ids, start, stop) for stop in range(len(ids) + 1) for start in range(stop)]
+    assert text in texts and all(one in text for one in texts)
+    assert {"漢\ufffd\ufffd字", "\ufffd字🙂", "漢\ufffd"} <= {one.strip() for one in texts}
+    after = len(encoder.encode("wave 漢"))
+    assert tokenizer.text_between(encoder, ids, 0, after) == "wave 漢"
+    assert tokenizer.text_between(encoder, ids, 0, after - 1) == tokenizer.text_between(encoder, ids, 0, after - 2)
+    assert tokenizer.text_between(encoder, ids, after - 1, len(ids)) == text[6:]

@@ -117,10 +117,8 @@ def described(found: list[dict[str, Any]]) -> str:
     lines = []
     for one in found:
         suite = experiments.SUITES[one["suite"]]
-        columns = [column for column in suite.columns.values() if column.task == one["task"]]
+        columns = [column for column in suite.columns.values() if column.task == one["task"]] or [None]
         marks = list(dict.fromkeys(mark for column in columns for mark in suite.marks(one, column)))
-        if not columns:
-            marks = [f"n = {one['n']:,} of {one['of']:,}"] * (one["n"] < one["of"]) + one["marks"]
         shots = one["protocol"].get("fewshot")
         task = f"{one['suite']}/{one['task']}{f', {shots} worked examples' if shots else ''}"
         numbers = ", ".join(f"{name} {_number(value)}" for name, value in one["metrics"].items())
@@ -187,9 +185,14 @@ def score_text(experiment: Experiment, files: tuple[str, ...], max_length: int |
         return
     header = ("file", "bytes", "nats per byte", "nats per token", "word perplexity")
     lines = [
-        (row["file"], f"{row['bytes']:,}", f"{row['nats_per_byte']:.4f}", f"{row['nats_per_token']:.4f}",
+        (_shown(row["file"]), f"{row['bytes']:,}", f"{row['nats_per_byte']:.4f}", f"{row['nats_per_token']:.4f}",
          f"{row['word_perplexity']:.4g}")
         for row in rows
     ]  # fmt: skip
     print(aligned([header, *lines]))
     print(f"step {answering.run.step:,}, blocks of {answering.max_length:,} tokens")
+
+
+def _shown(name: str) -> str:
+    """The name of a file, which need not be text."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -303,7 +303,7 @@ def _evaluate(experiment: Experiment, stride: int | None, windows: int | None) -
             compute=compute_for(experiment), with_segments=data.reset_at_documents, context=experiment.run.context,
         )  # fmt: skip
         trained = {"trained_on": run.trained_on.fingerprint, "trained_window": run.experiment.data.seq_len}
-        evaluation = {"step": run.step} | trained | numbers
+        evaluation = {"step": run.step, "of_steps": run.experiment.optim.steps} | trained | numbers
         if distributed.first():
             report.save_evaluation(run.directory, evaluation)
     return {"id": experiment.id, "hash8": experiment.hash8, "marks": published.marks(evaluation)} | evaluation

@@ -13,6 +13,7 @@ from gdn_jax.errors import UserError
 from gdn_jax.evaluate.generation import Ask, Greedy, answers
 from gdn_jax.evaluate.kept import Kept, key_of
 from gdn_jax.evaluate.scoring import BATCH_TOKENS, Score, Scorer
+from gdn_jax.half_characters import check_whole
 from gdn_jax.layers import Compute, compute_for
 from gdn_jax.metrics import environment
 from gdn_jax.progress import Progress
@@ -167,16 +168,15 @@ def read_requests(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         first, *rows = map(json.loads, path.read_text().splitlines())
         facts = {name: first[name] for name in ("max_length", "tokenizer")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} holds no requests ({error}); write it with: gdn eval RUN --tasks ... --requests FILE."
         ) from None
+    again = "write the file again with: gdn eval RUN --tasks ... --requests FILE"
     for number, row in enumerate(rows, 2):
         if not _is_request(row):
-            raise UserError(
-                f"{path}, line {number}: is no request; write the file again with: gdn eval RUN --tasks ... --requests "
-                f"FILE."
-            )
+            raise UserError(f"{path}, line {number}: is no request; {again}.")
+        check_whole(row, f"{path}, line {number}", again)
     return facts, rows
 
 

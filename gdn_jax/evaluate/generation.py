@@ -13,7 +13,7 @@ from gdn_jax.layers import Compute, compute_for
 from gdn_jax.model import LM, for_inference
 from gdn_jax.progress import Progress
 from gdn_jax.runs import OpenRun
-from gdn_jax.tokenizer import Tokenizer
+from gdn_jax.tokenizer import Tokenizer, text_between
 from gdn_jax.tree import named_leaves
 
 BATCH = 256  # prompts that are handed over together, and whose answers are kept together
@@ -142,8 +142,7 @@ def cut(tokenizer: Tokenizer, prompt: str, room: int | None, truncation: Truncat
         if keep < 1:
             raise UserError(f"A prompt cannot be cut to {room} tokens; give a larger max_length.")
         head = keep // 2 if truncation == "middle" else 0
-        parts = ids[:head], ids[count - (keep - head) :]
-        text = "".join(tokenizer.decode_bytes(part).decode("utf-8", "ignore") for part in parts)
+        text = text_between(tokenizer, ids, 0, head) + text_between(tokenizer, ids, count - (keep - head), count)
         read = len(tokenizer.encode(text))
     return Answer(text, read, count)
 

@@ -39,7 +39,7 @@ class Kept:
                     self._last = row["made_by"]
                 else:
                     self._answers[row["key"]] = row["answer"], self._last
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f"{path}, line {number}: holds no answer; remove the line, or the file.") from None
 
     def __len__(self) -> int:

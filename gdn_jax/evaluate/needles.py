@@ -19,6 +19,7 @@ from typing import Literal
 
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.evaluate.generation import Ask
+from gdn_jax.half_characters import check_whole
 from gdn_jax.sources import NOVELS
 
 ANSWER_TOKENS = 128  # counted into a sample's length; no stop string
@@ -118,11 +119,12 @@ def essays(path: Path) -> Haystack:
     try:
         content = path.read_text()
         text = json.loads(content)["text"] if path.suffix == ".json" else content
+        words = tuple(re.sub(r"\s+", " ", text).split(" "))
     except OSError as error:
         raise UserError(f"The haystack {path} cannot be read ({error.strerror}); give the path of a text.") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"The haystack {path} is no text in UTF-8, nor .json with a field 'text'; repair it.") from None
-    words = tuple(re.sub(r"\s+", " ", text).split(" "))
+    check_whole(text, f"The haystack {path}", "repair it")
     return Haystack(path.name, words, punkt, stand_in=_sha256(words[:ESSAY_WORDS]) != ESSAYS)
 
 

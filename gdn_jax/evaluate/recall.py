@@ -13,7 +13,7 @@ from typing import Any
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.evaluate.generation import Ask
 from gdn_jax.evaluate.rows import LABELS, TEXT, TEXTS, Kind, Source, check_row, load_rows
-from gdn_jax.tokenizer import Tokenizer
+from gdn_jax.tokenizer import Tokenizer, text_between
 
 CONTEXT_LENGTH = 2048  # tokens, the paper's; JRT's own script has 1000
 ANSWER_LENGTH = 50  # of them, left free
@@ -119,22 +119,12 @@ TASKS = {
 def rows_of(task: str, folder: Path) -> list[Row]:
     """The task's rows from folder/<task>.jsonl or .jsonl.gz. Errors as of load_rows."""
     found = _task(task)
-    rows = load_rows(folder, task, _fields(found), Source(found.dataset, "validation"))
-    _check(task, rows, str(folder / task))
-    return rows
+    return load_rows(folder, task, _fields(found), Source(found.dataset, "validation"), MAY_LACK)
 
 
 def _fields(task: Task) -> dict[str, Kind]:
     """The columns of a task's rows, but for those that a row may lack."""
     return {column: LABELS if column == "answers" else TEXT for column in task.columns}
-
-
-def _check(task: str, rows: Sequence[Row], name: str) -> None:
-    """UserError for a row whose columns hold something else, the two that it may lack included."""
-    fields = _fields(TASKS[task])
-    for number, row in enumerate(rows, 1):
-        others = {column: kind for column, kind in MAY_LACK.items() if row.get(column) not in (None, [])}
-        check_row(row, f"{name}, row {number}", fields | others)
 
 
 def make_prompt(task: str, row: Row, tokenizer: Tokenizer, context_length: int = CONTEXT_LENGTH) -> str | None:
@@ -161,7 +151,8 @@ def evaluate(
     found = _task(task)
     if context_length <= ANSWER_LENGTH + 1:
         raise UserError(f"context_length is {context_length}; it must be at least {ANSWER_LENGTH + 2} tokens.")
-    _check(task, rows, task)
+    for number, row in enumerate(rows, 1):
+        check_row(row, f"{task}, row {number}", _fields(found), MAY_LACK)
     prompts = [make_prompt(task, row, tokenizer, context_length) for row in rows]
     asked = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if prompt is not None]
     if not asked:
@@ -186,7 +177,10 @@ def _task(name: str) -> Task:
 
 
 def _cut(text: str, around: Sequence[str], row: Row, tokenizer: Tokenizer, room: int) -> str | None:
-    """At most `room` tokens of the text around the earliest mention; JRT's truncate_context, special tokens apart."""
+    """At most `room` tokens of the text around the earliest mention; JRT's truncate_context, special tokens apart.
+
+    JRT leaves half a character at a cut, and a token more where the text behind the cut encodes to one more.
+    """
     places = []
     for column in around:
         answer = row[column][0] if isinstance(row[column], list) and row[column] else row[column]
@@ -204,7 +198,12 @@ def _cut(text: str, around: Sequence[str], row: Row, tokenizer: Tokenizer, room:
         before = len(tokenizer.encode(text[: min(places, default=0)]))
     ids = tokenizer.encode(text)
     start = max(0, before - room // 2)
-    return tokenizer.decode_bytes(ids[start : min(len(ids), start + room)]).decode("utf-8", "ignore")
+    stop = min(len(ids), start + room)
+    short = text_between(tokenizer, ids, start, stop)
+    while (over := len(tokenizer.encode(short)) - room) > 0:  # text may encode to more tokens than it was decoded from
+        stop -= over
+        short = text_between(tokenizer, ids, start, stop)
+    return short
 
 
 def _mentions(answer: str, text: str) -> list[int]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gdn_jax.errors import UserError
+from gdn_jax.half_characters import check_whole
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 SHOWN = 40  # characters of a value in a refusal
+WAY = "mend the row, or leave it out"
 
 Row = dict[str, Any]
 
@@ -31,8 +33,7 @@ class Kind(NamedTuple):
 
 
 def _is_text(value: Any) -> bool:
-    """A text that can be encoded: JSON can hold half a character, which UTF-8 cannot."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str)
 
 
 def _are_texts(value: Any) -> bool:
@@ -53,8 +54,12 @@ def local_file(folder: Path, name: str) -> Path | None:
     return next((path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()), None)
 
 
-def load_rows(folder: Path, name: str, fields: Mapping[str, Kind], source: Source) -> list[Row]:
+def load_rows(
+    folder: Path, name: str, fields: Mapping[str, Kind], source: Source, may_lack: Mapping[str, Kind] | None = None
+) -> list[Row]:
     """The rows of folder/<name>.jsonl or .jsonl.gz, each with at least `fields`: {column: what it must be}.
+
+    may_lack    the same of columns that a row may lack, or leave empty
 
     Raises UserError for a file that is missing (with the two ways to get it), damaged, empty or of other columns, and
     for a field that is not what it must be: nothing is scored as the text "None".
@@ -69,21 +74,25 @@ def load_rows(folder: Path, name: str, fields: Mapping[str, Kind], source: Sourc
         )
     rows = []
     for number, row in numbered(path):
-        check_row(row, f"{path}, line {number}", fields)
+        check_row(row, f"{path}, line {number}", fields, may_lack)
         rows.append(row)
     return rows
 
 
-def check_row(row: Mapping[str, Any], where: str, fields: Mapping[str, Kind]) -> None:
-    """A UserError, which begins with `where`, unless every one of `fields` is in the row and what it must be."""
-    for column, kind in fields.items():
+def check_row(
+    row: Mapping[str, Any], where: str, fields: Mapping[str, Kind], may_lack: Mapping[str, Kind] | None = None
+) -> None:
+    """A UserError, which begins with `where`, unless every one of `fields` is in the row and what it must be.
+
+    may_lack    the same of columns that the row may lack, or leave empty
+    """
+    filled = {column: kind for column, kind in (may_lack or {}).items() if row.get(column) not in (None, [])}
+    for column, kind in {**fields, **filled}.items():
         if column not in row:
             raise UserError(f"{where}: there is no column {column!r}; add it.")
+        check_whole(row[column], f"{where}: {column}", WAY)
         if not kind.fits(row[column]):
-            raise UserError(
-                f"{where}: {column} is {json.dumps(row[column])[:SHOWN]}, but must be {kind.words}; mend the row, or "
-                f"leave it out."
-            )
+            raise UserError(f"{where}: {column} is {json.dumps(row[column])[:SHOWN]}, but must be {kind.words}; {WAY}.")
 
 
 def numbered(path: Path) -> Iterator[tuple[int, Row]]:
@@ -107,7 +116,8 @@ def numbered(path: Path) -> Iterator[tuple[int, Row]]:
 def filled_columns(path: Path) -> tuple[list[Row], dict[str, int]]:
     """The rows of a file in the columns that every one of them fills, and the first line that leaves each other empty.
 
-    A null, also one within a value, leaves a column empty. Errors as of load_rows; no column at all is one too.
+    A null, also one within a value, leaves a column empty. Errors as of load_rows; no column at all is one too, and
+    half a character in a column that is filled.
     """
     rows = dict(numbered(path))
     empty: dict[str, int] = {}
@@ -117,7 +127,12 @@ def filled_columns(path: Path) -> tuple[list[Row], dict[str, int]]:
             empty[column] = line
     if all(column in empty for row in rows.values() for column in row):
         raise UserError(f"{path} has no column that every row fills; mend its rows.")
-    return [{name: value for name, value in row.items() if name not in empty} for row in rows.values()], empty
+    kept = {line: {name: value for name, value in row.items() if name not in empty} for line, row in rows.items()}
+    for line, row in kept.items():
+        check_whole(list(row), f"{path}, line {line}: the name of a column", WAY)
+        for name, value in row.items():
+            check_whole(value, f"{path}, line {line}: {name}", WAY)
+    return list(kept.values()), empty
 
 
 def _filled(value: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gdn_jax import distributed
+from gdn_jax import alive, distributed
 from gdn_jax.checksums import checksums
 from gdn_jax.config import MIXER_FIELDS, Experiment, canonical, flat, from_dict, to_dict
 from gdn_jax.disk import check_space, free_space, in_words
@@ -257,7 +257,7 @@ class Checkpoints:
         return f"move {self._directory / str(step)} away to {then}"
 
     def _no_write(self, error: Exception) -> UserError:
-        distributed.end_if_left(error)
+        alive.end_if_left(error)
         reason = "no space left" if "RESOURCE_EXHAUSTED" in str(error) else getattr(error, "strerror", None)
         reason = reason or str(error).partition("\n")[0][:120]
         return UserError(

@@ -30,9 +30,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def started(tmp_path, commands, launched=by_hand, program=PROGRAM, before=()):
+def started(tmp_path, commands, launched=by_hand, program=PROGRAM, before=(), port=None):
     """A process of each command, in one group of them, the last of them through the program `before`."""
-    port, found = free_port(), []
+    port, found = port or free_port(), []
     for index, command in enumerate(commands):
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS} | launched(port, len(commands), index)
         through = before if index == len(commands) - 1 else ()

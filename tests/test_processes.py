@@ -76,6 +76,12 @@ def saved(run):
     return max((int(path.name) for path in steps if (path / "_CHECKPOINT_METADATA").exists()), default=0)
 
 
+def reach_checkpoint(run, step, processes):
+    while saved(run) < step:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.05)
+
+
 def left(words_of_it):
     """Whether a process's last line says that another one has gone."""
     gone = "rocess ", "has ended or cannot be reached", "start all of them again with the same command"
@@ -232,11 +238,31 @@ def test_what_one_is_refused_while_it_trains_ends_both(alone, tmp_path, monkeypa
     data_root, wanted = alone
     run = tmp_path / "run"
     processes = started(tmp_path, [words(data_root, run)] * 2)
-    reach(tmp_path, "step 5/", processes)
-    resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    reach_checkpoint(run, 4, processes)  # whole; the one after it will not be written
+    size = (run / "metrics.jsonl").stat().st_size
+    resource.prlimit(processes[0].pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     codes, said = ended(tmp_path, processes)
     assert codes == [2, 1] and said[0] == f"{run}/metrics.jsonl: File too large; check the path and its permissions."
     assert said[1] == f"Process 0 was refused: {said[0]}"
+    assert ended(tmp_path, started(tmp_path, [words(data_root, run)] * 2))[0] == [0, 0]
+    check_equal(losses(run), wanted)
+
+
+@pytest.mark.parametrize("one", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_where_one_cannot_write_its_part_of_a_checkpoint_both_end_in_time(alone, tmp_path, monkeypatch, one):
+    """Its files may not grow beyond what is said, and what is noted of steps; the other's may."""
+    monkeypatch.setenv(distributed.SILENCE_VARIABLE, "10")
+    data_root, wanted = alone
+    run, other = tmp_path / "run", 1 - one
+    processes = started(tmp_path, [words(data_root, run)] * 2)
+    reach_checkpoint(run, 4, processes)
+    resource.prlimit(processes[one].pid, resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+    before = time.monotonic()
+    codes, said = ended(tmp_path, processes)
+    assert codes[one] == 2 and codes[other] == 1 and time.monotonic() - before < 30
+    assert said[one].startswith(f"A checkpoint cannot be written to {run}/checkpoints (OUT_OF_RANGE: Failed writing")
+    assert re.search(r"make room there and run the same command again: it goes on from step (4|8)\.", said[one])
+    assert said[other] == f"Process {one} was refused: {said[one]}"
     assert ended(tmp_path, started(tmp_path, [words(data_root, run)] * 2))[0] == [0, 0]
     check_equal(losses(run), wanted)
 

@@ -27,7 +27,8 @@ LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of `srun` and `m
 PATIENCE = 300  # seconds in which processes must find each other
 SILENCE = 60  # seconds without a sign of life after which a process counts as dead, and the others end (alive.py)
 SILENCE_VARIABLE, SHORTEST = "GDN_SILENCE", 5  # another number of seconds than SILENCE, SHORTEST at least
-GO_ON, BEGIN = "they go on from the last checkpoint", "they begin again"  # what another start then does
+# what another start then does
+GO_ON, BEGIN, ANSWERS = "they go on from the last checkpoint", "they begin again", "kept answers are not made again"
 
 T = TypeVar("T")
 

@@ -46,13 +46,13 @@ def started(tmp_path, commands, launched=by_hand, program=PROGRAM, before=(), po
 
 
 def ended(tmp_path, processes):
-    """The exit code and the last line of stderr of each."""
+    """The exit code and the last line of stderr of each, or "" where it said nothing."""
     try:
         codes = [process.wait(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return codes, [(tmp_path / f"{i}.err").read_text().splitlines()[-1] for i in range(len(processes))]
+    return codes, [["", *(tmp_path / f"{i}.err").read_text().splitlines()][-1] for i in range(len(processes))]
 
 
 def reach(tmp_path, text, processes):

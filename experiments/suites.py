@@ -224,6 +224,7 @@ def _apart(seed: Sequence[Row]) -> list[str]:
 
 def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: Asked) -> list[Row]:
     """The numbers of `tasks`, measured and kept in the run's directory one after the other."""
+    from gdn_jax import distributed
     from gdn_jax.metrics import environment
 
     run = answering.run
@@ -250,7 +251,8 @@ def measure(suite: Suite, tasks: Sequence[str], answering: "Answering", asked: A
             "seconds": round(time.monotonic() - start, 1),
             "environment": _environment(here, makers),
         }  # fmt: skip
-        save(run.directory, entry)
+        if distributed.first():
+            save(run.directory, entry)
         found.append(entry)
     return found
 

@@ -2,12 +2,13 @@
 
 They go through the key-value store of jax.distributed, whose own heartbeats end a process with pages of C++ and do not
 name the one that is gone; these stay behind ours, with twice the time. A stopped process (SIGSTOP, a frozen host) gives
-no sign, nor does process 0, which keeps the store, when that does not answer.
+no sign, nor does a lost one; the store itself (coordinator.py) ends with the host of process 0 alone.
 """
 
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -23,6 +24,8 @@ from gdn_jax.files import explained
 
 KEY, VERDICT = "gdn_jax/alive/", "gdn_jax/ended"
 DONE, REFUSED = "done", "refused "  # signs of a process that works no more; the latter with its sentence
+STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
+OF_ANOTHER = re.compile("gloo|nccl|connection|peer|heartbeat|coordination", re.IGNORECASE)
 
 
 class Alive:
@@ -34,7 +37,7 @@ class Alive:
     def __init__(self, seconds: float, then: str):
         self.seconds, self.then = seconds, then
         self.step: int | None = None
-        self._every = min(5.0, seconds / 10)
+        self._every = _every(seconds)
         self._index, self._count = jax.process_index(), jax.process_count()
         self._left, self._ended = threading.Event(), threading.Lock()
         self._heard = dict.fromkeys(range(self._count), time.monotonic())  # process -> when its sign last changed
@@ -61,8 +64,7 @@ class Alive:
         until = time.monotonic() + 4 * self._every + 2
         with contextlib.suppress(RuntimeError):
             while time.monotonic() < until:
-                signs = [sign for _, sign in global_state.client.key_value_dir_get(KEY)]
-                if sum(sign.startswith((DONE, REFUSED)) for sign in signs) == self._count:
+                if sum(sign.startswith((DONE, REFUSED)) for sign in _signs().values()) == self._count:
                     return
                 time.sleep(0.1)
         print(sentence, file=sys.stderr, flush=True)
@@ -77,7 +79,7 @@ class Alive:
             number += 1
             with contextlib.suppress(RuntimeError):  # process 0 does not answer: _judge sees it
                 self._write(json.dumps([socket.gethostname(), self.step, number]))
-                found = {int(key.rpartition("/")[2]): sign for key, sign in global_state.client.key_value_dir_get(KEY)}
+                found = _signs()
                 if sentence := dict(global_state.client.key_value_dir_get(VERDICT)).get(f"{VERDICT}/sentence"):
                     self._end(sentence)
                 now = time.monotonic()
@@ -106,13 +108,10 @@ class Alive:
                 self._end(sentence)
 
     def _sentence(self, index: int, now: float) -> str:
-        host, step = "", ""
-        if not (sign := self._signs.get(index, DONE)).startswith((DONE, REFUSED)):
-            name, reached, _ = json.loads(sign)
-            host, step = f" on {name}", "" if reached is None else f", at step {reached}"
+        who, step = _named(index, self._signs.get(index, DONE))
         return (
-            f"Process {index} of {self._count}{host} was last heard of {now - self._heard[index]:.0f} seconds "
-            f"ago{step}; end it, and start all again with the same command: {self.then}."
+            f"{who} was last heard of {now - self._heard[index]:.0f} seconds ago{step}; end it, and start all again "
+            f"with the same command: {self.then}."
         )
 
     def _end(self, sentence: str) -> None:
@@ -120,8 +119,6 @@ class Alive:
         if self._left.is_set() or not self._ended.acquire(blocking=False):
             return
         print(sentence, file=sys.__stderr__, flush=True)  # sys.stderr may be held back: reading.silent
-        if self._index == 0:
-            time.sleep(2 * self._every)  # the others read the verdict; without process 0 jax would abort them
         os._exit(1)
 
 
@@ -138,8 +135,60 @@ def watched(seconds: float, then: str = distributed.GO_ON) -> Iterator[Alive]:
             alive.refuse(explained(error) if isinstance(error, OSError) else str(error))
         raise
     except (ValueError, RuntimeError) as error:
-        distributed.end_if_left(error, then)
+        end_if_left(error, then)
         raise
     finally:
         if jax.process_count() > 1:
             alive.leave()
+
+
+def end_if_left(error: Exception, then: str = distributed.GO_ON) -> None:
+    """Ends this process with one sentence where `error` means that another process is gone; else returns.
+
+    It says which as soon as that can be known, and exits without jax's orderly shutdown, which would wait for the
+    missing process and then abort.
+    """
+    text = str(error)
+    if distributed.alone() or not (STATUS.match(text) and OF_ANOTHER.search(text)):
+        return
+    reason = text.partition("\n")[0][:120]
+    who, step = _gone(distributed.silence(os.environ)) or ("Another process", "")
+    last = f", last heard of{step[1:]}" if step else ""
+    print(
+        f"{who} has ended or cannot be reached{last} ({reason}); start all of them again with the same command: "
+        f"{then}.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def _gone(seconds: float) -> tuple[str, str] | None:
+    """A process that gives no new sign while all others do."""
+    with contextlib.suppress(RuntimeError):
+        before = _signs()
+        time.sleep(2 * _every(seconds) + 1)
+        now = _signs()
+        for index, sign in now.items():
+            if sign == before.get(index) and not sign.startswith((DONE, REFUSED)):
+                return _named(index, sign)
+    return None
+
+
+def _every(seconds: float) -> float:
+    """Seconds between two signs."""
+    return min(5.0, seconds / 10)
+
+
+def _signs() -> dict[int, str]:
+    """The last sign of each process that has begun."""
+    return {int(key.rpartition("/")[2]): sign for key, sign in global_state.client.key_value_dir_get(KEY)}
+
+
+def _named(index: int, sign: str) -> tuple[str, str]:
+    """("Process 1 of 2 on node2", ", at step 12"), as much as its sign tells."""
+    host, step = "", ""
+    if not sign.startswith((DONE, REFUSED)):
+        name, reached, _ = json.loads(sign)
+        host, step = f" on {name}", "" if reached is None else f", at step {reached}"
+    return f"Process {index} of {jax.process_count()}{host}", step

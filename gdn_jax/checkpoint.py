@@ -10,13 +10,14 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from gdn_jax import distributed
+from gdn_jax import alive, distributed
 from gdn_jax.checksums import checksums
 from gdn_jax.config import MIXER_FIELDS, Experiment, canonical, flat, from_dict, to_dict
 from gdn_jax.disk import check_space, free_space, in_words
@@ -24,7 +25,7 @@ from gdn_jax.errors import Damaged, UserError
 from gdn_jax.files import write_json
 from gdn_jax.fingerprint import Identity
 from gdn_jax.model import LM, abstract_model
-from gdn_jax.reading import by_itself, silent
+from gdn_jax.reading import by_itself, failed_writes, silent
 from gdn_jax.tree import named_leaves, with_leaves
 
 LAYOUT = 2  # of run directories and checkpoints; another one is refused
@@ -43,8 +44,8 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, experiment: Experiment, *, writes: bool, data: Identity | None = None):
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax reports every file it touches
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and all reads that a failed one leaves behind
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of all reads that a failed one leaves behind
+        self._failed = failed_writes()
         self._experiment = experiment
         self._data = data
         self._directory = directory
@@ -92,7 +93,11 @@ class Checkpoints:
             "checksums": {name: checksums(leaves) for name, leaves in state.items()},
             "spikes": spikes,
         }
-        distributed.on_every(lambda: self._make_ready(step, checkpoint_bytes(*state.values())))
+        self.wait()
+        way_out = f"free some and run the same command again: it goes on from {self._last()}"
+        size, what = checkpoint_bytes(*state.values()), f"The checkpoint of step {step}"
+        distributed.on_every(lambda: check_space(self._directory, size, what, way_out))
+        self._failed.error = None
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -103,11 +108,6 @@ class Checkpoints:
             )
         except (OSError, ValueError) as error:  # the write before it may be the one that failed
             raise self._no_write(error) from error
-
-    def _make_ready(self, step: int, size: int) -> None:
-        self.wait()
-        way_out = f"free some and run the same command again: it goes on from {self._last()}"
-        check_space(self._directory, size, f"The checkpoint of step {step}", way_out)
 
     def back_from(self, step: int, every: int) -> int:
         """The newest step before `step` that was saved because `every` divides it, or 0; later checkpoints are deleted.
@@ -128,8 +128,12 @@ class Checkpoints:
         return back
 
     def wait(self) -> None:
-        """Returns when the last save is on disk; raises what went wrong in it."""
+        """Returns when the last save is on disk; raises what went wrong in it, also where it went well for others."""
         try:
+            while self._checkpointer.is_saving_in_progress():
+                if self._failed.error:
+                    raise self._failed.error
+                time.sleep(0.01)
             self._checkpointer.wait()
         except (OSError, ValueError) as error:
             raise self._no_write(error) from error
@@ -248,8 +252,11 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Of all finished checkpoints, the oldest first."""
         if self._checkpointer is None:
-            return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
+            return self._on_disk()
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def _on_disk(self) -> list[int]:
+        return sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdecimal())
 
     def _way_out(self, step: int) -> str:
         before = max((other for other in self.steps() if other < step), default=None)
@@ -257,7 +264,7 @@ class Checkpoints:
         return f"move {self._directory / str(step)} away to {then}"
 
     def _no_write(self, error: Exception) -> UserError:
-        distributed.end_if_left(error)
+        alive.end_if_left(error)
         reason = "no space left" if "RESOURCE_EXHAUSTED" in str(error) else getattr(error, "strerror", None)
         reason = reason or str(error).partition("\n")[0][:120]
         return UserError(
@@ -266,7 +273,9 @@ class Checkpoints:
         )
 
     def _last(self) -> str:
-        return "the start" if self.latest is None else f"step {self.latest}"
+        """What another start goes on from; Orbax counts a step whose write has failed until all have ended theirs."""
+        last = max(self._on_disk(), default=None)
+        return "the start" if last is None else f"step {last}"
 
 
 def checkpoint_bytes(*trees: Any) -> int:

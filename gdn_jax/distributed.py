@@ -7,9 +7,7 @@ checkpoints, so all must see one run directory.
 import contextlib
 import json
 import os
-import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
@@ -17,9 +15,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax._src.clusters import ClusterEnv  # what jax.distributed.initialize reads of a launcher has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gdn_jax import coordinator
 from gdn_jax.errors import Damaged, UserError
 
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -27,11 +27,8 @@ LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # of `srun` and `m
 PATIENCE = 300  # seconds in which processes must find each other
 SILENCE = 60  # seconds without a sign of life after which a process counts as dead, and the others end (alive.py)
 SILENCE_VARIABLE, SHORTEST = "GDN_SILENCE", 5  # another number of seconds than SILENCE, SHORTEST at least
-# seconds for which process 0 outlives its last word: without it jax aborts the others before they have theirs
-LINGER = 2
-GO_ON, BEGIN = "they go on from the last checkpoint", "they begin again"  # what another start then does
-STATUS = re.compile(r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED): ")
-OF_ANOTHER = re.compile("gloo|nccl|connection|peer|heartbeat|coordination", re.IGNORECASE)
+# what another start then does
+GO_ON, BEGIN, ANSWERS = "they go on from the last checkpoint", "they begin again", "kept answers are not made again"
 
 T = TypeVar("T")
 
@@ -45,12 +42,15 @@ def start(environment: Mapping[str, str]) -> None:
     if any(name in environment for name in VARIABLES):
         asked = _named(environment)
     elif any(environment.get(name, "1") not in ("", "1") for name in LAUNCHERS):
-        asked = {}
+        asked = _detected()
     else:
         return
     later = 2 * silence(environment)  # jax aborts with words of its own, so it comes after alive.py
-    if asked.get("process_id"):
+    if asked["process_id"]:
         _wait_for_first(asked["coordinator_address"])
+    else:
+        coordinator.begin(asked["coordinator_address"], asked["num_processes"], later)
+        asked["coordinator_bind_address"] = "localhost:0"  # of the service that jax starts in process 0; nobody asks it
     jax.config.update("jax_enable_preemption_service", False)  # nothing asks it, and it has a page for every death
     try:
         jax.distributed.initialize(**asked, initialization_timeout=PATIENCE, heartbeat_timeout_seconds=later)
@@ -60,6 +60,17 @@ def start(environment: Mapping[str, str]) -> None:
             f"The processes did not find each other ({reason}); look at {', '.join(VARIABLES)}, which must name one "
             f"reachable address and a number of its own for each process."
         ) from error
+
+
+def _detected() -> dict[str, Any]:
+    """What jax reads of the launcher's own variables."""
+    found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, PATIENCE)[:3]
+    if None in found:
+        raise UserError(
+            f"The launcher does not say all of where the processes meet, how many there are and which this is; set "
+            f"{', '.join(VARIABLES)}."
+        )
+    return dict(zip(("coordinator_address", "num_processes", "process_id"), found, strict=True))
 
 
 def silence(environment: Mapping[str, str]) -> int:
@@ -201,23 +212,3 @@ def any_process(mesh: Mesh) -> Callable[[bool], bool]:
         return bool(sent.pop(0)) if len(sent) > 1 else False
 
     return said
-
-
-def end_if_left(error: Exception, then: str = GO_ON) -> None:
-    """Ends this process with one sentence where `error` means that another process is gone; else returns.
-
-    It exits at once, without jax's orderly shutdown, which would wait for the missing process and then abort.
-    """
-    text = str(error)
-    if alone() or not (STATUS.match(text) and OF_ANOTHER.search(text)):
-        return
-    reason = text.partition("\n")[0][:120]
-    print(
-        f"Another process has ended or cannot be reached ({reason}); start all of them again with the same command: "
-        f"{then}.",
-        file=sys.stderr,
-        flush=True,
-    )
-    if first():
-        time.sleep(LINGER)
-    os._exit(1)

@@ -1,8 +1,9 @@
-"""Around Orbax while it reads: a process on its own, without the pages that a damaged checkpoint brings forth."""
+"""Around Orbax: reads by one process, without the pages that damage brings forth, and writes that failed in one."""
 
 import contextlib
 import gc
 import io
+import logging
 import time
 from collections.abc import Iterator
 
@@ -34,3 +35,28 @@ def silent() -> Iterator[None]:
                 before = printed.tell()
                 time.sleep(QUIET_SECONDS)
                 gc.collect()
+
+
+class FailedWrites(logging.Filter):
+    """Keeps back what Orbax logs, every file it touches, and of it the error that ended a write in this process.
+
+    Orbax raises that only when all processes have come to the end of their writes. They do not where one has failed: it
+    waits for them there, and they for its part, 20 minutes.
+    """
+
+    error: BaseException | None = None
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.threadName == "async_save" and record.exc_info:
+            self.error = record.exc_info[1]
+        return record.levelno >= logging.CRITICAL
+
+
+def failed_writes() -> FailedWrites:
+    """Of Orbax in this process from now on."""
+    logger = logging.getLogger("absl")
+    logger.setLevel(logging.ERROR)
+    for one in [one for one in logger.filters if isinstance(one, FailedWrites)]:
+        logger.removeFilter(one)
+    logger.addFilter(found := FailedWrites())
+    return found

@@ -225,7 +225,7 @@ def train(experiment: Experiment) -> Path:
         try:
             loop.run(state, start, begin, stop)
         except (ValueError, RuntimeError) as error:
-            distributed.end_if_left(error)
+            alive.end_if_left(error)
             raise
     return directory
 

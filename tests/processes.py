@@ -30,9 +30,9 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def started(tmp_path, commands, launched=by_hand, program=PROGRAM, before=()):
+def started(tmp_path, commands, launched=by_hand, program=PROGRAM, before=(), port=None):
     """A process of each command, in one group of them, the last of them through the program `before`."""
-    port, found = free_port(), []
+    port, found = port or free_port(), []
     for index, command in enumerate(commands):
         env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS} | launched(port, len(commands), index)
         through = before if index == len(commands) - 1 else ()
@@ -46,13 +46,13 @@ def started(tmp_path, commands, launched=by_hand, program=PROGRAM, before=()):
 
 
 def ended(tmp_path, processes):
-    """The exit code and the last line of stderr of each."""
+    """The exit code and the last line of stderr of each, or "" where it said nothing."""
     try:
         codes = [process.wait(timeout=240) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return codes, [(tmp_path / f"{i}.err").read_text().splitlines()[-1] for i in range(len(processes))]
+    return codes, [["", *(tmp_path / f"{i}.err").read_text().splitlines()][-1] for i in range(len(processes))]
 
 
 def reach(tmp_path, text, processes):

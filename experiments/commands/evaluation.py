@@ -70,17 +70,19 @@ def _check_read(asked: Asked, named: list[Suite]) -> None:
 def measure(experiment: Experiment, options: TaskOptions) -> list[dict[str, Any]]:
     """The tasks' numbers, kept in the run's directory; its result.json is made current where there is one."""
     from experiments import report
-    from gdn_jax.progress import Progress
+    from gdn_jax import distributed
 
     asked, named = checked(options)
+    if not distributed.alone() and any(suite.name == "figure2" for suite, _ in named):
+        raise UserError("figure2 reads whole documents in pieces, in one process; several share questions alone.")
     answering = opened(experiment, asked.max_length)
     found = []
-    with Progress() as progress:
+    with answering.progress as progress:
         for suite, tasks in named:
             for task in _there(suite, tasks, asked):
                 progress.show(f"{suite.name}/{task} ...")
                 found += suites.measure(suite, [task], answering, asked)
-    if (answering.run.directory / "result.json").exists():
+    if (answering.run.directory / "result.json").exists() and distributed.first():
         report.result_row(answering.run.directory)
     return found
 
@@ -100,15 +102,27 @@ def _there(suite: Suite, tasks: list[str], asked: Asked) -> list[str]:
 
 def opened(experiment: Experiment, max_length: int | None) -> "Answering":
     """The run's newest checkpoint, ready to answer with the arithmetic that `experiment` asks for."""
-    from gdn_jax import runs
+    from gdn_jax import distributed, runs
     from gdn_jax.evaluate.answering import Answering
     from gdn_jax.implementations import check_impl
     from gdn_jax.layers import compute_for
+    from gdn_jax.metrics import environment
+    from gdn_jax.progress import Progress
 
-    run = runs.open_run(runs.run_directory(experiment))
-    check_impl(experiment)
-    compute, context = compute_for(experiment), experiment.run.context
-    return Answering(run, compute=compute, max_length=max_length, context=context)
+    context = experiment.run.context
+
+    def read() -> Answering:
+        run = runs.open_run(runs.run_directory(experiment))
+        check_impl(experiment)
+        return Answering(run, compute=compute_for(experiment), max_length=max_length, context=context)
+
+    if not distributed.alone():
+        Progress().say(distributed.described())
+    found, here = distributed.on_every(read), environment()
+    same = {"step": found.run.step, "model": found.identity, "max_length": found.max_length, "context": context}
+    same |= {"answers": len(found.kept)}
+    distributed.agree(same | {name: here[name] for name in ("python", "versions", "source", "backend")})
+    return found
 
 
 def described(found: list[dict[str, Any]]) -> str:
@@ -147,18 +161,18 @@ def write_requests(experiment: Experiment, options: TaskOptions, path: Path) -> 
     print(f"Wrote {file.write():,} requests to {path}; answer them with: gdn eval RUN --answer {path.name}.")
 
 
-def answer(experiment: Experiment, path: Path, max_length: int | None) -> None:
-    """Answer the requests of a file and keep the answers in the run's directory."""
+def answer(experiment: Experiment, path: Path, max_length: int | None) -> str:
+    """Answer the requests of a file and keep the answers in the run's directory; says so."""
     from gdn_jax.evaluate.answering import answer_file, read_requests
 
     facts, _ = read_requests(path)
     answering = opened(experiment, facts["max_length"] if max_length is None else max_length)
     count = answer_file(answering, path)
-    print(f"{answering.run.directory / 'answers.jsonl'} holds the answers of {count:,} requests.")
+    return f"{answering.run.directory / 'answers.jsonl'} holds the answers of {count:,} requests."
 
 
-def score_text(experiment: Experiment, files: tuple[str, ...], max_length: int | None, as_json: bool) -> None:
-    """Log-likelihood of whole texts, in blocks of max_length tokens, the first one after EOS."""
+def score_text(experiment: Experiment, files: tuple[str, ...], max_length: int | None, as_json: bool) -> str:
+    """Log-likelihood of whole texts, in blocks of max_length tokens, the first one after EOS; a table or JSON."""
     import math
 
     texts = {}
@@ -181,16 +195,14 @@ def score_text(experiment: Experiment, files: tuple[str, ...], max_length: int |
             "max_length": answering.max_length, "step": answering.run.step,
         })  # fmt: skip
     if as_json:
-        print(json.dumps(rows, indent=1))
-        return
+        return json.dumps(rows, indent=1)
     header = ("file", "bytes", "nats per byte", "nats per token", "word perplexity")
     lines = [
         (_shown(row["file"]), f"{row['bytes']:,}", f"{row['nats_per_byte']:.4f}", f"{row['nats_per_token']:.4f}",
          f"{row['word_perplexity']:.4g}")
         for row in rows
     ]  # fmt: skip
-    print(aligned([header, *lines]))
-    print(f"step {answering.run.step:,}, blocks of {answering.max_length:,} tokens")
+    return f"{aligned([header, *lines])}\nstep {answering.run.step:,}, blocks of {answering.max_length:,} tokens"
 
 
 def _shown(name: str) -> str:

@@ -190,31 +190,38 @@ def train(experiment: Experiment, options: TrainOptions) -> None:
 
 
 def evaluate(experiment: Experiment, options: EvalOptions) -> None:
-    from gdn_jax import distributed
+    from gdn_jax import alive, distributed
 
     distributed.start(os.environ)
     asked = [name for name in ("tasks", "text", "answer") if getattr(options, name)]
-    if asked and not distributed.alone():
-        raise UserError(f"--{asked[0]} is answered by one process; several share the windows of held-out text alone.")
+    if options.requests and not distributed.alone():
+        raise UserError("--requests is written by one process; several can answer them.")
     if len(asked) > 1:
         raise UserError(f"--{asked[0]} and --{asked[1]} ask for two things; give one of them.")
     if options.requests and not options.tasks:
         raise UserError("--requests writes the requests of tasks; name them with --tasks.")
-    evaluation.checked(options)
-    if options.text:
-        evaluation.score_text(experiment, options.text, options.max_length, options.json)
-    elif options.answer:
-        evaluation.answer(experiment, Path(options.answer), options.max_length)
-    elif options.requests:
+    if options.requests:
         evaluation.write_requests(experiment, options, Path(options.requests))
-    elif options.tasks:
-        found = evaluation.measure(experiment, options)
-        print(json.dumps(found, indent=1) if options.json else evaluation.described(found))
-    else:
-        with distributed.clear_stdout():
+        return
+    with distributed.clear_stdout():
+        distributed.on_every(lambda: evaluation.checked(options))
+        if not asked:
             numbers = _evaluate(experiment, options.stride, options.windows)
-        if distributed.first():
-            print(json.dumps(numbers, indent=1) if options.json else report.validation_table(numbers))
+            said = json.dumps(numbers, indent=1) if options.json else report.validation_table(numbers)
+        else:
+            with alive.watched(distributed.silence(os.environ), distributed.ANSWERS):
+                said = _asked(experiment, options)
+    if distributed.first():
+        print(said)
+
+
+def _asked(experiment: Experiment, options: EvalOptions) -> str:
+    if options.text:
+        return evaluation.score_text(experiment, options.text, options.max_length, options.json)
+    if options.answer:
+        return evaluation.answer(experiment, Path(options.answer), options.max_length)
+    found = evaluation.measure(experiment, options)
+    return json.dumps(found, indent=1) if options.json else evaluation.described(found)
 
 
 def run(experiment: Experiment, options: RunOptions) -> None:

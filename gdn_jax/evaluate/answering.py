@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gdn_jax import distributed
 from gdn_jax.config import Data
 from gdn_jax.errors import UserError
 from gdn_jax.evaluate.generation import Ask, Greedy, answers
@@ -16,7 +17,7 @@ from gdn_jax.evaluate.scoring import BATCH_TOKENS, Score, Scorer
 from gdn_jax.half_characters import check_whole
 from gdn_jax.layers import Compute, compute_for
 from gdn_jax.metrics import environment
-from gdn_jax.progress import Progress
+from gdn_jax.progress import SILENT, Progress
 from gdn_jax.runs import OpenRun
 from gdn_jax.tokenizer import Tokenizer
 
@@ -58,13 +59,18 @@ class Answering:
         self.run, self.tokenizer = run, run.tokenizer
         self.compute = compute_for(run.experiment) if compute is None else compute
         self.max_length = default_length(run.experiment.data) if max_length is None else max_length
-        self.progress = Progress() if progress is None else progress
+        self.progress = progress or (Progress() if distributed.first() else SILENT)
         facts = environment()
         here = {name: facts[name] for name in ("commit", "dirty", "source", "devices")}
         self.kept = Kept(run.directory / "answers.jsonl" if keep is None else keep, here)
         self._greedy = Greedy(run.model, self.tokenizer, self.compute)
         self.ask: Ask = partial(answers, self._greedy, self.tokenizer, keep=self.kept, progress=self.progress)
         self._batch_tokens, self._context = batch_tokens, context
+
+    @property
+    def identity(self) -> str:
+        """A hash of the parameters, the tokenizer and the arithmetic."""
+        return self._greedy.identity
 
     @cached_property
     def _scorer(self) -> Scorer:
@@ -90,7 +96,7 @@ class Answering:
         return [self.kept[key][0] for key in keys]
 
     def _key(self, kind: str, *texts: str) -> str:
-        return key_of(self._greedy.identity, kind, self.max_length, self.tokenizer.eos, texts)
+        return key_of(self.identity, kind, self.max_length, self.tokenizer.eos, texts)
 
     def _new(self, keys: Sequence[str], requests: Sequence[Any]) -> dict[str, Any]:
         """The requests without an answer, each once."""

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from gdn_jax.checksums import checksums
 from gdn_jax.errors import UserError
+from gdn_jax.evaluate.dealt import of_all, turns
 from gdn_jax.evaluate.kept import Kept, key_of
 from gdn_jax.generate import stream
 from gdn_jax.layers import Compute, compute_for
@@ -105,6 +106,7 @@ def answers(
     batch_size   prompts handed over and kept together; a model continues 16 of them at once, each ended one making room
     keep         gets each batch's answers; a prompt whose answer it has is not continued again. Batches are the same
                  with and without it, so an evaluation that goes on gives the uninterrupted answers
+    Several processes must all call it with the same prompts: each continues some of the batches, and has all answers.
     Raises UserError for a max_length without room for a prompt, and an unknown truncation.
     """
     if truncation not in ("left", "middle"):
@@ -121,14 +123,24 @@ def answers(
     todo = dict(zip(keys, cuts, strict=True))
     order = sorted(todo, key=lambda key: -todo[key].tokens)  # the longest first: what does not fit fails at once
     keep = Kept(None) if keep is None else keep
-    with progress or Progress() as display:
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            missing = {key for key in batch if key not in keep}
-            if missing:
-                texts = continues([todo[key].text for key in batch], max_tokens, stops, display)
-                keep.add({key: text for key, text in zip(batch, texts, strict=True) if key in missing})
-            display.show(f"Answered {min(first + batch_size, len(order)):,} of {len(order):,} prompts.")
+    own: dict[str, str] = {}
+
+    def read() -> dict[str, str]:
+        mine = turns()
+        with progress or Progress() as display:
+            for first in range(0, len(order), batch_size):
+                batch = order[first : first + batch_size]
+                missing = {key for key in batch if key not in keep}
+                if missing and next(mine):
+                    texts = continues([todo[key].text for key in batch], max_tokens, stops, display)
+                    found = {key: text for key, text in zip(batch, texts, strict=True) if key in missing}
+                    own.update(found)
+                    keep.add(found)
+                display.show(f"Answered {min(first + batch_size, len(order)):,} of {len(order):,} prompts.")
+        return own
+
+    every = of_all(order, read)
+    keep.add({key: text for key, text in every.items() if key not in own})
     return [one._replace(text=keep[key]) for key, one in zip(keys, cuts, strict=True)]
 
 

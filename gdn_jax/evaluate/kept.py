@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gdn_jax import distributed
 from gdn_jax.errors import UserError
 
 
@@ -19,7 +20,8 @@ class Kept:
 
     here    facts of the program and the devices that make new answers; a line of the file names them before theirs
 
-    Answers are anything that JSON can hold. A last line that a crash cut short is dropped.
+    Answers are anything that JSON can hold. A last line that a crash cut short is dropped. Of several processes the
+    first alone writes.
     Raises UserError for a line that holds no answer.
     """
 
@@ -29,7 +31,7 @@ class Kept:
         self._given: list[Mapping[str, Any] | None] = []
         content = path.read_bytes() if path is not None and path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        if path is not None and whole != content:
+        if path is not None and whole != content and distributed.first():
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.splitlines(), 1):
@@ -62,7 +64,7 @@ class Kept:
     def add(self, answers: Mapping[str, Any]) -> None:
         """Keep answers by their keys, on disk when this returns."""
         self._answers |= {key: (answer, self._here) for key, answer in answers.items()}
-        if self._path is None or not answers:
+        if self._path is None or not answers or not distributed.first():
             return
         rows = [{"key": key, "answer": answer} for key, answer in answers.items()]
         if self._last != self._here:

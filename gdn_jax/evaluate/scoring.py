@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 from gdn_jax import sharding
 from gdn_jax.errors import UserError
 from gdn_jax.evaluate.contexts import Pair, bucket, by_size, divided, padded, power, room_of, state_bytes
+from gdn_jax.evaluate.dealt import of_all, turns
 from gdn_jax.layers import Compute, at_least_fp32, dot_precision
 from gdn_jax.model import LM
 from gdn_jax.prefill import read_prompts
@@ -74,27 +75,33 @@ class Scorer:
         continuations  at most max_length tokens each; an empty one has likelihood 1
         done           is given the scores of each batch by their index, so that an interrupted evaluation can go on
 
-        A pair's score depends neither on the order nor on the pairs beside it, but for rounding.
+        A pair's score depends neither on the order nor on the pairs beside it, but for rounding. Several processes must
+        all call it with the same pairs: each reads some of the batches, which are those of one process.
         Raises UserError for a pair outside these rules, or a log-likelihood that is not finite.
         """
         pairs = [self._cut(i, *pair) for i, pair in enumerate(zip(contexts, continuations, strict=True))]
-        out: list[Score | None] = [None] * len(pairs)
         todo: dict[Pair, list[int]] = {}  # equal pairs are scored once
         for i, pair in enumerate(pairs):
             todo.setdefault(pair, []).append(i)
         # Sorted by content, so that any order of requests makes the same batches; the longest first.
         alone, together = divided(sorted(todo, reverse=True), self._model.config, self.compute)
-        finished = 0
-        with progress or Progress() as display, jax.set_mesh(self._mesh):
-            for batch in itertools.chain(self._alone(alone), self._together(together)):
-                found = {i: score for pair, score in batch.items() for i in todo[pair]}
-                for i, score in found.items():
-                    out[i] = score
-                if done is not None:
-                    done(found)
-                finished += len(found)
-                display.show(f"Scored {finished:,} of {len(pairs):,} continuations.")
-        return out  # type: ignore[return-value]
+        own: dict[int, Score] = {}
+
+        def read() -> dict[int, Score]:
+            mine = turns()
+            with progress or Progress() as display, jax.set_mesh(self._mesh):
+                for batch in itertools.chain(self._alone(alone, mine), self._together(together, mine)):
+                    found = {i: score for pair, score in batch.items() for i in todo[pair]}
+                    own.update(found)
+                    if done is not None:
+                        done(found)
+                    display.show(f"Scored {len(own):,} of {len(pairs):,} continuations.")
+            return own
+
+        every = {i: Score(*score) for i, score in of_all(pairs, read).items()}
+        if done is not None and (others := {i: score for i, score in every.items() if i not in own}):
+            done(others)
+        return [every[i] for i in range(len(pairs))]
 
     def rolling(
         self, texts: Sequence[Tokens], *, prefix: int, progress: Progress | None = None,
@@ -153,22 +160,22 @@ class Scorer:
         cut = max(0, len(tokens) - 1 - self.max_length)
         return Pair(len(tokens) - cut, tokens[cut:].tobytes(), len(continuation), cut)
 
-    def _alone(self, pairs: Sequence[Pair]) -> Iterator[dict[Pair, Score]]:
-        """Batches of pairs of one bucket, each read whole."""
+    def _alone(self, pairs: Sequence[Pair], mine: Iterator[bool]) -> Iterator[dict[Pair, Score]]:
+        """Batches of pairs of one bucket, each read whole; of all of them those that are `mine`."""
         program = functools.partial(token_scores, self._model, compute=self.compute)
         for length, of_bucket in itertools.groupby(pairs, key=lambda pair: bucket(pair.size - 1)):
             members = list(of_bucket)
             rows = self._rows(length, len(members))
-            for batch in _batches(members, rows):
+            for batch in _batches(members, rows, mine):
                 yield self._batch(program, {row: (pair, pair.size) for row, pair in enumerate(batch)}, rows, length)
 
-    def _together(self, groups: Sequence[list[Pair]]) -> Iterator[dict[Pair, Score]]:
+    def _together(self, groups: Sequence[list[Pair]], mine: Iterator[bool]) -> Iterator[dict[Pair, Score]]:
         """Batches of contexts, each read but for its last token; then from their states one continuation of each after
         the other, with that token before it."""
         for size, members in by_size(groups).items():
             room = room_of(size, self._model.config)
             rows = self._rows(size.longest, len(members), state_bytes(self._model.config, room, self.compute))
-            for batch in _batches(members, rows):
+            for batch in _batches(members, rows, mine):
                 read = read_prompts(
                     self._model, [np.frombuffer(group[0].context(), np.int32)[:-1] for group in batch], rows=rows,
                     room=room, compute=self.compute, mesh=self._mesh, say=lambda tokens: None,
@@ -208,8 +215,8 @@ class Scorer:
         return out
 
 
-def _batches(members: Sequence, size: int) -> Iterator[Sequence]:
-    return (members[start : start + size] for start in range(0, len(members), size))
+def _batches(members: Sequence, size: int, mine: Iterator[bool]) -> Iterator[Sequence]:
+    return (members[start : start + size] for start in range(0, len(members), size) if next(mine))
 
 
 @functools.partial(jax.jit, static_argnames="compute")

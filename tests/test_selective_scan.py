@@ -211,7 +211,7 @@ def _tokens(T=8, D=4, N=3, dtype=jnp.float32):
         (_tokens(T=0), {}, ValueError, "at least one token"),
         (_tokens(), {"chunk": 48}, ValueError, "chunk is 48"),
         (_tokens(dtype=jnp.float16), {}, ValueError, "x is float16"),
-        (_tokens(), {"impl": "triton"}, NotImplementedError, "selective_scan: impl 'triton' cannot run: the default"),
+        (_tokens(), {"impl": "triton"}, NotImplementedError, "selective_scan: impl 'triton' cannot run: the device is"),
     ],
 )
 def test_wrong_arguments_are_refused_with_the_reason(tokens, options, error, words):

@@ -105,7 +105,7 @@ def _peer(experiment: Experiment, asked: list[tuple[int, int]], options: Generat
             if min(each) > 0:
                 row["decode"] = _speed(each, batch, None)
             else:
-                row["note"] = f"{options.tokens} tokens take no longer than the clock is unsure; ask for more --tokens"
+                row["note"] = f"{options.tokens} further tokens took no time that shows; ask for more --tokens"
         except jax.errors.JaxRuntimeError as error:
             row["note"] = str(error).splitlines()[0]
         rows.append(row)

@@ -1,8 +1,8 @@
 """Other libraries' models beside ours, for the option --peers of `gdn bench figure3` and `gdn bench generate`: those of
 ours that a library can build, at our sizes or the nearest that it has kernels for, which `words` name.
 
-jla    jax-linear-attention (Python 3.12, jax 0.11.2): its models, loss, AdamW, training step and generation. Llama's
-       layout of transformer, DeltaNet, Gated DeltaNet, Mamba2 and Mamba; the other five models it does not have.
+jla    jax-linear-attention (Python 3.12, jax 0.11.2): its own models, loss, AdamW, training step and generation. Of
+       the ten it has the transformer, DeltaNet, Gated DeltaNet, Mamba2 and Mamba.
 
 flash-linear-attention's models, which run in torch, are not called.
 """
@@ -25,24 +25,24 @@ JLA_KEYS = (64, 128, 256)  # of the heads that its delta rule's kernels take; be
 class Step(NamedTuple):
     """A training step that a clock can call."""
 
-    words: str  # the library's model, where it is not ours
+    words: str  # where the sizes differ from ours; "" where they do not
     parameters: int
     state: Any  # parameters, optimizer state and what else a step hands on
-    compile: Callable[[], Callable[[Any, Any], tuple[Any, Any]]]  # gives (state, batch) -> (state, loss)
     batch: Callable[[np.ndarray], Any]  # of tokens [B,1+T]
+    compile: Callable[[Any, Any], Callable]  # (state, batch) -> a function of such: (state, batch) -> (state, loss)
 
 
 class Peer(NamedTuple):
     """A library, and how it is asked.
 
-    build     (experiment, one of `remat`, a batch's tokens) -> Step
+    build     (experiment, one of `remat`) -> Step
     generate  experiment -> (a function of prompts and how many tokens to write after each, which waits; words)
     """
 
     library: Library
     models: tuple[str, ...]  # of the ten, that it has
     remat: tuple[str, ...]  # what it can keep of a layer for the backward, most first
-    build: Callable[[Experiment, str, np.ndarray], Step]
+    build: Callable[[Experiment, str], Step]
     generate: Callable[[Experiment], tuple[Callable[[list[list[int]], int], Any], str]]
 
 
@@ -106,7 +106,7 @@ def _jla_model(experiment: Experiment) -> tuple[Any, str]:
     return config, words
 
 
-def _jla(experiment: Experiment, remat: str, tokens: np.ndarray) -> Step:
+def _jla_step(experiment: Experiment, remat: str) -> Step:
     import equinox as eqx
     import jax
     from jla.models.lm import build_model
@@ -130,11 +130,11 @@ def _jla(experiment: Experiment, remat: str, tokens: np.ndarray) -> Step:
         rows = jax.numpy.asarray(tokens[None])
         return {"input_ids": rows[..., :-1], "labels": rows[..., 1:]}
 
-    key = jax.random.key(0)
-    lowered = step.lower(model, opt_state, batch(tokens), key)
+    state = model, opt_state, jax.random.key(0)
 
-    def compile() -> Callable:
-        step.use_compiled(lowered.compile())
+    def compile(state: Any, batch: Any) -> Callable:
+        model, opt_state, key = state
+        step.use_compiled(step.lower(model, opt_state, batch, key).compile())
 
         def run(state: Any, batch: Any) -> tuple[Any, Any]:
             model, opt_state, metrics, key = step(*state[:2], batch, state[2])
@@ -142,8 +142,7 @@ def _jla(experiment: Experiment, remat: str, tokens: np.ndarray) -> Step:
 
         return run
 
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return Step(words, count, (model, opt_state, key), compile, batch)
+    return Step(words, sum(leaf.size for leaf in jax.tree.leaves(params)), state, batch, compile)
 
 
 def _jla_generation(experiment: Experiment) -> tuple[Callable, str]:
@@ -161,4 +160,4 @@ def _jla_generation(experiment: Experiment) -> tuple[Callable, str]:
 
 
 JLA_MODELS = ("transformer", "deltanet", "gated-deltanet", "mamba2", "mamba")
-PEERS = {"jla": Peer(JLA, JLA_MODELS, ("dots_kernels", "dots", "full"), _jla, _jla_generation)}
+PEERS = {"jla": Peer(JLA, JLA_MODELS, ("dots_kernels", "dots", "full"), _jla_step, _jla_generation)}

@@ -223,23 +223,20 @@ def timed(
             profiled["profile"] = _profile(step, (*state, batches[-1]), program.jaxpr, experiment)
     speed = _speed(seconds[warm_up:], seq_len * batch_size)
     account = step.memory_analysis()
-    return (
-        {
-            "parameters": count_parameters(experiment.model),
-            "impl": impls,
-            **speed,
-            "mfu": mfu(experiment, speed["tokens_per_s"] / len(devices), devices[0].device_kind),
-            "compile_seconds": compile_seconds,
-            "peak_bytes": stats.get("peak_bytes_in_use"),
-            "limit_bytes": stats.get("bytes_limit"),
-            "planned_bytes": account.argument_size_in_bytes
-            + account.output_size_in_bytes
-            - account.alias_size_in_bytes
-            + account.temp_size_in_bytes,
-        }
-        | _losses(losses)
-        | profiled
-    )
+    measured = {
+        "parameters": count_parameters(experiment.model),
+        "impl": impls,
+        **speed,
+        "mfu": mfu(experiment, speed["tokens_per_s"] / len(devices), devices[0].device_kind),
+        "compile_seconds": compile_seconds,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "limit_bytes": stats.get("bytes_limit"),
+        "planned_bytes": account.argument_size_in_bytes
+        + account.output_size_in_bytes
+        - account.alias_size_in_bytes
+        + account.temp_size_in_bytes,
+    }
+    return measured | _losses(losses) | profiled
 
 
 def timed_peer(peer: str, experiment: Experiment, *, warm_up: int, repetitions: int) -> Row:
@@ -249,12 +246,14 @@ def timed_peer(peer: str, experiment: Experiment, *, warm_up: int, repetitions: 
     batches = _tokens(experiment, warm_up + repetitions)
     of = model_peers.PEERS[peer]
     for remat in of.remat:
+        built = step = None  # of an attempt that did not fit, nothing may stay
         try:
-            built = of.build(experiment, remat, batches[0])
+            built = of.build(experiment, remat)
+            given = [built.batch(tokens) for tokens in batches]
             start = time.perf_counter()
-            step = built.compile()
+            step = built.compile(built.state, given[0])
             compile_seconds = time.perf_counter() - start
-            seconds, losses = _clocked(step, built.state, [built.batch(tokens) for tokens in batches])[1:]
+            seconds, losses = _clocked(step, built.state, given)[1:]
             break
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or remat == of.remat[-1]:

@@ -4,7 +4,10 @@ import importlib.metadata
 import importlib.util
 import math
 import types
+import weakref
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import experiments
@@ -74,10 +77,36 @@ def test_a_peers_row_is_named_and_counts_for_no_claim(installed):
     assert [line.get_label() for line in panel.lines] == ["gated-deltanet", "gated-deltanet-peer-jla"]
 
 
+def test_what_does_not_fit_is_tried_again_with_less_kept_and_frees_what_it_had(installed, monkeypatch):
+    """A library whose first form runs out of memory: at the second attempt nothing of the first is alive."""
+    alive = weakref.WeakSet()
+
+    class State:
+        def __init__(self):
+            assert not alive
+            alive.add(self)
+
+    def build(experiment, remat):
+        def run(state, batch):
+            if remat == "much":
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+            return state, jnp.float32(2.0)
+
+        return model_peers.Step("", 7, State(), lambda tokens: tokens, lambda state, batch: run)
+
+    peer = model_peers.PEERS["jla"]._replace(remat=("much", "little"), build=build)
+    monkeypatch.setitem(model_peers.PEERS, "jla", peer)
+    small = experiments.TIMINGS["figure3/gated-deltanet/tiny"].experiment("64x8")
+    row = training_speed.timed_peer("jla", small, warm_up=1, repetitions=2)
+    assert row["peer"]["remat"] == "little" and row["losses"] == [2.0, 2.0] and row["peak_bytes"] is None
+    monkeypatch.setitem(model_peers.PEERS, "jla", peer._replace(remat=("much",)))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        training_speed.timed_peer("jla", small, warm_up=1, repetitions=2)
+
+
 def test_jla_has_our_sizes_or_the_nearest_and_runs():
     """With jax-linear-attention installed: parameters within 3 % of ours at 1.3b, three steps at tiny."""
     pytest.importorskip("jla")
-    import jax
     from jla.models.lm import build_model
 
     for model in model_peers.JLA_MODELS:

@@ -12,7 +12,7 @@ carries a state from chunk to chunk, the other does the rest, all chunks at once
             dK  = (scale D . dO V^T)^T Q + leaving (V dS'^T)
 
 with S entering and dS' leaving a chunk. Both carries are S' = gamma_C S + Z^T (write Y), and all four joins
-out = (scale D . X Z^T) Y + read (X S), where the first two have the Z, Y and S of the two carries. For narrow heads a
+out = (scale D . X Z^T) Y + read (X S), where the first two have the Z, Y and S of the two carries. Where keys are few a
 program of carry holds whole columns of the state, and makes those two on its way: S is in its registers then, and is
 stored for the other two alone. Where several value heads read one key head, dQ and dK are summed over them in fp32
 inside the program. The log decay g_t scales every pair i >= t > j of the chunk and the state S' that leaves it, so that

@@ -1,7 +1,10 @@
 """The scoring core: closed forms, one token after the other, and what must not change a score."""
 
 import math
+from dataclasses import replace
+from functools import partial
 
+import asked
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +13,7 @@ from small import scripted_model
 
 import experiments
 from gdn_jax.errors import UserError
-from gdn_jax.evaluate import contexts, scoring
+from gdn_jax.evaluate import answering, contexts, scoring
 from gdn_jax.evaluate.scoring import Scorer, bucket
 from gdn_jax.layers import Compute
 from gdn_jax.model import init_model
@@ -154,3 +157,15 @@ def test_a_model_that_diverged_is_named():
 def test_wrong_sizes(option):
     with pytest.raises(UserError, match=f"{option} is 0; it must be positive."):
         Scorer(scripted_model({}), compute=FP32, **({"max_length": 8} | {option: 0}))
+
+
+@pytest.mark.parametrize("name", ["transformer", pytest.param("gated-deltanet", marks=pytest.mark.slow)])
+def test_full_batches_give_the_same_bits_in_bf16_however_many_are_asked(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(answering, "Scorer", partial(Scorer, full_batches=True))
+    experiment = experiments.get(f"table3/{name}/tiny")
+    experiment = replace(experiment, optim=replace(experiment.optim, precision="bf16"))
+    model = jax.jit(init_model, static_argnums=0)(experiment.model, jax.random.key(0))
+    given = experiment, model, asked.documents(experiment, model), tmp_path
+    alone, all_at_once = (asked.scores(*given, at_once, batch_tokens=1024) for at_once in (1, 16))
+    assert [greedy for _, greedy in alone][-2:] == [True, True]
+    assert asked.furthest(alone, all_at_once) == 0

@@ -27,7 +27,7 @@ from gdn_jax.progress import Progress
 from pallas_kernels import dispatch
 
 HEAD_TOKENS = 4096  # whose logits exist at once
-BATCH_TOKENS = 32768  # of a batch, padding included
+BATCH_TOKENS = 32768  # of a device's part of a batch, padding included
 STATE_BYTES = 4 * 2**30  # on a device, of the states that a batch of contexts leaves; the copies take as much
 
 Tokens = Sequence[int] | np.ndarray
@@ -46,13 +46,16 @@ class Scorer:
     """A model on all local devices, ready to score.
 
     max_length    most tokens the model reads at once: a longer context loses its beginning
-    batch_tokens  most tokens of a batch over all devices; at least one row a device is read
+    batch_tokens  most tokens of a device's part of a batch; at least one row a device is read
+    full_batches  whether a batch has all the rows that batch_tokens allow, also where fewer are asked for. None: in
+                  bf16 on a GPU. A product with another number of rows may add in another order there, and what bf16
+                  rounds otherwise moved a token's log-likelihood by up to 3e-2; so one program reads one pair or many
     context       devices that share the tokens of each row, for rows that one cannot hold
     """
 
     def __init__(
         self, model: LM, *, compute: Compute, max_length: int, batch_tokens: int = BATCH_TOKENS,
-        devices: Sequence[jax.Device] | None = None, context: int = 1,
+        full_batches: bool | None = None, devices: Sequence[jax.Device] | None = None, context: int = 1,
     ):  # fmt: skip
         for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
             if value < 1:
@@ -60,6 +63,8 @@ class Scorer:
         self.max_length, self.compute, self._batch_tokens = max_length, compute, batch_tokens
         self._mesh = sharding.make_mesh(1, list(devices or jax.local_devices()), context=context)
         self._model = sharding.copied(self._mesh, model)
+        rounds = jnp.dtype(compute.dtype).itemsize < 4 and self._mesh.devices.flat[0].platform != "cpu"
+        self._full = rounds if full_batches is None else full_batches
 
     def score(
         self,
@@ -187,12 +192,12 @@ class Scorer:
                     yield self._batch(program, asked, rows, padded(max(pair.scored for pair in pairs.values())))
 
     def _rows(self, length: int, wanted: int, state: int = 0) -> int:
-        """Rows of a batch of this length: a power of two times the devices, no more than needed, and where each has a
-        state of so many bytes no more than there is room for."""
+        """Rows of a batch of this length: a power of two times the devices, no more than needed unless batches are
+        full, and where each has a state of so many bytes no more than there is room for."""
         devices = sharding.row_parts(self._mesh)
-        most = max(1, self._batch_tokens // (length * devices))
-        most = max(1, min(most, STATE_BYTES // state)) if state else most
-        return devices * min(power(most, up=False), power(-(-wanted // devices), up=True))
+        most = max(1, self._batch_tokens // length)
+        most = power(max(1, min(most, STATE_BYTES // state)) if state else most, up=False)
+        return devices * (most if self._full else min(most, power(-(-wanted // devices), up=True)))
 
     def _batch(
         self, program: Callable, asked: dict[int, tuple[Pair, int]], rows: int, length: int

@@ -27,6 +27,7 @@ from pallas_kernels.tiles import Places, power_of_two
 from pallas_kernels.triton_calls import BlockSpec
 
 MOST_KEYS = 512
+NORM_EPS = 1e-6
 HELD = 8192  # elements of the state that a program of four warps holds: 64 registers a thread
 NARROWEST = 16  # value columns: two sectors of memory
 FEW_PROGRAMS = 264  # two for each of a Hopper GPU's 132 multiprocessors
@@ -100,12 +101,14 @@ def advance_state(
     *,
     scale: float,
     interpret: bool,
+    l2norm: bool = False,
     config: Config | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(o like v, S' in the memory of S, which XLA copies before where something else needs it).
 
     q, k [B, H, K]  v [B, Hv, V]  g [B, Hv, 1 or K]  beta [B, Hv], or None: linear attention  state [B, Hv, K, V]; g,
-    beta and state in fp32, none empty, and of sizes to which `why_not` has nothing to say.
+    beta and state in fp32, none empty, and of sizes to which `why_not` has nothing to say. l2norm: q and k are still to
+    be brought to norm 1.
     Source: arXiv 2412.06464, equation 10 and Table 1.
     """
     (B, Hv, K, V), H = state.shape, q.shape[1]
@@ -141,6 +144,8 @@ def advance_state(
         decay = part("g", value_head, *((keys, is_key) if g.shape[2] > 1 else one))
         strength = None if beta is None else part("beta", value_head, *one)
 
+        if l2norm:
+            key, query = (x * jax.lax.rsqrt(jnp.sum(x * x) + NORM_EPS) for x in (key, query))
         matrix = triton.exp(decay, interpret)[:, None] * matrix
         if beta is not None:
             update = strength * (update - jnp.sum(key[:, None] * matrix, axis=0))

@@ -137,6 +137,25 @@ def test_a_step_of_the_kernel_matches_float64_at_model_sizes(K, V):
         assert conformance.STEP_SUITE.failures(case, "triton_interpret", seed=1) == []
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+def test_a_step_brings_q_and_k_to_norm_1(impl, dtype):
+    """Of any length in fp32, beside values of another dtype; a key of zeros stays zero."""
+    (q, k, v, g, beta, state), _, _ = conformance.inputs(Case(name="long", T=1, B=3, Hv=4, K=20, V=40))
+    lengths = np.random.default_rng(1).uniform(0.1, 30, size=(2, *q[:, 0, :, :1].shape))
+    lengths[:, 1, 1] = 0
+    unit = lambda x, length: length * x / np.sqrt(length**2 + 1e-6)  # noqa: E731
+    rest = [jnp.asarray(x[:, 0], jnp.float32) for x in (v, g, beta)]
+    rest = [rest[0].astype(dtype), *rest[1:], jnp.asarray(state, jnp.float32)]
+    given = [jnp.asarray(x[:, 0] * length, jnp.float32) for x, length in zip((q, k), lengths, strict=True)]
+    normal = [jnp.asarray(unit(x[:, 0], length), jnp.float32) for x, length in zip((q, k), lengths, strict=True)]
+    got = gated_delta_rule_step(*given, *rest, l2norm=True, impl=impl)
+    want = gated_delta_rule_step(*normal, *rest, impl="chunked")
+    for x, y in zip(got, want, strict=True):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        assert np.linalg.norm(x - y) <= (1e-6 if dtype == jnp.float32 else 5e-3) * np.linalg.norm(y)
+
+
 @pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
 def test_a_step_keeps_what_is_not_finite_in_its_value_column(impl):
     (q, k, v, g, beta, state), _, _ = conformance.inputs(Case(name="broken", T=1, Hv=4, K=20, V=40))

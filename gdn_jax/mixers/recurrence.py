@@ -52,17 +52,19 @@ def advance(
     compute: Compute,
     segment_ids: Int[Array, "B T"] | None,
     scale: float | None = None,
+    l2norm: bool = False,
 ) -> tuple[Array, Array]:
     """(output [B, T, ...], state after the last token) of `op` on its inputs, whose first has T on axis 1.
 
     inputs  in the op's order; those of three axes and more have T on axis 1, others belong to no token
     cache   its `state` is what came before; None begins a sequence
     scale   of ops that have one, None: theirs
+    l2norm  of a step of the delta rule: q and k are still to be brought to norm 1
     """
     state = None if cache is None else cache.state
     options, impl = {} if scale is None else {"scale": scale}, compute.impl_among(op.impls)
     if state is not None and inputs[0].shape[1] == 1:
-        options |= {"impl": impl} if op.step_has_impls else {}
+        options |= ({"impl": impl} if op.step_has_impls else {}) | ({"l2norm": True} if l2norm else {})
         o, state = op.step(*(x[:, 0] if x.ndim > 2 else x for x in inputs), state, **options)
         return o[:, None], state
     return op.sequence(

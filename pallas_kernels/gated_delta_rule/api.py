@@ -202,6 +202,7 @@ def gated_delta_rule_step(
     state: Float[Array, "B Hv K V"],
     *,
     scale: float | None = None,
+    l2norm: bool = False,
     impl: dispatch.Impl = "auto",
 ) -> tuple[Float[Array, "B Hv V"], Float[Array, "B Hv K V"]]:
     """One token of `gated_delta_rule`: (o in v's dtype, state in fp32 or float64). Ranges and errors as there.
@@ -210,6 +211,8 @@ def gated_delta_rule_step(
 
     S is the state before the token, S' the one after it.
 
+    l2norm  whether q and k are first brought to norm 1, x / sqrt(|x|^2 + 1e-6), as short_conv's l2norm does it. They
+            are then rounded to v's dtype, but not by the kernel, for which this is no extra work
     impl    as there. The kernel ("triton") reads S once and writes S' in its place (triton_step.py); it takes K up to
             512, computes in fp32 and refuses float64. All others are the same plain JAX: one pass over S makes S^T k
             and S^T q together, a second one writes S'
@@ -221,30 +224,34 @@ def gated_delta_rule_step(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     head, whole = ("batch", "heads", None), ("batch", "heads", None, None)
     return dispatch.shard(
-        partial(_step_on_one_device, scale=scale, impl=impl),
+        partial(_step_on_one_device, scale=scale, l2norm=l2norm, impl=impl),
         (q, k, v, *(x.astype(exact) for x in (g, beta, state))),
         (head, head, head, head[:2], head[:2], whole),
         (head, whole),
     )
 
 
-def _step_on_one_device(q, k, v, g, beta, state, *, scale, impl):
+def _step_on_one_device(q, k, v, g, beta, state, *, scale, l2norm, impl):
     """The implementation of a step that is right for the part of the arrays that one device has."""
     impl = dispatch.taken(resolve_step(impl, shape=state.shape, dtype=jnp.result_type(q, k, v)))
-    plain = partial(_plain_step, scale=scale)
+    plain = partial(_plain_step, scale=scale, l2norm=l2norm)
     if impl not in dispatch.KERNELS or not state.size:
         return plain(q, k, v, g, beta, state)
 
     def kernel(q, k, v, g, beta, state):
-        interpret = impl == "triton_interpret"
-        return triton_step.advance_state(q, k, v, g[..., None], beta, state, scale=scale, interpret=interpret)
+        static = {"scale": scale, "l2norm": l2norm, "interpret": impl == "triton_interpret"}
+        return triton_step.advance_state(q, k, v, g[..., None], beta, state, **static)
 
     return triton_step.with_gradients_of(plain, kernel, q, k, v, g, beta, state)
 
 
-def _plain_step(q, k, v, g, beta, state, *, scale):
+def _plain_step(q, k, v, g, beta, state, *, scale, l2norm):
     """A step in JAX. The recurrence's o = scale S'^T q would read S' in a third pass."""
     dtype, exact = v.dtype, state.dtype
+    if l2norm:
+        q, k = (x.astype(exact) for x in (q, k))
+        q, k = (x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + triton_step.NORM_EPS) for x in (q, k))
+        q, k = (x.astype(dtype) for x in (q, k))
     q, k = (jnp.repeat(x.astype(exact), v.shape[1] // q.shape[1], axis=1) for x in (q, k))
     v, alpha = v.astype(exact), jnp.exp(g)
     read_k, read_q = jax.lax.reduce(

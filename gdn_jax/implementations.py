@@ -35,6 +35,16 @@ def _trace(experiment: Experiment) -> None:
     jax.eval_shape(loss, abstract_model(experiment.model), batch)
 
 
+def _trace_token(experiment: Experiment) -> None:
+    compute = compute_for(experiment)
+
+    def write(model):
+        cache = model.init_cache(1, 1, compute)
+        return model(jnp.zeros((1, 1), jnp.int32), compute=compute, cache=cache)
+
+    jax.eval_shape(write, abstract_model(experiment.model))
+
+
 def check_impl(experiment: Experiment) -> None:
     """Raises UserError where a named run.impl cannot run here; "auto" always can, once `admit` has looked."""
     if experiment.run.impl == "auto":
@@ -44,12 +54,13 @@ def check_impl(experiment: Experiment) -> None:
 
 
 def admit(experiment: Experiment, progress: Progress | None = None) -> None:
-    """Checks in float64 the kernels that run.impl "auto" would take and that nothing has checked on this kind of GPU
-    under this jax: once, a minute at most, a line for each on stderr or `progress`."""
+    """Checks in float64 the kernels that run.impl "auto" would take, for training and for one token, and that nothing
+    has checked on this kind of GPU under this jax: once, a minute at most, a line for each on stderr or `progress`."""
     if experiment.run.impl != "auto" or not placement.on_gpu():
         return
     with record(silent=True) as choices:
         _trace(experiment)
+        _trace_token(experiment)
     todo = dict.fromkeys(one.check for choice in choices for one in choice.refused if one.check is not None)
     for number, check in enumerate(todo, 1):
         say = (progress or Progress()).say

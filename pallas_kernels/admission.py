@@ -20,6 +20,7 @@ from pallas_kernels.dispatch import Refusal
 
 # kind of device -> minor versions of jax under which tests/test_gpu.py passed for all ops
 TESTED = {"NVIDIA H100 80GB HBM3": ("0.11",), "NVIDIA H200": ("0.11",)}
+STEPS_TESTED: dict[str, tuple[str, ...]] = {}  # likewise of its tests of single tokens, which have run nowhere yet
 
 
 class Check(NamedTuple):
@@ -50,14 +51,20 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def is_listed(table: dict[str, tuple[str, ...]]) -> bool:
+    """Whether `table`, such as TESTED, has the kind of device and jax of what is traced now."""
+    kind, version = here()
+    return version in table.get(kind, ())
+
+
 def refusal(op: str, *, listed: bool | None = None, **sizes: Any) -> Refusal | None:
     """None where "auto" may take an op's kernels at these sizes, else why not, with the check that would decide it.
 
     listed: whether the op's own table has the sizes for this device and jax; None: TESTED decides
     """
-    kind, version = here()
-    if version in TESTED.get(kind, ()) if listed is None else listed:
+    if is_listed(TESTED) if listed is None else listed:
         return None
+    kind, version = here()
     check = Check(op, tuple(sizes.items()))
     verdict = _verdicts().get(check.name)
     on = f"on {kind} with jax {version}"

@@ -43,6 +43,28 @@ def decay_floors(inputs: Inputs, want: dict[str, np.ndarray]) -> Errors:
     return {"dg": float(np.linalg.norm((inputs.cotangents[0] * want["o"]).sum(-1)))}
 
 
+def of_rounding(names: Iterable[str], rounded: Iterable[str], case: Any) -> Errors:
+    """Limits of an implementation that computes all of `names` in the case's dtype, at least fp32, and of which those
+    in `rounded`, and their gradients, are rounded to that dtype."""
+    exact = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 2e-6}[case.dtype]
+    rounded = {*rounded, *(f"d{name}" for name in rounded)} if case.dtype == "bfloat16" else ()
+    return {name: 4e-3 if name in rounded else exact for name in names}
+
+
+def reached(step: Callable[[jax.Array], tuple[jax.Array, jax.Array]], state: np.ndarray) -> list[str]:
+    """What inf and NaN in two value columns of a state [B, Hv, K, V] change elsewhere in the results of one token,
+    o [B, Hv, V] and the next state; no value column needs another."""
+    broken = np.array(state, np.float32)
+    broken[0, 0, 0, 1], broken[-1, -1, -1, -1] = np.nan, np.inf
+    columns = np.isfinite(broken).all(axis=2)
+    (o, after), (clean_o, clean_after) = (map(np.asarray, step(jnp.asarray(x, jnp.float32))) for x in (broken, state))
+    whole = np.broadcast_to(columns[:, :, None], after.shape)
+    found = {"o": (o, clean_o, columns), "state": (after, clean_after, whole)}
+    changed = [name for name, (x, clean, outside) in found.items() if not np.array_equal(x[outside], clean[outside])]
+    hidden = [f"finite {name}" for name, (x, _, _) in found.items() if np.isfinite(x).all()]
+    return changed + hidden
+
+
 @partial(jax.jit, static_argnames=("call", "impl", "configuration", "options"))
 def _run(call, inputs, impl, configuration, options):
     """(*results, *gradients of every array)."""

@@ -42,18 +42,21 @@ def call(
     warps: int,
     num_stages: int,
     interpret: bool,
+    in_place: dict[str, str] | None = None,
 ) -> dict[str, jax.Array | None]:
     """One kernel launch: name -> array of `outputs`.
 
     `kernel` gets one object that holds the ref of every input and output under its name; where an array or a shape is
     None, so are the ref and the result. Grid axis 0 runs fastest: neighbours there share what they read in the L2
-    cache.
+    cache. in_place: input -> the output, of the same shape and dtype, that takes its memory; XLA copies the input
+    before where something else still needs it.
     """
     given, made = ({name: pair for name, pair in side.items() if pair[0] is not None} for side in (inputs, outputs))
 
     def with_names(*refs):
         kernel(SimpleNamespace(**dict.fromkeys(inputs | outputs) | dict(zip(given | made, refs, strict=True))))
 
+    aliases = {list(given).index(name): list(made).index(taker) for name, taker in (in_place or {}).items()}
     results = pl.pallas_call(
         with_names,
         name=kernel.__name__,
@@ -62,6 +65,7 @@ def call(
         out_specs=[spec for _, spec in made.values()],
         out_shape=[shape for shape, _ in made.values()],
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=num_stages),
+        input_output_aliases=aliases,
         interpret=interpret,
     )(*(array for array, _ in given.values()))
     return dict.fromkeys(outputs) | dict(zip(made, results, strict=True))

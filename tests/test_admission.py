@@ -63,6 +63,22 @@ def test_what_was_tested_is_taken_and_nothing_else(hopper, op, kind):
         assert f"on {other[0]} with jax {other[1]}; `gdn train`, `run`, `eval`" in refused.reason
 
 
+@pytest.mark.parametrize("op", ["gated_delta_rule", "linear_attention"])
+def test_the_kernel_of_one_token_is_listed_and_checked_by_itself(hopper, monkeypatch, op):
+    hopper("NVIDIA H20", "0.12")
+    monkeypatch.setattr(suite(op), "check", lambda **sizes: [])
+    resolve_step = importlib.import_module(f"pallas_kernels.{op}.api").resolve_step
+    choice = resolve_step()
+    (refused,) = choice.refused
+    assert (choice.op, choice.impl) == (f"{op}_step", "chunked")
+    assert refused.check == admission.Check(op, (*SIZES[op].items(), ("step", True)))
+    monkeypatch.setattr(admission, "STEPS_TESTED", {"NVIDIA H20": ("0.12",)})
+    assert resolve_step().impl == "triton"
+    monkeypatch.setattr(admission, "STEPS_TESTED", {})
+    admission.check(refused.check)
+    assert resolve_step().impl == "triton"
+
+
 def test_every_op_with_kernels_has_a_check():
     with_kernels = [op for op in ops.names() if list((ops.HERE / op).glob("triton_*.py"))]
     assert tuple(with_kernels) == WITH_KERNELS
@@ -138,7 +154,8 @@ def test_what_a_model_needs_is_checked_once_at_its_start(hopper, monkeypatch):
     sizes, said = experiment.model.gated_deltanet, []
     implementations.admit(experiment, Progress(say=said.append))
     wanted = {"K": sizes.key_dim, "V": sizes.value_dim}
-    assert ("gated_delta_rule", wanted) in asked and len(asked) == len({str(one) for one in asked})
+    assert ("gated_delta_rule", wanted) in asked and ("gated_delta_rule", wanted | {"step": True}) in asked
+    assert len(asked) == len({str(one) for one in asked})
     assert said[0].startswith(f"[1/{len(asked)}] Checking ") and said[0].endswith("once for NVIDIA H20 with jax 0.12.")
     assert sum("failed (y 1.0e+00 > 1.0e-02); the slower implementation runs" in line for line in said) == len(
         [op for op, _ in asked if op == "short_conv"]

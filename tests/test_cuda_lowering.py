@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType
 
+from pallas_kernels import triton_step
 from pallas_kernels.gated_delta_rule import gated_delta_rule
 from pallas_kernels.gated_delta_rule.benchmark import SHAPES
 from pallas_kernels.gated_norm import triton_norm
@@ -144,3 +145,33 @@ def test_selective_scan_kernels_lower_to_cuda(B, T, D, N, residuals, launches):
     with jax.enable_x64(True):
         text = _lowered(gradient, x, *exact, shared, shared, array((D,), jnp.float32), state, segments, x, state)
     assert text.count("xla.gpu.triton") == launches and "f64" not in text
+
+
+# (H, Hv, K, V, decays of a head) of every model at desk, 400m and 1.3b, and sizes that no tile divides
+STEPS = [
+    *((9, 9, K, V, 1) for K, V in ((128, 256), (192, 384), (200, 400))),
+    *((heads, heads, 256, 512, 1) for heads in (2, 6, 8)),
+    *((1, heads, 128, 64, 1) for heads in (16, 48, 72)),
+    *((heads, heads, 128, 128, decays) for heads in (4, 12, 16) for decays in (1, 128)),
+    (1, 3, 24, 40, 24),
+]
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("rule", ["gated delta rule", "linear attention"])
+@pytest.mark.parametrize("H,Hv,K,V,decays", STEPS)
+def test_the_kernel_of_one_token_lowers_to_cuda(H, Hv, K, V, decays, rule, batch):
+    """One launch, whose new state takes the memory of the old one."""
+    array, strength = jax.ShapeDtypeStruct, None
+    if rule == "gated delta rule":
+        strength, decays = array((batch, Hv), jnp.float32), 1
+    key, value = array((batch, H, K), jnp.bfloat16), array((batch, Hv, V), jnp.bfloat16)
+    gate, state = array((batch, Hv, decays), jnp.float32), array((batch, Hv, K, V), jnp.float32)
+
+    def step(q, k, v, g, beta, state):
+        return triton_step.advance_state(q, k, v, g, beta, state, scale=1.0, interpret=False)
+
+    with jax.enable_x64(True):
+        text = _lowered(step, key, key, value, gate, strength, state)
+    assert text.count("xla.gpu.triton") == 1 and "f64" not in text
+    assert "output_tuple_indices = [1], operand_index = 1" in text

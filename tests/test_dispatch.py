@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import dispatch, placement, triton_calls
-from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, triton_op
+from pallas_kernels.gated_delta_rule import conformance, gated_delta_rule, gated_delta_rule_step, triton_op
 from pallas_kernels.gated_delta_rule.conformance import Case
 from pallas_kernels.linear_attention import conformance as linear_attention_conformance
 from pallas_kernels.linear_attention import linear_attention
@@ -151,6 +151,20 @@ def test_sharded_kernels_equal_the_plain_ones_and_gather_nothing():
     assert "all-gather" not in program
     for x, y in zip(plain, sharded, strict=True):
         assert jnp.array_equal(x, y)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+def test_a_sharded_step_equals_the_plain_one_and_gathers_nothing(impl):
+    arrays, _, _ = conformance.inputs(Case(name="sharded", T=1, B=4, Hv=4))
+    *token, state = (jnp.asarray(x, jnp.float32) for x in arrays)
+    given, step = (*(x[:, 0] for x in token), state), partial(gated_delta_rule_step, impl=impl)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(given, NamedSharding(mesh, PartitionSpec("data", "tensor")))
+        compiled = jax.jit(step).lower(*placed).compile()
+    assert "all-gather" not in compiled.as_text()
+    for x, y in zip(jax.jit(step)(*given), compiled(*placed), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 SUITES = {

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.conformance import reached
 from pallas_kernels.gated_delta_rule import chunked, conformance, gated_delta_rule, gated_delta_rule_step
-from pallas_kernels.gated_delta_rule.conformance import CASES, Case
+from pallas_kernels.gated_delta_rule.conformance import CASES, STEPS, Case
 
 BF16 = {"T=1", "T=65", "T=500", "inputs kept", "group value", "documents"}
 BF16_CASES = [c for c in CASES if c.T == 200 or c.name in BF16]
@@ -120,6 +121,61 @@ def test_steps_equal_the_parallel_form():
         o_t, state = step(*(x[:, t] for x in tokens), state)
         np.testing.assert_allclose(o_t, o[:, t], atol=2e-6)
     np.testing.assert_allclose(state, final, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+def test_a_step_and_its_gradients_match_float64(case, impl, dtype):
+    assert conformance.STEP_SUITE.failures(dataclasses.replace(case, dtype=dtype), impl) == []
+
+
+@pytest.mark.parametrize("K,V", [(128, 128), (128, 256), (192, 384), (200, 400), (256, 512), (3, 5)])
+def test_a_step_of_the_kernel_matches_float64_at_model_sizes(K, V):
+    case = Case(name="size", T=1, H=1, Hv=2, K=K, V=V)
+    with jax.enable_x64(True):  # integers of 64 bits must not reach the kernel's indices
+        assert conformance.STEP_SUITE.failures(case, "triton_interpret", seed=1) == []
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+def test_a_step_brings_q_and_k_to_norm_1(impl, dtype):
+    """Of any length in fp32, beside values of another dtype; a key of zeros stays zero."""
+    (q, k, v, g, beta, state), _, _ = conformance.inputs(Case(name="long", T=1, B=3, Hv=4, K=20, V=40))
+    lengths = np.random.default_rng(1).uniform(0.1, 30, size=(2, *q[:, 0, :, :1].shape))
+    lengths[:, 1, 1] = 0
+    unit = lambda x, length: length * x / np.sqrt(length**2 + 1e-6)  # noqa: E731
+    rest = [jnp.asarray(x[:, 0], jnp.float32) for x in (v, g, beta)]
+    rest = [rest[0].astype(dtype), *rest[1:], jnp.asarray(state, jnp.float32)]
+    given = [jnp.asarray(x[:, 0] * length, jnp.float32) for x, length in zip((q, k), lengths, strict=True)]
+    normal = [jnp.asarray(unit(x[:, 0], length), jnp.float32) for x, length in zip((q, k), lengths, strict=True)]
+    got = gated_delta_rule_step(*given, *rest, l2norm=True, impl=impl)
+    want = gated_delta_rule_step(*normal, *rest, impl="chunked")
+    for x, y in zip(got, want, strict=True):
+        x, y = (np.asarray(z, np.float32) for z in (x, y))
+        assert np.linalg.norm(x - y) <= (1e-6 if dtype == jnp.float32 else 5e-3) * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+def test_a_step_keeps_what_is_not_finite_in_its_value_column(impl):
+    (q, k, v, g, beta, state), _, _ = conformance.inputs(Case(name="broken", T=1, Hv=4, K=20, V=40))
+    token = [jnp.asarray(x[:, 0], jnp.float32) for x in (q, k, v, g, beta)]
+    assert reached(lambda state: gated_delta_rule_step(*token, state, impl=impl), state) == []
+
+
+def test_a_named_step_never_falls_back():
+    arrays, _, _ = conformance.inputs(Case(name="refused", T=1))
+    with jax.enable_x64(True):
+        *token, state = (jnp.asarray(x) for x in arrays)
+        token = [x[:, 0] for x in token]
+        with pytest.raises(NotImplementedError, match="it would round float64 to float32"):
+            gated_delta_rule_step(*token, state, impl="triton_interpret")
+    with pytest.raises(NotImplementedError, match="K is 600; the kernel of one token holds at most 512 keys"):
+        wide = jnp.zeros((1, 1, 600))
+        gated_delta_rule_step(
+            wide, wide, jnp.zeros((1, 1, 4)), jnp.zeros((1, 1)), jnp.zeros((1, 1)), jnp.zeros((1, 1, 600, 4)),
+            impl="triton_interpret",
+        )  # fmt: skip
 
 
 def test_gate_gradients_through_the_parameterisation():

@@ -23,7 +23,14 @@ from gdn_jax.mixers import attention
 from gdn_jax.model import init_model
 from gdn_jax.train import train
 from gdn_jax.tree import named_leaves
-from pallas_kernels.gated_delta_rule import configurations, conformance, gated_delta_rule, triton_op
+from pallas_kernels.conformance import reached
+from pallas_kernels.gated_delta_rule import (
+    configurations,
+    conformance,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    triton_op,
+)
 from pallas_kernels.gated_delta_rule.conformance import CASES, Case
 from pallas_kernels.gated_norm import conformance as norm_conformance
 from pallas_kernels.linear_attention import conformance as linear_conformance
@@ -202,6 +209,61 @@ def test_selective_scan_kernels_match_float64_at_model_sizes_bit_for_bit(D, N):
         runs.append(scan_conformance.outputs_and_gradients(case, *inputs, impl="triton", dtype=jnp.bfloat16))
     for name, first in runs[0].items():
         assert all(np.array_equal(first, other[name]) for other in runs[1:]), name
+
+
+STEPS = [(conformance, case) for case in conformance.STEPS]
+STEPS += [(linear_conformance, case) for case in linear_conformance.STEPS]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("suite,case", STEPS, ids=lambda x: getattr(x, "name", ""))
+def test_the_kernel_of_one_token_matches_float64(suite, case, dtype):
+    assert suite.STEP_SUITE.failures(dataclasses.replace(case, dtype=dtype), "triton", seed=1) == []
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize(
+    "H,Hv,K,V,channels",
+    [
+        *((9, 9, *sizes, None) for sizes in ((128, 256), (192, 384), (200, 400))),
+        *((16, 16, 128, 128, channels) for channels in (None, False, True)),
+        (8, 8, 256, 512, False),
+        (1, 72, 128, 64, False),
+    ],
+)
+def test_the_kernel_of_one_token_matches_float64_at_model_sizes(H, Hv, K, V, channels, batch):
+    """channels: None for the gated delta rule."""
+    sizes = {"name": "size", "T": 1, "B": batch, "H": H, "Hv": Hv, "K": K, "V": V, "dtype": "bfloat16"}
+    if channels is None:
+        assert conformance.STEP_SUITE.failures(Case(**sizes), "triton", seed=2) == []
+    else:
+        case = linear_conformance.Case(**sizes, channels=channels)
+        assert linear_conformance.STEP_SUITE.failures(case, "triton", seed=2) == []
+
+
+@pytest.mark.parametrize("K,V", [(20, 40), (200, 400), (256, 512)])
+def test_the_kernel_of_one_token_in_place_and_with_states_that_are_not_finite(K, V):
+    """Twenty tokens in a loop that owns its state, whose q it brings to norm 1, give what the parallel form gives,
+    and the same bits twice."""
+    arrays, _, _ = conformance.inputs(Case(name="loop", T=20, B=3, H=3, Hv=6, K=K, V=V))
+    *tokens, state = (jnp.asarray(x, jnp.float32) for x in arrays)
+    o, last = gated_delta_rule(*tokens, initial_state=state, impl="chunked")
+
+    @partial(jax.jit, donate_argnums=0)
+    def loop(state, tokens):
+        def write(state, token):
+            q, *others = token
+            o, state = gated_delta_rule_step(3 * q, *others, state, l2norm=True, impl="triton")
+            return state, o
+
+        return jax.lax.scan(write, state, [jnp.moveaxis(x, 1, 0) for x in tokens])
+
+    first, again = (loop(jnp.array(state), tokens) for _ in range(2))
+    assert all(jnp.array_equal(x, y) for x, y in zip(first, again, strict=True))
+    np.testing.assert_allclose(first[0], last, atol=3e-5 * float(jnp.abs(last).max()))
+    np.testing.assert_allclose(jnp.moveaxis(first[1], 0, 1), o, atol=3e-5 * float(jnp.abs(o).max()))
+    token = [x[:, 0] for x in tokens]
+    assert reached(lambda state: gated_delta_rule_step(*token, state, impl="triton"), arrays[5]) == []
 
 
 def test_triton_under_transformations():

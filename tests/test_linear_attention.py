@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from pallas_kernels import admission, triton_calls
+from pallas_kernels.conformance import reached
 from pallas_kernels.linear_attention import (
     conformance,
     linear_attention,
@@ -17,7 +18,7 @@ from pallas_kernels.linear_attention import (
     resolve,
     triton_channel,
 )
-from pallas_kernels.linear_attention.conformance import CASES, Case
+from pallas_kernels.linear_attention.conformance import CASES, STEPS, Case
 from pallas_kernels.linear_attention.triton_head import Carry, Configuration, Join
 
 
@@ -199,6 +200,28 @@ def test_single_tokens_equal_the_parallel_form(channels):
         o, state = step(state, *(x[:, t] for x in tokens))
         np.testing.assert_allclose(o, whole[:, t], atol=1e-5)
     np.testing.assert_allclose(state, last, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+@pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
+def test_a_step_and_its_gradients_match_float64(case, impl, dtype):
+    assert conformance.STEP_SUITE.failures(dataclasses.replace(case, dtype=dtype), impl) == []
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("K,V", [(128, 128), (128, 64), (256, 512), (3, 5)])
+def test_a_step_of_the_kernel_matches_float64_at_model_sizes(K, V, channels):
+    case = Case(name="size", T=1, H=1, Hv=2, K=K, V=V, channels=channels)
+    with jax.enable_x64(True):  # integers of 64 bits must not reach the kernel's indices
+        assert conformance.STEP_SUITE.failures(case, "triton_interpret", seed=1) == []
+
+
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+def test_a_step_keeps_what_is_not_finite_in_its_value_column(impl):
+    (q, k, v, g, state), _, _ = conformance.inputs(Case(name="broken", T=1, Hv=4, K=20, V=40))
+    token = [jnp.asarray(x[:, 0], jnp.float32) for x in (q, k, v, g)]
+    assert reached(lambda state: linear_attention_step(*token, state, impl=impl), state) == []
 
 
 @pytest.mark.parametrize("channels", [False, True])

@@ -25,7 +25,11 @@ from gdn_jax.mixers.recurrence import DELTA_RULE, advance
 
 
 class OpInputs(NamedTuple):
-    """What the gated delta rule reads: q, k, v in compute.dtype; log decay g, write strength beta in fp32."""
+    """What the gated delta rule reads: q, k, v in compute.dtype; log decay g, write strength beta in fp32.
+
+    q and k of a single token are in fp32, and not yet of norm 1, where the op's step can see to that
+    (`GatedDeltaNet.step_normalises`).
+    """
 
     q: Float[Array, "B T H K"]
     k: Float[Array, "B T H K"]
@@ -92,9 +96,19 @@ class GatedDeltaNet(nnx.Module):
         room: int | None = None,
     ) -> tuple[Float[Array, "B T D"], GatedDeltaNetCache | None]:
         inputs, gate, past = self.op_inputs(x, compute=compute, segment_ids=segment_ids, cache=cache, lengths=lengths)
-        o, state = advance(DELTA_RULE, inputs, cache, compute=compute, segment_ids=segment_ids)
+        unnormalised = self.step_normalises(x, cache)
+        o, state = advance(
+            DELTA_RULE, inputs, cache, compute=compute, segment_ids=segment_ids, l2norm=unnormalised
+        )  # fmt: skip
         y = self.o_proj(self._output(o, gate, compute), compute)
         return y, None if cache is None and room is None else GatedDeltaNetCache(state, past)
+
+    def step_normalises(self, x: Float[Array, "B T D"], cache: GatedDeltaNetCache | None) -> bool:
+        """Whether x is a single token whose q and k the op's step brings to norm 1: for its kernel that is no work, and
+        beside the convolution it would be four kernels more."""
+        mixer = self.config
+        normal = mixer.conv_width and mixer.feature_map == "silu" and mixer.qk_norm == "l2"
+        return cache is not None and x.shape[1] == 1 and bool(normal)
 
     def op_inputs(
         self,
@@ -106,7 +120,8 @@ class GatedDeltaNet(nnx.Module):
         lengths: Int[Array, "B"] | None = None,
     ) -> tuple[OpInputs, Float[Array, "B T HvV"] | None, Float[Array, "B W1 C"]]:
         """The op's inputs for x, what gates its output (None: nothing), and the convolutions' last inputs."""
-        mixer = self.config
+        mixer, exact = self.config, at_least_fp32(compute.dtype)
+        unnormalised = self.step_normalises(x, cache)
         q, k, v, gate, b, a = together(self, x, compute)
 
         def features(
@@ -115,6 +130,9 @@ class GatedDeltaNet(nnx.Module):
             head = mixer.key_dim
             if conv is None:
                 y, history = FEATURE_MAPS[feature_map](y), y[:, :0]
+            elif unnormalised and norm is not None:
+                y, history = conv(y.astype(exact), compute, activation="silu", history=history, lengths=lengths)
+                return y, history.astype(compute.dtype)
             else:
                 silu = feature_map == "silu"  # what the convolution can apply itself
                 y, history = conv(

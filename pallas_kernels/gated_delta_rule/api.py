@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import admission, context, dispatch
+from pallas_kernels import admission, context, dispatch, triton_step
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.gated_delta_rule import chunked, configurations, reference, triton_op
@@ -180,6 +180,18 @@ def _run(impl, q, k, v, g, beta, initial_state, *, segment_ids, scale, chunk, re
     )
 
 
+def resolve_step(
+    impl: str = "auto", *, shape: tuple[int, int, int, int] = (1, 16, 128, 128), dtype: Any = jnp.bfloat16
+) -> dispatch.Choice:
+    """What `impl` means for one token, as `resolve` says it of many. The kernel multiplies in fp32, so that "auto"
+    takes it for float32 inputs too.
+
+    shape: of the state, [B, Hv, K, V]
+    dtype: the widest of q, k and v
+    """
+    return triton_step.choose(NAME, impl, shape, dtype)
+
+
 @jaxtyped(typechecker=beartype)
 def gated_delta_rule_step(
     q: Float[Array, "B H K"],
@@ -190,25 +202,63 @@ def gated_delta_rule_step(
     state: Float[Array, "B Hv K V"],
     *,
     scale: float | None = None,
+    l2norm: bool = False,
+    impl: dispatch.Impl = "auto",
 ) -> tuple[Float[Array, "B Hv V"], Float[Array, "B Hv K V"]]:
     """One token of `gated_delta_rule`: (o in v's dtype, state in fp32 or float64). Ranges and errors as there.
 
-        u = beta (v - alpha S^T k)      o = scale (alpha S^T q + (q . k) u)      S' = alpha S + k u^T
+        u = beta (v - alpha S^T k)      S' = alpha S + k u^T      o = scale S'^T q = scale (alpha S^T q + (q . k) u)
 
-    S is the state before the token, S' the one after it. One pass over S makes S^T k and S^T q together, a second one
-    writes S'. The recurrence's o = scale S'^T q has the same value but would read S' in a third pass.
+    S is the state before the token, S' the one after it.
+
+    l2norm  whether q and k are first brought to norm 1, x / sqrt(|x|^2 + 1e-6), as short_conv's l2norm does it. They
+            are then rounded to v's dtype, but not by the kernel, for which this is no extra work
+    impl    as there. The kernel ("triton") reads S once and writes S' in its place (triton_step.py); it takes K up to
+            512, computes in fp32 and refuses float64. All others are the same plain JAX: one pass over S makes S^T k
+            and S^T q together, a second one writes S'
+
+    Gradients are those of plain JAX, which keep what a step was given.
     """
     check_heads(q.shape[1], v.shape[1])
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    head, whole = ("batch", "heads", None), ("batch", "heads", None, None)
+    return dispatch.shard(
+        partial(_step_on_one_device, scale=scale, l2norm=l2norm, impl=impl),
+        (q, k, v, *(x.astype(exact) for x in (g, beta, state))),
+        (head, head, head, head[:2], head[:2], whole),
+        (head, whole),
+    )
+
+
+def _step_on_one_device(q, k, v, g, beta, state, *, scale, l2norm, impl):
+    """The implementation of a step that is right for the part of the arrays that one device has."""
+    impl = dispatch.taken(resolve_step(impl, shape=state.shape, dtype=jnp.result_type(q, k, v)))
+    plain = partial(_plain_step, scale=scale, l2norm=l2norm)
+    if impl not in dispatch.KERNELS or not state.size:
+        return plain(q, k, v, g, beta, state)
+
+    def kernel(q, k, v, g, beta, state):
+        static = {"scale": scale, "l2norm": l2norm, "interpret": impl == "triton_interpret"}
+        return triton_step.advance_state(q, k, v, g[..., None], beta, state, **static)
+
+    return triton_step.with_gradients_of(plain, kernel, q, k, v, g, beta, state)
+
+
+def _plain_step(q, k, v, g, beta, state, *, scale, l2norm):
+    """A step in JAX. The recurrence's o = scale S'^T q would read S' in a third pass."""
+    dtype, exact = v.dtype, state.dtype
+    if l2norm:
+        q, k = (x.astype(exact) for x in (q, k))
+        q, k = (x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + triton_step.NORM_EPS) for x in (q, k))
+        q, k = (x.astype(dtype) for x in (q, k))
     q, k = (jnp.repeat(x.astype(exact), v.shape[1] // q.shape[1], axis=1) for x in (q, k))
-    values, g, beta, state = (x.astype(exact) for x in (v, g, beta, state))
-    alpha = jnp.exp(g)
+    v, alpha = v.astype(exact), jnp.exp(g)
     read_k, read_q = jax.lax.reduce(
         tuple(state * x[..., None] for x in (k, q)), (jnp.zeros((), exact),) * 2,
         lambda x, y: tuple(a + b for a, b in zip(x, y, strict=True)), (state.ndim - 2,),
     )  # fmt: skip
-    update = beta[..., None] * (values - alpha[..., None] * read_k)
+    update = beta[..., None] * (v - alpha[..., None] * read_k)
     o = scale * (alpha[..., None] * read_q + (q * k).sum(axis=-1)[..., None] * update)
     state = alpha[..., None, None] * state + k[..., None] * update[..., None, :]
-    return o.astype(v.dtype), state
+    return o.astype(dtype), state

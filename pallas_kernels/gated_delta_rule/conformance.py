@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import placement
-from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, round_to
+from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, of_rounding, round_to
 from pallas_kernels.dispatch import Choice
 from pallas_kernels.gated_delta_rule import configurations
-from pallas_kernels.gated_delta_rule.api import gated_delta_rule, resolve
+from pallas_kernels.gated_delta_rule.api import gated_delta_rule, gated_delta_rule_step, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +66,14 @@ CASES = (
     Case(name="identical keys, beta=1.9, g=0", T=200, cosine=1.0, beta=(1.9, 1.9), log_decay=0.0),
     Case(name="documents", T=200, documents=0.05),
     Case(name="every token a document", T=200, documents=1.0),
+)
+STEPS = (
+    Case(name="one row", T=1, B=1),
+    Case(name="g=0", T=1, log_decay=0.0),
+    Case(name="g=-20", T=1, log_decay=-20.0, spread=0.0),
+    Case(name="g=-inf in half", T=1, Hv=6, strong=0.5, reset=-np.inf),
+    Case(name="beta=2", T=1, beta=(2.0, 2.0)),
+    Case(name="odd sizes, three rows", T=1, B=3, H=3, Hv=9, K=20, V=40),
 )
 # for `gdn doctor`: two shapes, so seconds to compile, of the size that most devices have kernels for
 QUICK = tuple(
@@ -137,11 +145,28 @@ SUITE = Suite(
 OUTPUTS, outputs_and_gradients, oracle = SUITE.outputs, SUITE.outputs_and_gradients, SUITE.oracle
 errors, failures = SUITE.errors, SUITE.failures
 
+
+def call_step(arrays, segments, impl, configuration):
+    """One token by the op's step; as its reference the op itself, token by token."""
+    *token, state = arrays
+    if impl == "reference":
+        return gated_delta_rule(*token, initial_state=state, impl=impl)
+    o, state = gated_delta_rule_step(*(x[:, 0] for x in token), state, impl=impl)
+    return o[:, None], state
+
+
+STEP_SUITE = replace(
+    SUITE, options=(), call=call_step,
+    limits=lambda case, impl: of_rounding(SUITE.outputs, SUITE.rounded, case),
+)  # fmt: skip
 CHECKED = ("documents", "decay 0.3", "beta in (1,2)", "resets strewn in")  # of one length, so one compilation
 
 
-def check(K: int, V: int) -> list[str]:
-    """For admission: what the kernels miss at these sizes, as configured for many rows and for few."""
+def check(K: int, V: int, step: bool = False) -> list[str]:
+    """For admission: what the kernels miss at these sizes, as configured for many rows and for few; step: that of one
+    token."""
+    if step:
+        return STEP_SUITE.missed(replace(case, K=K, V=V, dtype="bfloat16") for case in STEPS)
     kind = placement.device().device_kind
     cases = [replace(case, K=K, V=V, dtype="bfloat16") for case in CASES if case.name in CHECKED]
     both = dict.fromkeys(configurations.choose(K, V, kind, rows) for rows in (configurations.MANY_ROWS, 1))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import admission, context, dispatch
+from pallas_kernels import admission, context, dispatch, triton_step
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.linear_attention import chunked, reference, triton_channel, triton_head
@@ -148,6 +148,23 @@ def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk
     return op(initial_state)
 
 
+def resolve_step(
+    impl: str = "auto",
+    *,
+    shape: tuple[int, int, int, int] = (1, 16, 128, 128),
+    channels: bool = False,
+    dtype: Any = jnp.bfloat16,
+) -> dispatch.Choice:
+    """What `impl` means for one token, as `resolve` says it of many. The kernel multiplies in fp32, so that "auto"
+    takes it for float32 inputs too.
+
+    shape: of the state, [B, Hv, K, V]
+    channels: whether g has a decay for each key channel
+    dtype: the widest of q, k and v
+    """
+    return triton_step.choose(NAME, impl, shape, dtype, channels=channels)
+
+
 @jaxtyped(typechecker=beartype)
 def linear_attention_step(
     q: Float[Array, "B H K"],
@@ -157,12 +174,47 @@ def linear_attention_step(
     state: Float[Array, "B Hv K V"],
     *,
     scale: float | None = None,
+    impl: dispatch.Impl = "auto",
 ) -> tuple[Float[Array, "B Hv V"], Float[Array, "B Hv K V"]]:
-    """One token of `linear_attention`: (o in v's dtype, state in fp32 or float64). Ranges and errors as there."""
+    """One token of `linear_attention`: (o in v's dtype, state in fp32 or float64). Ranges and errors as there.
+
+        S' = Diag(alpha) S + k v^T      o = scale S'^T q
+
+    impl    as there. The kernel ("triton") reads S once and writes S' in its place (triton_step.py); it takes K up to
+            512, computes in fp32 and refuses float64. All others are the same plain JAX
+
+    Gradients are those of plain JAX, which keep what a step was given.
+    """
     check_heads(q.shape[1], v.shape[1])
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k = (jnp.repeat(x.astype(exact), v.shape[1] // q.shape[1], axis=1) for x in (q, k))
     g = g[..., None] if g.ndim == 2 else g
-    o, state = reference.step(q, k, *(x.astype(exact) for x in (v, g, state)), scale)
+    head, whole = ("batch", "heads", None), ("batch", "heads", None, None)
+    return dispatch.shard(
+        partial(_step_on_one_device, scale=scale, impl=impl),
+        (q, k, v, g.astype(exact), state.astype(exact)),
+        (head, head, head, head, whole),
+        (head, whole),
+    )
+
+
+def _step_on_one_device(q, k, v, g, state, *, scale, impl):
+    """The implementation of a step that is right for the part of the arrays that one device has."""
+    channels = g.shape[2] > 1
+    choice = resolve_step(impl, shape=state.shape, channels=channels, dtype=jnp.result_type(q, k, v))
+    impl, plain = dispatch.taken(choice), partial(_plain_step, scale=scale)
+    if impl not in dispatch.KERNELS or not state.size:
+        return plain(q, k, v, g, state)
+
+    def kernel(q, k, v, g, state):
+        interpret = impl == "triton_interpret"
+        return triton_step.advance_state(q, k, v, g, None, state, scale=scale, interpret=interpret)
+
+    return triton_step.with_gradients_of(plain, kernel, q, k, v, g, state)
+
+
+def _plain_step(q, k, v, g, state, *, scale):
+    """A step in JAX."""
+    q, k = (jnp.repeat(x.astype(state.dtype), v.shape[1] // q.shape[1], axis=1) for x in (q, k))
+    o, state = reference.step(q, k, v.astype(state.dtype), g, state, scale)
     return o.astype(v.dtype), state

@@ -1,13 +1,13 @@
 """What makes an implementation of linear attention correct: cases, float64 oracle, errors and their limits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, round_to
+from pallas_kernels.conformance import Inputs, Suite, decay_floors, drawn_documents, of_rounding, round_to
 from pallas_kernels.dispatch import Choice
-from pallas_kernels.linear_attention.api import linear_attention, resolve
+from pallas_kernels.linear_attention.api import linear_attention, linear_attention_step, resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,17 @@ CASES = (
     *(Case(**case) for case in BOTH),
     *(Case(**case | {"name": f"channels, {case['name']}", "channels": True}) for case in BOTH),
 )
+BOTH_STEPS = (
+    dict(name="one row", T=1, B=1),
+    dict(name="g=0", T=1, log_decay=0.0),
+    dict(name="g=-60", T=1, log_decay=-60.0, spread=0.0),
+    dict(name="decay 0 in half", T=1, Hv=6, strong=0.5, reset=-np.inf),
+    dict(name="odd sizes, three rows", T=1, B=3, H=1, Hv=3, K=20, V=40),
+)
+STEPS = (
+    *(Case(**case) for case in BOTH_STEPS),
+    *(Case(**case | {"name": f"channels, {case['name']}", "channels": True}) for case in BOTH_STEPS),
+)
 QUICK = tuple(case for case in CASES if case.name in ("group value", "channels, group value"))  # for `gdn doctor`
 
 
@@ -105,11 +116,28 @@ SUITE = Suite(
 OUTPUTS, outputs_and_gradients, oracle = SUITE.outputs, SUITE.outputs_and_gradients, SUITE.oracle
 errors, failures = SUITE.errors, SUITE.failures
 
+
+def call_step(arrays, segments, impl, configuration):
+    """One token by the op's step; as its reference the op itself, token by token."""
+    *token, state = arrays
+    if impl == "reference":
+        return linear_attention(*token, initial_state=state, impl=impl)
+    o, state = linear_attention_step(*(x[:, 0] for x in token), state, impl=impl)
+    return o[:, None], state
+
+
+STEP_SUITE = replace(
+    SUITE, options=(), call=call_step,
+    limits=lambda case, impl: of_rounding(SUITE.outputs, SUITE.rounded, case),
+)  # fmt: skip
 CHECKED = ("documents", "decay 0.3", "decay 0 strewn in")  # of one length, so one compilation
 
 
-def check(K: int, V: int, channels: bool) -> list[str]:
-    """For admission: what the kernels miss at these sizes, with one value head a key head and with four."""
-    sizes = {"H": 1, "K": K, "V": V, "channels": channels, "dtype": "bfloat16"}
+def check(K: int, V: int, channels: bool, step: bool = False) -> list[str]:
+    """For admission: what the kernels miss at these sizes, with one value head a key head and with four; step: that of
+    one token."""
+    sizes = {"K": K, "V": V, "channels": channels, "dtype": "bfloat16"}
+    if step:
+        return STEP_SUITE.missed(Case(**case | sizes) for case in BOTH_STEPS)
     chosen = [case for case in BOTH if case["name"] in CHECKED]
-    return SUITE.missed(Case(**case, Hv=members, **sizes) for members in (1, 4) for case in chosen)
+    return SUITE.missed(Case(**case, Hv=members, H=1, **sizes) for members in (1, 4) for case in chosen)

@@ -19,7 +19,7 @@ from pallas_kernels.linear_attention import (
     triton_channel,
 )
 from pallas_kernels.linear_attention.conformance import CASES, STEPS, Case
-from pallas_kernels.linear_attention.triton_head import Carry, Configuration, Join
+from pallas_kernels.linear_attention.triton_head import Back, Carry, Configuration, Read
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -63,21 +63,22 @@ def test_two_tokens_by_hand(channels):
     np.testing.assert_allclose(last[0, 0, 0], (16 / 2 + 1) / 4 + 10, rtol=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [128, 192])
-def test_interpreted_kernels_with_several_blocks_a_chunk(chunk):
-    """A last chunk that is not full, a block before and after a row's own, heads that share keys."""
+@pytest.mark.parametrize("tiles", [{"key_tile": 32}, {"value_tile": 32}])
+def test_interpreted_kernels_with_several_tiles(tiles):
+    """A last chunk that is not full, columns that tiles leave over, heads that share keys, a row of one short chunk."""
     configuration = Configuration(
-        chunk=chunk, forward=Carry(token_tile=128), output=Join(inner_tile=32), keys=Join(column_tile=32)
+        chunk=128, forward=Carry(token_tile=128), reverse=Carry(**tiles), read=Read(**tiles), back=Back(**tiles)
     )
-    case = Case(name="blocks", T=300, H=1, Hv=2, B=1, dtype="bfloat16", documents=0.01, strong=0.02)
-    assert conformance.failures(case, "triton_interpret", seed=3, configuration=configuration) == []
+    for T in (300, 60):
+        case = Case(name="tiles", T=T, H=1, Hv=2, K=40, B=1, dtype="bfloat16", documents=0.01, strong=0.02)
+        assert conformance.failures(case, "triton_interpret", seed=3, configuration=configuration) == []
 
 
 @pytest.mark.parametrize("joined", [False, True])
-def test_interpreted_carries_that_make_outputs_and_that_leave_them_to_joins(joined):
+def test_interpreted_carries_that_make_outputs_and_that_leave_them_to_reads(joined):
     """Keys in tiles of 32 and 8, products of 32 tokens where the carry makes none, states kept and made again."""
     carry = Carry(joined=joined, key_tile=32, token_tile=32)
-    configuration = Configuration(chunk=64, forward=carry, reverse=carry, keys=Join(column_tile=32))
+    configuration = Configuration(chunk=64, forward=carry, reverse=carry, back=Back(key_tile=32))
     for residuals in ("saved", "inputs"):
         case = Case(name="carry", T=130, H=1, Hv=2, K=40, B=1, dtype="bfloat16", documents=0.02, residuals=residuals)
         assert conformance.failures(case, "triton_interpret", seed=4, configuration=configuration) == []

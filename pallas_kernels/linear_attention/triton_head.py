@@ -1,28 +1,30 @@
-"""Linear attention with one decay a head as two Triton kernels, each of which the forward and the backward run.
+"""Linear attention with one decay a head as three Triton kernels, which the forward and the backward share.
 
 Tokens are taken in chunks of C. total_i is the sum of a chunk's log decays up to token i. gamma_i = exp(total_i) is the
 fraction of the entering state that is left at token i, leaving_j = exp(total_C - total_j) the fraction of token j's
 write that is left at the chunk's end, and D_ij = exp(total_i - total_j) for i >= j of one document, else 0. One kernel
-carries a state from chunk to chunk, the other does the rest, all chunks at once:
+carries a state from chunk to chunk, two do the rest, all chunks at once:
 
     carry   S'  = gamma_C S + K^T (leaving V)            dS  = gamma_C dS' + Q^T (scale gamma dO)
-    join    O   = (scale D . Q K^T) V + scale gamma (Q S)
+    read    O   = (scale D . Q K^T) V + scale gamma (Q S)
             dV  = (scale D . Q K^T)^T dO + leaving (K dS')
-            dQ  = (scale D . dO V^T) K + scale gamma (dO S^T)
+    back    dQ  = (scale D . dO V^T) K + scale gamma (dO S^T)
             dK  = (scale D . dO V^T)^T Q + leaving (V dS'^T)
 
-with S entering and dS' leaving a chunk. Both carries are S' = gamma_C S + Z^T (write Y), and all four joins
-out = (scale D . X Z^T) Y + read (X S), where the first two have the Z, Y and S of the two carries. Where keys are few a
-program of carry holds whole columns of the state, and makes those two on its way: S is in its registers then, and is
-stored for the other two alone. Where several value heads read one key head, dQ and dK are summed over them in fp32
-inside the program. The log decay g_t scales every pair i >= t > j of the chunk and the state S' that leaves it, so that
+with S entering and dS' leaving a chunk. Both carries are S' = gamma_C S + Z^T (write Y), and all four others
+out = (scale D . X Z^T) Y + read (X S), where `read` has the Z, Y and S of the two carries. Where keys are few a program
+of carry holds whole columns of the state, and makes O or dV on its way, for S is in its registers then.
+
+A program of `read` makes its chunk's pairs X Z^T once, keeps them and X, and then goes through the columns of Y and S.
+A program of `back` goes through the columns of X, Z and S, and adds up pairs and dQ or dK as it goes: for all value
+heads of a key head, in fp32, whose pairs are then multiplied with the one K or Q together. So each array is read once
+for each chunk, but what a tile of dQ's columns has in common with its neighbours.
+
+The log decay g_t scales every pair i >= t > j of the chunk and the state S' that leaves it, so that
 
     dg_t = sum over i >= t in the chunk of (q_i . dq_i - k_i . dk_i) + <S', dS'>
 
-Each join makes its pairs again: keeping them would cost more time for their bytes than their products take. A program
-of join makes the rows of BLOCK tokens. Where a chunk is longer, it adds the pairs with the chunk's other blocks one
-block at a time: those before its own for O and dQ, those after it for dV and dK. The longer the chunk, the fewer states
-are written and read.
+for each value head, where q . dq = dO . o and k . dk = v . dv, since o is linear in q and in v.
 """
 
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ from pallas_kernels.tiles import Tiling, at_tile, owned
 from pallas_kernels.triton_calls import BlockSpec
 
 LEAST_DIM, MOST_DIM = 16, 512
-BLOCK = 64  # tokens whose rows a program of join makes
+BLOCK = 64  # tokens of a chunk whose carry makes O or dV
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,35 +57,53 @@ class Carry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Join:
-    """Of the parallel kernel: a program makes a tile of columns of a block's rows."""
+class Read:
+    """Of the kernel that makes O or dV: a program makes a chunk's, a tile of columns after the other."""
 
-    column_tile: int = 64
-    inner_tile: int = 64  # of the columns that are summed over
-    warps: int = 4
-    num_stages: int = 2
+    value_tile: int = 64
+    key_tile: int = 64  # of the columns that are summed over
+    warps: int = 8
+    num_stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Back:
+    """Of the kernel that makes dQ or dK: a program makes a tile of a chunk's columns."""
+
+    key_tile: int = 256
+    value_tile: int = 64  # of the columns that are summed over
+    warps: int = 8
+    num_stages: int = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """Of every launch, and the tokens of a chunk, a multiple of BLOCK."""
+    """Of every launch, and the tokens of a chunk: 64 or 128."""
 
     chunk: int = 128
     forward: Carry = Carry()
     reverse: Carry = Carry()
-    output: Join = Join()
-    values: Join = Join()
-    keys: Join = Join()  # dQ and dK
+    read: Read = Read()  # O and dV, where the carries leave them
+    back: Back = Back()  # dQ and dK
+
+    def __post_init__(self):
+        if self.chunk not in (BLOCK, 2 * BLOCK):
+            raise ValueError(f"chunk is {self.chunk}; the kernels take chunks of {BLOCK} or {2 * BLOCK} tokens")
 
 
 def configuration_for(K: int, V: int) -> Configuration:
-    """The fastest of those timed on an H100: at RetNet's heads (256 x 512), and Mamba2's (128 x 64) for narrow ones."""
+    """The fastest of those timed: at RetNet's heads (256 x 512), at 128 x 128, and at Mamba2's (128 x 64)."""
+    if K <= 128 and (V <= 128 or K < 128):
+        carry = Carry(joined=True, key_tile=128, num_stages=2)
+        stages = 3 if V < 128 else 2
+        back = Back(key_tile=128, warps=4, num_stages=stages)
+        return Configuration(chunk=BLOCK, forward=carry, reverse=carry, back=back)
     if min(K, V) < 128:
-        carry = Carry(joined=True, key_tile=128, num_stages=2) if K <= 128 else Carry()
-        return Configuration(chunk=BLOCK, forward=carry, reverse=carry, keys=Join(column_tile=128))
-    carry = Carry(key_tile=128, value_tile=64, token_tile=128, num_stages=2)
-    join = Join(column_tile=128, num_stages=3)
-    return Configuration(chunk=128, forward=carry, reverse=carry, output=join, values=join, keys=join)
+        read = Read(warps=4) if K <= 256 else Read(value_tile=32, warps=4, num_stages=2)
+        return Configuration(chunk=BLOCK, read=read, back=Back(key_tile=128, warps=4, num_stages=2))
+    carry = Carry(key_tile=128, value_tile=128, num_stages=2)
+    read = Read() if K <= 256 else Read(value_tile=32, num_stages=2)
+    return Configuration(chunk=128, forward=carry, reverse=carry, read=read)
 
 
 def why_not(shape: tuple[int, int, int, int, int], *, interpret: bool) -> str | None:
@@ -134,20 +154,14 @@ def _decays(g, numbers, chunk):
     return _Decays(*(x.reshape(g.shape) for x in (total, gamma, leaving)), gamma[..., -1], own)
 
 
-def _left_between(here, there, mine, theirs, *, late, same_block, interpret):
-    """D of a block's rows `here` and the tokens `there`, of totals and documents' numbers; its transpose if not `late`.
-
-    late: whether the rows are the later tokens of their pairs; same_block: whether `there` are the rows themselves
-    """
-    between = here[:, None] - there[None, :] if late else there[None, :] - here[:, None]
-    allowed = None
-    if same_block:
-        iota = partial(jax.lax.broadcasted_iota, jnp.int32, between.shape)
-        allowed = iota(0) >= iota(1) if late else iota(0) <= iota(1)
-    if mine is not None:
-        same = mine[:, None] == theirs[None, :]
-        allowed = same if allowed is None else allowed & same
-    return triton.exp(between if allowed is None else jnp.where(allowed, between, -jnp.inf), interpret)
+def _left(total, numbers, late, interpret):
+    """D [C, C] from a chunk's totals and its tokens' documents, or its transpose if not `late`."""
+    between = total[:, None] - total[None, :] if late else total[None, :] - total[:, None]
+    iota = partial(jax.lax.broadcasted_iota, jnp.int32, between.shape)
+    allowed = iota(0) >= iota(1) if late else iota(0) <= iota(1)
+    if numbers is not None:
+        allowed &= numbers[:, None] == numbers[None, :]
+    return triton.exp(jnp.where(allowed, between, -jnp.inf), interpret)
 
 
 class _Asked(NamedTuple):
@@ -188,7 +202,7 @@ def _carry(z, y, write, decays, initial, other, asked, *, reverse, keep, config,
                 read += triton.dot(rows, state.astype(jnp.bfloat16))
             total = refs.total[tokens]
             numbers = None if decays.numbers is None else refs.numbers[tokens]
-            left = _left_between(total, total, numbers, numbers, late=not reverse, same_block=True, interpret=interpret)
+            left = _left(total, numbers, not reverse, interpret)
             pairs = (asked.scale * left * pairs).astype(jnp.bfloat16)
             return refs.read[tokens][:, None] * read + triton.dot(pairs, y)
 
@@ -267,116 +281,123 @@ def _carry(z, y, write, decays, initial, other, asked, *, reverse, keep, config,
     return _Carried(**made)
 
 
-class _Operands(NamedTuple):
-    """Of one join, out = (scale D . X Z^T) Y + read (X S); x, z, y are [B,T,heads,size] of key or value heads."""
+def _read(x, z, y, read, states, decays, *, late, scale, config, chunk, interpret):
+    """O [B,T,Hv,V] bf16 of x, z, y = q, k, v if `late`; else dV of k, q, dO, where states are the gradients."""
+    (B, T, H, K), (Hv, V) = x.shape, y.shape[2:]
+    group = Hv // H
+    key_tiles = Tiling(K, config.key_tile)
 
-    x: jax.Array
-    z: jax.Array
-    y: jax.Array
-    read: jax.Array  # [B,Hv,T]
-    states: jax.Array  # [B,Hv,N or N+1,K,V]
-    transposed: bool  # the states are read transposed, S^T
-    late: bool  # the rows of `out` are the later tokens of their pairs; else the earlier ones
-    other: jax.Array | None  # like out: its inner product with each value head's part of out is made too, row by row
+    def lin_read(refs):
+        origin = 0 * triton.program_id(0)
+        rows = triton.ds(0, chunk)
+
+        def multiply(pairs, tile):
+            keys = tile.place32(origin)
+            return pairs + triton.dot(tile.own(refs.x[rows, keys]), refs.z[rows, keys].T)
+
+        pairs = key_tiles.over(multiply, jnp.zeros((chunk, chunk), jnp.float32))
+        numbers = None if refs.numbers is None else refs.numbers[rows]
+        pairs = (scale * _left(refs.total[rows], numbers, late, interpret) * pairs).astype(jnp.bfloat16)
+        reading = []
+        for tile in key_tiles.tiles():
+            weighted = refs.read[rows][:, None] * tile.own(refs.x[rows, tile.place32(origin)]).astype(jnp.float32)
+            reading.append((tile.place32(origin), weighted.astype(jnp.bfloat16)))
+
+        def store_values(done, tile):
+            values = tile.place32(origin)
+            out = triton.dot(pairs, refs.y[rows, values])
+            for keys, weighted in reading:
+                out += triton.dot(weighted, refs.states[keys, values])
+            tile.store_columns(refs.out, rows, out)
+            return done
+
+        Tiling(V, config.value_tile).over(store_values, ())
+
+    key = BlockSpec((None, chunk, None, K), lambda n, h, b: (b, n, triton.quotient(h, group), 0))
+    value = BlockSpec((None, chunk, None, V), lambda n, h, b: (b, n, h, 0))
+    gate = BlockSpec((None, None, chunk), lambda n, h, b: (b, h, n))
+    return triton.call(
+        lin_read,
+        {
+            "x": (x, key), "z": (z, key), "y": (y, value), "read": (read, gate), "total": (decays.total, gate),
+            "states": (states, BlockSpec((None, None, None, K, V), lambda n, h, b: (b, h, n, 0, 0))),
+            "numbers": (decays.numbers, BlockSpec((None, chunk), lambda n, h, b: (b, n))),
+        },
+        {"out": (jax.ShapeDtypeStruct(y.shape, jnp.bfloat16), value)},
+        grid=(T // chunk, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+    )["out"]  # fmt: skip
 
 
-def _join(operands, decays, heads, *, scale, config, chunk, interpret):
-    """(out [B,T,heads,size] bf16, inner products [tiles,B,Hv,T] or None), where heads is H or Hv."""
-    x, z, y, read, states, transposed, late, other = operands
-    (B, T), Hv, size = y.shape[:2], read.shape[1], y.shape[3]
-    N, blocks, members = T // chunk, chunk // BLOCK, Hv // heads  # value heads that are summed
-    tiles = Tiling(size, config.column_tile).number
+def _back(x, z, y, read, states, other, decays, *, late, scale, config, chunk, interpret):
+    """(dQ [B,T,H,K] bf16, dO . o [B,Hv,T] fp32) of x, z, y, other = dO, v, k, o if `late`, else of v, dO, q, dV (dK and
+    v . dV), where states are the gradients. Both are sums over the value heads of a key head; without `other`, None."""
+    (B, T, Hv, V), (H, K) = x.shape, y.shape[2:]
+    members, tiles = Hv // H, Tiling(K, config.key_tile).number
 
-    def lin_join(refs):
-        number = triton.program_id(0)
-        origin = 0 * number
-        block = triton.remainder(triton.quotient(number, tiles), blocks)
-        rows = triton.ds(block * BLOCK, BLOCK)
+    def lin_back(refs):
+        origin = 0 * triton.program_id(0)
+        rows = triton.ds(0, chunk)
+
+        numbers = None if refs.numbers is None else refs.numbers[rows]
 
         def body(tile):
-            columns = tile.place32(origin)
+            keys = tile.place32(origin)
 
-            def add_member(m, out):
-                at = lambda array: m if array.shape[2] == Hv else origin  # noqa: E731  one key head for all
-                zero = jnp.zeros((BLOCK, BLOCK), jnp.float32)
+            def add_member(m, sums):
+                def add_values(sums, inner):
+                    pairs, read, met = sums
+                    values = inner.place32(origin)
+                    others = None if other is None else refs.other[rows, m, values].astype(jnp.float32)
+                    mine = inner.own(refs.x[rows, m, values])
+                    pairs = pairs + triton.dot(mine, refs.z[rows, m, values].T)
+                    reading = mine
+                    if members > 1:
+                        reading = (refs.read[m, rows][:, None] * mine.astype(jnp.float32)).astype(jnp.bfloat16)
+                    read = read + triton.dot(reading, refs.states[m, keys, values].T)
+                    if other is not None:  # then x is not for products alone
+                        met = met + jnp.sum(mine.astype(jnp.float32) * others, axis=1)
+                        read = triton.finished(read, interpret)
+                    return pairs, read, met
 
-                def multiply(inner, there):
-                    depth = inner.place32(origin)
-                    mine = inner.own(refs.x[rows, at(x), depth])
-                    return mine, triton.dot(mine, refs.z[there, at(z), depth].T)
-
-                def weigh(pairs, there, same_block):
-                    """Of the tokens `there`, from their products with the rows."""
-                    numbers = lambda tokens: None if decays.numbers is None else refs.numbers[tokens]  # noqa: E731
-                    left = _left_between(
-                        refs.total[m, rows], refs.total[m, there], numbers(rows), numbers(there),
-                        late=late, same_block=same_block, interpret=interpret,
-                    )  # fmt: skip
-                    pairs = (scale * left * pairs).astype(jnp.bfloat16)
-                    return triton.dot(pairs, refs.y[there, at(y), columns])
-
-                def add_own_block(sums, inner):
-                    pairs, read = sums
-                    mine, product = multiply(inner, rows)
-                    depth = inner.place32(origin)
-                    state = refs.states[m, columns, depth].T if transposed else refs.states[m, depth, columns]
-                    return pairs + product, read + triton.dot(mine, state)
-
-                def add_other_block(b, part):
-                    there = triton.ds(b * BLOCK, BLOCK)
-                    products = lambda pairs, inner: pairs + multiply(inner, there)[1]  # noqa: E731
-                    pairs = Tiling(x.shape[3], config.inner_tile).over(products, zero)
-                    return part + weigh(pairs, there, False)
-
-                sums = zero, jnp.zeros((BLOCK, columns.size), jnp.float32)
-                pairs, read = Tiling(x.shape[3], config.inner_tile).over(add_own_block, sums)
-                part = refs.read[m, rows][:, None] * read + weigh(pairs, rows, True)
-                if blocks > 1:
-                    first, last = (origin, block) if late else (block + 1, origin + blocks)
-                    part = jax.lax.fori_loop(first, last, add_other_block, part)
+                weights, out = sums
+                zero, none = jnp.zeros((chunk, chunk), jnp.float32), jnp.zeros((chunk,), jnp.float32)
+                pairs, out, met = Tiling(V, config.value_tile).over(add_values, (zero, out, none))
+                if members == 1:
+                    out = refs.read[m, rows][:, None] * out
                 if other is not None:
-                    product = refs.other[rows, columns].astype(jnp.float32) * part
-                    refs.inner[m, rows] = jnp.sum(tile.own(product), axis=1)
-                return out + part
+                    refs.met[m, rows] = met
+                left = _left(refs.total[m, rows], numbers, late, interpret)
+                return weights + scale * left * pairs, out
 
-            out = jnp.zeros((BLOCK, columns.size), jnp.float32)
+            sums = jnp.zeros((chunk, chunk), jnp.float32), jnp.zeros((chunk, keys.size), jnp.float32)
             if members == 1:
-                out = add_member(origin, out)
+                weights, out = add_member(0, sums)
             else:
-                out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), add_member, out)
-            tile._replace(start=columns.start).store_columns(refs.out, rows, out)
+                weights, out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), add_member, sums)
+            out += triton.dot(weights.astype(jnp.bfloat16), refs.y[rows, keys])
+            tile.store_columns(refs.out, rows, out)
 
-        Tiling(size, config.column_tile).at(triton.remainder(number, tiles), body)
+        Tiling(K, config.key_tile).at(triton.remainder(triton.program_id(0), tiles), body)
 
-    chunk_of = lambda i: triton.quotient(i, tiles * blocks)  # noqa: E731
-
-    def tokens(array):
-        """[C, value heads that are summed, size], or of the one key head that they share."""
-        if array.shape[2] == Hv:
-            return BlockSpec((None, chunk, members, array.shape[3]), lambda i, h, b: (b, chunk_of(i), h, 0))
-        group = Hv // array.shape[2] // members  # programs that read a key head
-        shape = (None, chunk, 1, array.shape[3])
-        return BlockSpec(shape, lambda i, h, b: (b, chunk_of(i), triton.quotient(h, group), 0))
-
-    gate = BlockSpec((None, members, chunk), lambda i, h, b: (b, h, chunk_of(i)))
-    state = BlockSpec((None, members, None, *states.shape[3:]), lambda i, h, b: (b, h, chunk_of(i), 0, 0))
-    out = BlockSpec((None, chunk, None, size), lambda i, h, b: (b, chunk_of(i), h, 0))
-    sums = BlockSpec((None, None, members, chunk), lambda i, h, b: (triton.remainder(i, tiles), b, h, chunk_of(i)))
-    inner_shape = None if other is None else jax.ShapeDtypeStruct((tiles, B, Hv, T), jnp.float32)
+    of = lambda i: triton.quotient(i, tiles)  # noqa: E731  the chunk
+    key = BlockSpec((None, chunk, None, K), lambda i, h, b: (b, of(i), h, 0))
+    value = BlockSpec((None, chunk, members, V), lambda i, h, b: (b, of(i), h, 0))
+    gate = BlockSpec((None, members, chunk), lambda i, h, b: (b, h, of(i)))
     made = triton.call(
-        lin_join,
+        lin_back,
         {
-            "x": (x, tokens(x)), "z": (z, tokens(z)), "y": (y, tokens(y)), "read": (read, gate),
-            "total": (decays.total, gate), "states": (states, state), "other": (other, out),
-            "numbers": (decays.numbers, BlockSpec((None, chunk), lambda i, h, b: (b, chunk_of(i)))),
+            "x": (x, value), "z": (z, value), "y": (y, key), "other": (other, value), "read": (read, gate),
+            "total": (decays.total, gate),
+            "states": (states, BlockSpec((None, members, None, K, V), lambda i, h, b: (b, h, of(i), 0, 0))),
+            "numbers": (decays.numbers, BlockSpec((None, chunk), lambda i, h, b: (b, of(i)))),
         },
         {
-            "out": (jax.ShapeDtypeStruct((B, T, heads, size), jnp.bfloat16), out),
-            "inner": (inner_shape, sums),
+            "out": (jax.ShapeDtypeStruct(y.shape, jnp.bfloat16), key),
+            "met": (None if other is None else jax.ShapeDtypeStruct((B, Hv, T), jnp.float32), gate),
         },
-        grid=(N * blocks * tiles, heads, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
+        grid=(T // chunk * tiles, H, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
-    return made["out"], made["inner"]
+    return made["out"], made["met"]
 
 
 def _carried(static, z, y, write, decays, initial, other, asked, *, reverse, keep):
@@ -387,9 +408,8 @@ def _carried(static, z, y, write, decays, initial, other, asked, *, reverse, kee
     )  # fmt: skip
 
 
-def _joined(static, decays, heads, config, operands):
-    options = {"scale": static.scale, "chunk": static.chunk, "interpret": static.interpret}
-    return _join(operands, decays, heads, config=config, **options)
+def _constants(static):
+    return {"scale": static.scale, "chunk": static.chunk, "interpret": static.interpret}
 
 
 @jax.tree_util.register_static
@@ -415,8 +435,7 @@ def _run(static, q, k, v, g, initial, numbers, *, keep):
     )  # fmt: skip
     o = made.out
     if o is None:
-        operands = _Operands(q, k, v, read, made.states, False, True, None)
-        o, _ = _joined(static, decays, v.shape[2], static.configuration.output, operands)
+        o = _read(q, k, v, read, made.states, decays, late=True, config=static.configuration.read, **_constants(static))
     return (o, made.final), made.states
 
 
@@ -424,34 +443,40 @@ def _op_fwd(static, *primals):
     q, k, v, g, initial, numbers = (None if x is None else x.value for x in primals)
     keep = static.residuals == "saved"
     outputs, states = _run(static, q, k, v, g, initial, numbers, keep=keep)
-    return outputs, (q, k, v, g, initial, numbers, states if keep else None, _Wanted(primals[3].perturbed))
+    wanted = _Wanted(primals[3].perturbed)
+    kept = (states, outputs[0] if wanted.dg else None) if keep else None
+    return outputs, (q, k, v, g, initial, numbers, kept, wanted)
 
 
-def _op_bwd(static, kept, cotangents):
-    q, k, v, g, initial, numbers, states, wanted = kept
+def _op_bwd(static, residuals, cotangents):
+    q, k, v, g, initial, numbers, kept, wanted = residuals
     do, d_final = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     do = jnp.zeros_like(v) if do is None else do
-    chosen, decays = static.configuration, _decays(g, numbers, static.chunk)
-    if states is None:
+    chosen, constants = static.configuration, _constants(static)
+    decays, o = _decays(g, numbers, static.chunk), None
+    if kept is not None:
+        states, o = kept
+    elif wanted.dg:
+        (o, _), states = _run(static, q, k, v, g, initial, numbers, keep=True)
+    else:
         states = _carried(static, k, v, decays.leaving, decays, initial, None, None, reverse=False, keep=True).states
-    read = static.scale * decays.gamma
-    back = _carried(
-        static, q, do, read, decays, d_final, states if wanted.dg else None, _Asked(k, decays.leaving, static.scale),
+    read, leaving = static.scale * decays.gamma, decays.leaving
+    made = _carried(
+        static, q, do, read, decays, d_final, states if wanted.dg else None, _Asked(k, leaving, static.scale),
         reverse=True, keep=True,
     )  # fmt: skip
-    run, H, Hv, d_states = partial(_joined, static, decays), k.shape[2], v.shape[2], back.states
-    against = lambda x: x if wanted.dg else None  # noqa: E731
-    dv = back.out
+    d_states, dv = made.states, made.out
     if dv is None:
-        dv, _ = run(Hv, chosen.values, _Operands(k, q, do, decays.leaving, d_states, False, False, None))
-    dq, of_queries = run(H, chosen.keys, _Operands(do, v, k, read, states, True, True, against(q)))
-    dk, of_keys = run(H, chosen.keys, _Operands(v, do, q, decays.leaving, d_states, True, False, against(k)))
+        dv = _read(k, q, do, leaving, d_states, decays, late=False, config=chosen.read, **constants)
+    back, other = partial(_back, decays=decays, config=chosen.back, **constants), dv if wanted.dg else None
+    dq, of_queries = back(do, v, k, read, states, o, late=True)
+    dk, of_keys = back(v, do, q, leaving, d_states, other, late=False)
     dg = None
     if wanted.dg:
-        each = (of_queries - of_keys).sum(0).reshape(*g.shape[:2], -1, static.chunk)
-        dg = jax.lax.cumsum(each, axis=3, reverse=True) + back.inner.sum(0)[..., None]
+        each = (of_queries - of_keys).reshape(*g.shape[:2], -1, static.chunk)
+        dg = jax.lax.cumsum(each, axis=3, reverse=True) + made.inner.sum(0)[..., None]
         dg = dg.reshape(g.shape)
-    return dq, dk, dv, dg, None if initial is None else back.final, None
+    return dq, dk, dv, dg, None if initial is None else made.final, None
 
 
 _op.defvjp(_op_fwd, _op_bwd, symbolic_zeros=True)
@@ -460,7 +485,7 @@ _op.defvjp(_op_fwd, _op_bwd, symbolic_zeros=True)
 def linear_attention(q, k, v, g, initial_state, *, segment_ids, scale, residuals, interpret, configuration):
     """g [B,T,Hv], the rest as in api.linear_attention; initial_state and segment_ids may be None. Any T."""
     tokens, dtype = q.shape[1], v.dtype
-    chunk = min(configuration.chunk, -(-tokens // BLOCK) * BLOCK)
+    chunk = BLOCK if tokens <= BLOCK else configuration.chunk
     padding = -tokens % chunk
     numbers = document_numbers(segment_ids, padding)
     given = [*(x.astype(jnp.bfloat16) for x in (q, k, v)), jnp.maximum(g.astype(jnp.float32), LEAST_LOG_DECAY)]

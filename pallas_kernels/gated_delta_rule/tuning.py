@@ -179,6 +179,6 @@ def candidates(default: Kernel, shape: Shape) -> list[Kernel]:
         case configurations.Pairs():
             found = grid(value_tile=(32, 64), warps=(4,), num_stages=(2, 3))
         case configurations.Tokens():
-            found = grid(value_tile=(32, 64), key_tile=(wide,), pair_tile=(32, 64), warps=(8,), num_stages=(2, 3))
+            found = grid(value_tile=(32, 64), key_tile=(wide,), pair_tile=(32, 64), warps=(8,), num_stages=(2, 3, 4))
             found += grid(value_tile=(64,), key_tile=(64,), pair_tile=(32,), warps=(4, 8), num_stages=(2, 3))
     return list(dict.fromkeys([default, *found]))

@@ -360,3 +360,30 @@ def test_wrong_shapes_and_names_are_refused_by_type():
         gated_delta_rule(q, k, v, g, beta[:, 1:])
     with pytest.raises(Exception, match="impl"):
         gated_delta_rule(q, k, v, g, beta, impl="fast")
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta", "state"])
+@pytest.mark.parametrize("l2norm", [False, True])
+def test_a_step_can_be_differentiated_by_each_input_alone(name, l2norm):
+    random = np.random.default_rng(3)
+    shapes = {"q": (1, 1, 4), "k": (1, 1, 4), "v": (1, 2, 4), "g": (1, 2), "beta": (1, 2), "state": (1, 2, 4, 4)}
+    given = {key: jnp.asarray(random.standard_normal(shape), jnp.float32) for key, shape in shapes.items()}
+    given["g"] = -jnp.abs(given["g"])
+
+    def loss(values):
+        o, after = gated_delta_rule_step(**values, l2norm=l2norm)
+        return (o**2).sum() + (after**2).sum()
+
+    alone = jax.grad(lambda x: loss(given | {name: x}))(given[name])
+    np.testing.assert_allclose(alone, jax.grad(loss)(given)[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_refuses_what_the_whole_op_refuses():
+    zeros = lambda *shape, dtype=jnp.float32: jnp.zeros(shape, dtype)  # noqa: E731
+    with pytest.raises(ValueError, match="K is 0; it must be at least 1"):
+        gated_delta_rule_step(
+            zeros(1, 1, 0), zeros(1, 1, 0), zeros(1, 1, 4), zeros(1, 1), zeros(1, 1), zeros(1, 1, 0, 4)
+        )
+    half = zeros(1, 1, 4, dtype=jnp.float16)
+    with pytest.raises(ValueError, match="q is float16; it must be bfloat16, float32 or float64"):
+        gated_delta_rule_step(half, half, half, zeros(1, 1), zeros(1, 1), zeros(1, 1, 4, 4))

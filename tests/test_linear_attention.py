@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pallas_kernels.linear_attention import (
     linear_attention_step,
     resolve,
     triton_channel,
+    triton_head,
 )
 from pallas_kernels.linear_attention.conformance import CASES, STEPS, Case
 from pallas_kernels.linear_attention.triton_head import Back, Carry, Configuration, Read
@@ -339,3 +341,29 @@ def test_blocks_are_one_product_where_decays_allow_it(g, log_block):
     want = conformance.oracle(case, arrays, segments, cotangents)
     for name, limit in conformance.limits(case, "triton_interpret").items():
         assert np.linalg.norm(got[name] - want[name]) <= limit * np.linalg.norm(want[name]), name
+
+
+@pytest.mark.parametrize("channels", [False, True])
+@pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
+def test_a_sum_of_the_output_in_the_same_program(channels, impl):
+    """jaxlib 0.10.2 on a CPU: a product with a constant state, summed in the same program, was wrong by any factor."""
+    arrays = _inputs(T=64, H=1, Hv=1, K=64, V=64, channels=channels)[0][:4]
+    got = jax.jit(lambda *arrays: linear_attention(*arrays, impl=impl)[0].sum())(*arrays)
+    o = linear_attention(*arrays, impl="reference")[0]
+    np.testing.assert_allclose(got, o.sum(), atol=0.01 * float(jnp.linalg.norm(o)))
+
+
+def test_the_largest_array_counts_every_state():
+    """64 rows of one chunk of 64 tokens have two states each: 2^31 elements, which are one too many."""
+    why_not = partial(triton_head.why_not, interpret=True)
+    assert "2,147,483,648" in why_not((64, 64, 64, 512, 512), channels=False)
+    assert why_not((32, 64, 64, 512, 512), channels=False) is None
+    assert "past" in why_not((1, 1 << 18, 72, 128, 64), channels=False)
+
+
+def test_a_configuration_of_the_other_kernels_is_refused():
+    (q, k, v, g, _), _ = _inputs(T=64, K=16, V=16)
+    with pytest.raises(ValueError, match="one decay a head takes a pallas_kernels"):
+        linear_attention(q, k, v, g, impl="triton_interpret", configuration=triton_channel.Configuration())
+    with pytest.raises(ValueError, match="chunk is 192; the kernels take chunks of 64 or 128 tokens"):
+        Configuration(chunk=192)

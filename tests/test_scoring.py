@@ -169,3 +169,21 @@ def test_full_batches_give_the_same_bits_in_bf16_however_many_are_asked(name, tm
     alone, all_at_once = (asked.scores(*given, at_once, batch_tokens=1024) for at_once in (1, 16))
     assert [greedy for _, greedy in alone][-2:] == [True, True]
     assert asked.furthest(alone, all_at_once) == 0
+
+
+def test_a_neighbour_with_longer_continuations_changes_no_program(monkeypatch):
+    """Two contexts of one size, each with six continuations: of 3 tokens, or of 40."""
+    monkeypatch.setattr(contexts, "OPERATIONS_PER_BYTE", 0)
+    lengths = []
+    monkeypatch.setattr(Scorer, "_batch", lambda self, program, asked, rows, length: lengths.append(length) or {})
+    model = scripted_model({})
+    random = np.random.default_rng(0)
+    for texts in ([3], [3, 40]):
+        begins = [random.integers(0, 256, 100) for _ in texts]
+        asked_of = [
+            (begin, random.integers(0, 256, size)) for begin, size in zip(begins, texts, strict=True) for _ in range(6)
+        ]
+        with pytest.raises(KeyError):  # no scores come back
+            Scorer(model, compute=FP32, max_length=200, full_batches=True).score(*zip(*asked_of, strict=True))
+        assert sorted(lengths) == [16] * 6 + [64] * 6 * (len(texts) - 1)
+        lengths.clear()

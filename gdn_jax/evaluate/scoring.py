@@ -177,7 +177,14 @@ class Scorer:
     def _together(self, groups: Sequence[list[Pair]], mine: Iterator[bool]) -> Iterator[dict[Pair, Score]]:
         """Batches of contexts, each read but for its last token; then from their states one continuation of each after
         the other, with that token before it."""
-        for size, members in by_size(groups).items():
+        # with full batches a neighbour's longer continuations must not choose another program
+        lengths = lambda group: [padded(pair.scored) for pair in group] if self._full else []  # noqa: E731
+        alike = [
+            (size, list(members))
+            for size, sized in by_size(groups).items()
+            for _, members in itertools.groupby(sorted(sized, key=lengths), lengths)
+        ]
+        for size, members in alike:
             room = room_of(size, self._model.config)
             rows = self._rows(size.longest, len(members), state_bytes(self._model.config, room, self.compute))
             for batch in _batches(members, rows, mine):

@@ -217,9 +217,11 @@ def gated_delta_rule_step(
             512, computes in fp32 and refuses float64. All others are the same plain JAX: one pass over S makes S^T k
             and S^T q together, a second one writes S'
 
-    Gradients are those of plain JAX, which keep what a step was given.
+    Gradients are those of plain JAX, which keep what a step was given; the kernel has no second ones.
     """
     check_heads(q.shape[1], v.shape[1])
+    check_sizes(K=q.shape[2], V=v.shape[2])
+    check_dtypes(q=q, k=k, v=v)
     exact = jnp.promote_types(jnp.float32, v.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     head, whole = ("batch", "heads", None), ("batch", "heads", None, None)
@@ -253,6 +255,7 @@ def _plain_step(q, k, v, g, beta, state, *, scale, l2norm):
         q, k = (x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + triton_step.NORM_EPS) for x in (q, k))
         q, k = (x.astype(dtype) for x in (q, k))
     q, k = (jnp.repeat(x.astype(exact), v.shape[1] // q.shape[1], axis=1) for x in (q, k))
+    q, k = jax.lax.optimization_barrier((q, k))  # so that both have derivatives or none: a sum of pairs needs both
     v, alpha = v.astype(exact), jnp.exp(g)
     read_k, read_q = jax.lax.reduce(
         tuple(state * x[..., None] for x in (k, q)), (jnp.zeros((), exact),) * 2,

@@ -40,7 +40,7 @@ MEASURED = {
     "retnet": Measured(59_000, "H100", "2026-11-28, 617f8ce", None),
     "hgrn2": Measured(60_080, "H200", "2026-11-30, c36cfca", 63.7),
     "mamba": Measured(51_253, "H200", "2026-11-30, c36cfca", 48.8),
-    "mamba2": Measured(58_615, "H200", "2026-11-30, c36cfca", 61.3),
+    "mamba2": Measured(58_992, "H200", "2026-11-30, 26a543b", 61.4),
     "deltanet": Measured(60_600, "H100", "2026-11-27, before 330491e", None),
     "gated-deltanet": Measured(56_791, "H100", "2026-11-27, before 330491e", 57.2),
     "transformer": Measured(57_500, "H100", "2026-11-27, before 330491e", None),

@@ -225,3 +225,11 @@ def test_a_wrong_shape_is_refused_by_type():
         selective_scan(x, dt, A[1:], B, C, D)
     y, state = selective_scan(*_tokens(dtype=jnp.bfloat16))
     assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+def test_a_step_refuses_what_the_whole_op_refuses():
+    half = jnp.zeros((1, 4), jnp.float16)
+    with pytest.raises(ValueError, match="x is float16; it must be bfloat16, float32 or float64"):
+        selective_scan_step(
+            half, half, jnp.zeros((4, 3)), *(jnp.zeros((1, 3)),) * 2, jnp.zeros(4), jnp.zeros((1, 4, 3))
+        )

@@ -41,7 +41,8 @@ SHORTEST_PIECE = 1024  # tokens
 
 def largest_array(batch: int, tokens: int, value_heads: int, key_dim: int, value_dim: int) -> int:
     """Elements of the largest array that the kernels read or write: values, or states every 64 tokens."""
-    return batch * value_heads * tokens * max(key_dim, value_dim, key_dim * value_dim // CHUNK)
+    padded = -(-tokens // BLOCK) * BLOCK
+    return batch * value_heads * padded * max(key_dim, value_dim, key_dim * value_dim // CHUNK)
 
 
 def why_not(key_dim: int, value_dim: int, chunk: int, *, elements: int = 0, interpret: bool) -> str | None:

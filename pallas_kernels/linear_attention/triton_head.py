@@ -348,7 +348,7 @@ def _back(x, z, y, read, states, other, decays, *, late, scale, config, chunk, i
 
             def add_member(m, sums):
                 def add_values(sums, inner):
-                    pairs, read, met = sums
+                    pairs, out, met = sums
                     values = inner.place32(origin)
                     others = None if other is None else refs.other[rows, m, values].astype(jnp.float32)
                     mine = inner.own(refs.x[rows, m, values])
@@ -356,11 +356,11 @@ def _back(x, z, y, read, states, other, decays, *, late, scale, config, chunk, i
                     reading = mine
                     if members > 1:
                         reading = (refs.read[m, rows][:, None] * mine.astype(jnp.float32)).astype(jnp.bfloat16)
-                    read = read + triton.dot(reading, refs.states[m, keys, values].T)
+                    out = out + triton.dot(reading, refs.states[m, keys, values].T)
                     if other is not None:  # x is not for products alone
                         met = met + jnp.sum(mine.astype(jnp.float32) * others, axis=1)
-                        read = triton.finished(read, interpret)
-                    return pairs, read, met
+                        out = triton.finished(out, interpret)
+                    return pairs, out, met
 
                 weights, out = sums
                 zero, none = jnp.zeros((chunk, chunk), jnp.float32), jnp.zeros((chunk,), jnp.float32)

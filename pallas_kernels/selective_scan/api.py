@@ -132,6 +132,7 @@ def selective_scan_step(
     state: Float[Array, "B D N"],
 ) -> tuple[Float[Array, "B D"], Float[Array, "B D N"]]:
     """One token of `selective_scan`: (y in x's dtype, state in fp32 or float64). Ranges as there."""
+    check_dtypes(x=x)
     exact = jnp.promote_types(jnp.float32, x.dtype)
     y, state = reference.step(*(array.astype(exact) for array in (x, dt, A, B, C, D, state)))
     return y.astype(x.dtype), state

@@ -18,7 +18,8 @@ import experiments
 from experiments.generation_speed import sizes
 from experiments.models import PAPER_MODELS
 from experiments.report import piped
-from experiments.training_speed import NOT_RUN, failure, timed
+from experiments.timed_step import failure, timed
+from experiments.training_speed import NOT_RUN
 from gdn_jax.config import Experiment
 from gdn_jax.errors import UserError, nearest
 from gdn_jax.files import write_json

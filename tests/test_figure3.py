@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 import experiments
-from experiments import drawn_figure3, published, training_speed
+from experiments import drawn_figure3, published, timed_step, training_speed
 from experiments.figure3 import SETTINGS
 from experiments.models import PAPER_MODELS
 from experiments.report import PAPER
@@ -167,10 +167,10 @@ def test_only_what_would_be_measured_again_is_taken_from_what_is_kept(measured, 
 def test_out_of_memory_is_said_with_what_would_need_less():
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
         jnp.zeros((1 << 22, 1 << 22)).block_until_ready()
-    said = training_speed.failure(error.value, point(remat="products", micro_batches=2).experiment)
+    said = timed_step.failure(error.value, point(remat="products", micro_batches=2).experiment)
     start = "out of memory with remat products and 2 micro-batches a step: RESOURCE_EXHAUSTED: Out of memory"
     assert said.startswith(start) and "\n" not in said
-    assert training_speed.failure(RuntimeError("INTERNAL: no\nmore"), point().experiment) == "failed: INTERNAL: no"
+    assert timed_step.failure(RuntimeError("INTERNAL: no\nmore"), point().experiment) == "failed: INTERNAL: no"
 
 
 def test_an_implementation_that_cannot_run_is_a_refusal_in_its_row():
@@ -329,7 +329,7 @@ def test_mfu_is_of_the_data_sheets_peak():
     """What a step of 45,000 tokens/s is on an H100, by hand: about 8.1 GFLOP a token of 989 TFLOP/s."""
     experiment = experiments.TIMINGS["figure3/gated-deltanet/1.3b"].experiment("4Kx8")
     by_hand = 45_000 * 3 * (2 * 1.3088e9 + 16 * 9 * (6 * 200 * 400 + 256 * 600)) / 989e12
-    assert training_speed.mfu(experiment, 45_000.0, H100) == pytest.approx(by_hand, rel=1e-3)
+    assert timed_step.mfu(experiment, 45_000.0, H100) == pytest.approx(by_hand, rel=1e-3)
     assert by_hand == pytest.approx(0.37, abs=0.005)
-    assert training_speed.mfu(experiment, 45_000.0, "cpu") is None
+    assert timed_step.mfu(experiment, 45_000.0, "cpu") is None
     assert SpeedOptions().scale == "1.3b" and len(training_speed.points(SpeedOptions())) == 40

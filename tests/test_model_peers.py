@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 import experiments
-from experiments import drawn_figure3, generation_speed, model_peers, training_speed
+from experiments import drawn_figure3, generation_speed, model_peers, timed_step, training_speed
 from experiments.generation_speed import GenerationOptions
 from experiments.training_speed import SpeedOptions, points
 from gdn_jax.errors import UserError
@@ -97,11 +97,11 @@ def test_what_does_not_fit_is_tried_again_with_less_kept_and_frees_what_it_had(i
     peer = model_peers.PEERS["jla"]._replace(remat=("much", "little"), build=build)
     monkeypatch.setitem(model_peers.PEERS, "jla", peer)
     small = experiments.TIMINGS["figure3/gated-deltanet/tiny"].experiment("64x8")
-    row = training_speed.timed_peer("jla", small, warm_up=1, repetitions=2)
+    row = timed_step.timed_peer("jla", small, warm_up=1, repetitions=2)
     assert row["peer"]["remat"] == "little" and row["losses"] == [2.0, 2.0] and row["peak_bytes"] is None
     monkeypatch.setitem(model_peers.PEERS, "jla", peer._replace(remat=("much",)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
-        training_speed.timed_peer("jla", small, warm_up=1, repetitions=2)
+        timed_step.timed_peer("jla", small, warm_up=1, repetitions=2)
 
 
 def test_jla_has_our_sizes_or_the_nearest_and_runs():
@@ -117,7 +117,7 @@ def test_jla_has_our_sizes_or_the_nearest_and_runs():
         assert count == pytest.approx(count_parameters(experiment.model), rel=0.03), model
         assert words == ("7 heads of 256 x 512 for 9 of 200 x 400" if model == "gated-deltanet" else "")
         small = experiments.TIMINGS[f"figure3/{model}/tiny"].experiment("64x8")
-        row = training_speed.timed_peer("jla", small, warm_up=1, repetitions=2)
+        row = timed_step.timed_peer("jla", small, warm_up=1, repetitions=2)
         assert row["losses"] == pytest.approx([math.log(small.model.vocab)] * 2, abs=0.1), "random tokens"
         assert row["note"] == "" and row["peer"]["remat"] == "dots_kernels" and row["tokens_per_s"] > 0
 

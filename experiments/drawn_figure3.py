@@ -14,10 +14,12 @@ from experiments import published, step_profile
 from experiments.figure3 import SETTINGS
 from experiments.models import PAPER_MODELS
 from experiments.report import PAPER, piped
-from experiments.training_speed import KEPT, NOT_RUN, name
+from experiments.training_speed import KEPT, NOT_RUN, OWN, name
 from gdn_jax.files import read_json, write_json
 
 NEAR = 0.01  # two steps of one program differ by about as much
+# what a point is compared with -> in what alone it differs from that
+COMPARED = {"one device": ("devices", "fsdp")}
 NO_DEVICE_LINE = f"{NOT_RUN}: the profiler's trace has no line of a device, as on a CPU"
 READ = "paper, read from the figure"
 PEERS = {"jla": "jax-linear-attention (jla)", "fla": "flash-linear-attention (FLA)"}
@@ -52,11 +54,13 @@ def device(row: Row) -> str:
 
 
 def collected(scale: str, rows: list[Row]) -> dict[str, Any]:
-    """What is written and drawn: {"scale", "rows", "claims": by device, "paper": the curves that it shows}."""
+    """What is written and drawn: {"scale", "rows", "claims" and "compared": by device, "paper": the curves that it
+    shows}."""
     paper = json.loads(PAPER.read_text())
     curves = {model: paper[id]["numbers"] for model in PAPER_MODELS if (id := f"figure3/{model}/{scale}") in paper}
     by_device = {kind: claims(scale, of) for kind, of in _by_device(rows).items()}
-    return {"scale": scale, "rows": rows, "claims": by_device, "paper": curves}
+    beside = {kind: compared(of) for kind, of in _by_device(rows).items()}
+    return {"scale": scale, "rows": rows, "claims": by_device, "compared": beside, "paper": curves}
 
 
 def _by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -64,6 +68,29 @@ def _by_device(rows: Iterable[Row]) -> dict[str, list[Row]]:
     for row in rows:
         found.setdefault(device(row), []).append(row)
     return found
+
+
+def compared(rows: Iterable[Row]) -> list[Row]:
+    """Every point beside the one that differs from it in one of COMPARED alone: both rows' names and speeds, and the
+    ratio of their tokens/s."""
+    ran = [row for row in rows if row["tokens_per_s"] is not None and not row["note"]]
+    by_name = {(row["model"], name(row["setting"], row["changed"])): row for row in ran}
+    found = []
+    for row in ran:
+        for against, fields in COMPARED.items():
+            left = {field: value for field, value in row["changed"].items() if field not in fields}
+            other = by_name.get((row["model"], name(row["setting"], left)))
+            if other is not None and other is not row:
+                speeds = {"point": _speeds(row), "other": _speeds(other)}
+                ratio = row["tokens_per_s"] / other["tokens_per_s"]
+                found.append({"model": row["model"], "against": against, **speeds, "ratio": ratio})
+    return found
+
+
+def _speeds(row: Row) -> Row:
+    return {"name": name(row["setting"], row["changed"])} | {
+        field: row[field] for field in ("tokens_per_s", "least", "most")
+    }
 
 
 # --- the paper's claims ---
@@ -154,10 +181,13 @@ HEADER = (
 
 def markdown(found: dict[str, Any]) -> str:
     """A table for each device, below it what the numbers need, the profiles of steps, and the paper's claims."""
-    scale, parts = found["scale"], [f"**figure3 at {found['scale']}**: training throughput, one device"]
+    scale, parts = found["scale"], [f"**figure3 at {found['scale']}**: training throughput, {_on(found['rows'])}"]
     for kind, rows in _by_device(found["rows"]).items():
         rule = ("---", "---", *["--:"] * 6, "---", "---", "---")
         parts.append(piped([HEADER, rule, *(_cells(row, found["paper"]) for row in rows)]))
+        if found["compared"][kind]:
+            pairs = "\n".join(f"- {_of_two(one)}" for one in found["compared"][kind])
+            parts.append(f"Points that differ in one thing on {kind}\n\n{pairs}")
         parts.append("\n".join(f"- {fact}" for fact in _facts(kind, rows)))
         for row in rows:
             if "profile" in row:
@@ -165,6 +195,22 @@ def markdown(found: dict[str, Any]) -> str:
                 parts.append(f"A step of {row['model']} {name(row['setting'], row['changed'])} on {kind}\n\n{said}")
         parts.append(f"The paper's claims (1.3B, one H100) on {kind} at {scale}\n\n" + _claims(found["claims"][kind]))
     return "\n\n".join(parts)
+
+
+def _on(rows: list[Row]) -> str:
+    """On how many devices, in words."""
+    counts = sorted({row["changed"].get("devices", 1) for row in rows})
+    return "one device" if counts in ([], [1]) else f"{' or '.join(map(str, counts))} devices, tokens/s of all of them"
+
+
+def _of_two(one: Row) -> str:
+    """A comparison in one line."""
+    point, other = (f"{row['name']} {_tokens_per_s(row)}" for row in (one["point"], one["other"]))
+    return f"{one['model']} {point}: {one['ratio']:.2f}x {one['against']}, {other}"
+
+
+def _tokens_per_s(row: Row) -> str:
+    return f"{row['tokens_per_s']:,.0f} ({row['least']:,.0f} to {row['most']:,.0f})"
 
 
 def _cells(row: Row, paper: dict[str, dict[str, float]]) -> tuple[str, ...]:
@@ -189,7 +235,7 @@ def _numbers(row: Row) -> tuple[str, ...]:
     else:
         memory = f"{row['peak_bytes'] / 2**30:.1f} of {row['limit_bytes'] / 2**30:.1f}"
     return (
-        f"{row['tokens_per_s']:,.0f} ({row['least']:,.0f} to {row['most']:,.0f})",
+        _tokens_per_s(row),
         "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}",
         f"{row['step_ms']:,.1f}",
         memory,
@@ -210,6 +256,7 @@ def _computed_with(row: Row) -> str:
     run = row["run"]
     layers, many = "scanned" if run["scan_layers"] else "written out", run["micro_batches"]
     said = f"remat {run['remat']}, layers {layers}, {many} micro-batch{'es' * (many > 1)}"
+    said += "".join(f", {field} {row['changed'][field]}" for field in OWN if field in row["changed"])
     return said + (f" (not the ID's {', '.join(row['changed'])})" if row["changed"] else "")
 
 
@@ -238,8 +285,9 @@ def _facts(kind: str, rows: list[Row]) -> list[str]:
         f"Points: {own} of {len(PAPER_MODELS) * len(SETTINGS[rows[0]['scale']])} have a number as their IDs say",
         "Random tokens; the jitted step of `gdn train` with AdamW and clipping, each waited for; median of "
         + " or ".join(f"{repetitions} steps after {warm_up}" for warm_up, repetitions in counts),
-        f"Precision: {', '.join(dict.fromkeys(row['precision'] for row in rows))}; MFU: of the data sheet's bf16 peak; "
-        "peak: the process's own, of what it may take, or what XLA plans for the step where the device does not say",
+        f"Precision: {', '.join(dict.fromkeys(row['precision'] for row in rows))}; MFU: of one device, of its data "
+        "sheet's bf16 peak; peak: the process's own on the device that took most, of what it may take, or what XLA "
+        "plans for the step where the device does not say",
         f"Faster implementations refused: {'; '.join(sorted(refused)) or 'none'}",
         f"Paper: tokens/s read from its figure, approximate; {_peers(rows)}",
         f"Versions: {', '.join(sorted(versions)) or 'unknown'}",
@@ -296,7 +344,7 @@ def draw(found: dict[str, Any]) -> Any:
     axes[0].set_ylabel("thousand tokens per second")
     axes[0].set_ylim(bottom=0)
     picture.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=7, frameon=False)
-    picture.suptitle(f"Figure 3 at {found['scale']}: training throughput on one device", fontsize=11)
+    picture.suptitle(f"Figure 3 at {found['scale']}: training throughput, {_on(found['rows'])}", fontsize=11)
     return picture
 
 

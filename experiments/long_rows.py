@@ -143,7 +143,7 @@ def markdown(rows: list[Row]) -> str:
     facts = [
         f"Devices: {kinds}; {versions}; {here['date'][:10]}, commit {here['commit'][:9]}{dirty}",
         f"One row a step, remat {asked['remat']}; median of {asked['repetitions']} steps after {asked['warm_up']}",
-        "Peak: the first device's own, or what XLA plans for it where the device does not say",
+        "Peak: of the device that took most, or what XLA plans for it where the device does not say",
     ]
     return f"{table}\n\n" + "\n".join(f"- {fact}" for fact in facts)
 

@@ -31,7 +31,10 @@ def failure(error: Exception, experiment: Experiment) -> str:
 def timed(
     experiment: Experiment, devices: Sequence[Any], *, warm_up: int, repetitions: int, step_profile: bool = False
 ) -> Row:
-    """The training step on random tokens: compiled, then `repetitions` times after `warm_up`, each waited for."""
+    """The training step on random tokens: compiled, then `repetitions` times after `warm_up`, each waited for.
+
+    tokens/s are of all devices, MFU is one device's, the peak of memory that of the device that took most.
+    """
     import jax
 
     from gdn_jax import sharding
@@ -56,7 +59,7 @@ def timed(
             return state, metrics["loss"]
 
         state, seconds, losses = _clocked(run_step, state, batches)
-        stats = jax.local_devices()[0].memory_stats() or {}
+        stats = max((one.memory_stats() or {} for one in devices), key=lambda stats: stats.get("peak_bytes_in_use", 0))
         profiled = {}
         if step_profile:
             profiled["profile"] = _profile(step, (*state, batches[-1]), program.jaxpr, experiment)

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import experiments
 from experiments import model_peers
 from experiments.figure3 import SETTINGS, Timing
+from experiments.generation_speed import sizes
 from experiments.models import PAPER_MODELS
 from experiments.options import Switch
 from experiments.timed_step import OUT_OF_MEMORY, failure, timed, timed_peer
@@ -29,6 +30,7 @@ KEPT = Path("runs")  # below it, <id>/<point>.json
 STARTING = 300  # seconds within which a process must find its device
 # fields of Run that decide a step's speed
 HOW = ("remat", "scan_layers", "micro_batches", "impl", "chunk", "residuals")
+OWN = {"devices": 1, "fsdp": 1}  # of an ID's own point
 NOT_RUN = "not run"
 
 Row = dict[str, Any]
@@ -45,6 +47,8 @@ class SpeedOptions:
     remat: Literal["id", "none", "products", "kernels", "products+kernels", "full"] = "id"  # id: the ID's own
     micro_batches: int = 1  # slices of a step's rows
     impl: Literal["auto", "chunked", "reference", "triton", "triton_interpret"] = "auto"
+    devices: str = "1"  # of this host, over which a step is spread: some of 1,2,...; each has the setting's rows
+    fsdp: str = "1"  # of these, how many share the parameters: 1,2 takes of each number of devices what divides it
     warm_up: int = 2  # steps before those that are timed
     repetitions: int = 7  # steps that are timed, each waited for; the median is reported
     step_profile: Switch = False  # also one step by kernel family, beside each family's floor
@@ -63,6 +67,8 @@ class Point(NamedTuple):
     warm_up: int
     repetitions: int
     step_profile: bool
+    devices: int = 1
+    fsdp: int = 1
     peer: str = ""  # another library, whose step is timed instead of ours
 
     @property
@@ -71,12 +77,17 @@ class Point(NamedTuple):
 
     @property
     def experiment(self) -> Experiment:
-        """What is timed; UserError for micro-batches that do not divide the rows."""
+        """What is timed; UserError for micro-batches that do not divide the rows of a device."""
         found = self.timing.experiment(self.setting)
         changed = {"micro_batches": self.micro_batches, "impl": self.impl}
         if self.remat != "id":
             changed["remat"] = self.remat
-        return dataclasses.replace(found, run=dataclasses.replace(found.run, **changed))
+        found = dataclasses.replace(found, run=dataclasses.replace(found.run, **changed))
+        return dataclasses.replace(
+            found,
+            optim=dataclasses.replace(found.optim, batch_size=self.devices * found.optim.batch_size),
+            run=dataclasses.replace(found.run, fsdp=self.fsdp),
+        )
 
     @property
     def path(self) -> Path:
@@ -88,7 +99,8 @@ class Point(NamedTuple):
         """In what its measurement is not the ID's own."""
         if self.peer:
             return {"peer": self.peer}
-        return changes(self.timing, self.setting, how(self.experiment))
+        others = {field: getattr(self, field) for field in OWN if getattr(self, field) != OWN[field]}
+        return changes(self.timing, self.setting, how(self.experiment)) | others
 
 
 def how(experiment: Experiment) -> Row:
@@ -103,7 +115,7 @@ def changes(timing: Timing, setting: str, run: Row) -> Row:
 
 
 def name(setting: str, changed: Row) -> str:
-    """A point in one word: "4Kx8", "4Kx8-remat-full"."""
+    """A point in one word: "4Kx8", "4Kx8-remat-full", "4Kx8-devices-2-fsdp-2"."""
     return "-".join([setting, *(f"{field.replace('_', '-')}-{value}" for field, value in changed.items())])
 
 
@@ -117,13 +129,28 @@ def points(options: SpeedOptions) -> list[Point]:
     found = [
         Point(
             f"figure3/{model}/{options.scale}", setting, options.remat, options.micro_batches, options.impl,
-            options.warm_up, options.repetitions, options.step_profile,
+            options.warm_up, options.repetitions, options.step_profile, devices, fsdp,
         )
-        for model in models for setting in settings
+        for model in models for setting in settings for devices, fsdp in _meshes(options)
     ]  # fmt: skip
     for point in found:
         _ = point.experiment  # its rules are checked before minutes of measuring
     return found + _beside(options, found)
+
+
+def _meshes(options: SpeedOptions) -> list[tuple[int, int]]:
+    """(devices, of them that share the parameters) of every point of a model and setting."""
+    devices, fsdp = sizes("devices", options.devices), sizes("fsdp", options.fsdp)
+    found = [(count, sharing) for count in devices for sharing in fsdp if count % sharing == 0]
+    for sharing in fsdp:
+        if sharing not in {one for _, one in found}:
+            raise UserError(f"fsdp names {sharing}, which divides none of the devices {options.devices}.")
+    for count in devices:
+        if count not in {one for one, _ in found}:
+            raise UserError(f"devices names {count}, which none of fsdp {options.fsdp} divides; name 1 there too.")
+    if options.step_profile and max(devices) > 1:
+        raise UserError(f"devices names {max(devices)}, and step_profile is of one device; leave one of them out.")
+    return found
 
 
 def _beside(options: SpeedOptions, ours: list[Point]) -> list[Point]:
@@ -132,7 +159,10 @@ def _beside(options: SpeedOptions, ours: list[Point]) -> list[Point]:
     for peer in _names("peers", options.peers, list(model_peers.PEERS)) if options.peers else []:
         model_peers.version(peer)
         models = model_peers.PEERS[peer].models
-        theirs = [point._replace(peer=peer, step_profile=False) for point in ours if point.timing.model in models]
+        alone = [point for point in ours if all(getattr(point, field) == OWN[field] for field in OWN)]
+        if not alone:
+            raise UserError(f"{peer} is timed on one device, and devices is {options.devices}; name 1 there too.")
+        theirs = [point._replace(peer=peer, step_profile=False) for point in alone if point.timing.model in models]
         if not theirs:
             raise UserError(f"{peer} has none of the models {options.models}; it has {', '.join(models)}.")
         found += theirs
@@ -170,7 +200,7 @@ def measure(point: Point) -> Row:
     try:
         if point.peer:
             return row | timed_peer(point.peer, point.experiment, **counts)
-        return row | timed(point.experiment, jax.devices()[:1], step_profile=point.step_profile, **counts)
+        return row | timed(point.experiment, jax.devices()[: point.devices], step_profile=point.step_profile, **counts)
     except UserError as error:
         return row | {"note": f"refuses: {error}"}
     except jax.errors.JaxRuntimeError as error:
@@ -225,6 +255,12 @@ def run(todo: Sequence[Point], timeout: int) -> dict[str, Any]:
             found = workers.ask(MODULE, {}, STARTING)
             if isinstance(found, str):
                 raise UserError(f"No process could find its device here ({found}); `gdn doctor` says more.")
+            there, most = found["environment"]["devices"], max(one.devices for one in todo)
+            if most > len(there):
+                raise UserError(
+                    f"devices names {most}, and this machine has {len(there)} ({', '.join(dict.fromkeys(there))}); "
+                    f"name no more."
+                )
             here.update(found)
         if row := kept(point, here["environment"]):
             return row, f"kept, {described(row)}"
@@ -248,9 +284,9 @@ def kept(point: Point, here: Row) -> Row | None:
     """The row that was kept for a point, where measuring it again would measure the same; a crash is tried again."""
     if not point.path.exists():
         return None
-    row = read_json(point.path, dict, "recipe8", "run", "warm_up", "repetitions", "note")
-    asked = _row(point)
-    same = all(row[field] == asked[field] for field in ("recipe8", "run", "warm_up", "repetitions"))
+    fields = ("recipe8", "run", "changed", "warm_up", "repetitions")
+    row, asked = read_json(point.path, dict, *fields, "note"), _row(point)
+    same = all(row[field] == asked[field] for field in fields)
     same = same and all(row["environment"][field] == here[field] for field in ("code", "devices", "versions", "python"))
     told = not row["note"] or row["note"].startswith(OUT_OF_MEMORY)
     profiled = not point.step_profile or row["note"] or "profile" in row

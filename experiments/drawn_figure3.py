@@ -19,7 +19,7 @@ from gdn_jax.files import read_json, write_json
 
 NEAR = 0.01  # two steps of one program differ by about as much
 # what a point is compared with -> in what alone it differs from that
-COMPARED = {"one device": ("devices", "fsdp")}
+COMPARED = {"one device": ("devices", "fsdp"), "decay": ("decay",)}
 NO_DEVICE_LINE = f"{NOT_RUN}: the profiler's trace has no line of a device, as on a CPU"
 READ = "paper, read from the figure"
 PEERS = {"jla": "jax-linear-attention (jla)", "fla": "flash-linear-attention (FLA)"}
@@ -206,7 +206,9 @@ def _on(rows: list[Row]) -> str:
 def _of_two(one: Row) -> str:
     """A comparison in one line."""
     point, other = (f"{row['name']} {_tokens_per_s(row)}" for row in (one["point"], one["other"]))
-    return f"{one['model']} {point}: {one['ratio']:.2f}x {one['against']}, {other}"
+    as_percent = one["against"] == "decay"
+    said = f"{one['ratio'] - 1:+.1%} against" if as_percent else f"{one['ratio']:.2f}x one device,"
+    return f"{one['model']} {point}: {said} {other}"
 
 
 def _tokens_per_s(row: Row) -> str:

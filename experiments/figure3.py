@@ -3,6 +3,7 @@
     gdn bench figure3 --scale tiny                                        every model on a CPU, minutes
     gdn bench figure3 --scale 1.3b --models gated-deltanet,transformer    about a minute a point on one GPU of 80 GB
     gdn bench figure3 --models gated-deltanet --devices 1,2 --fsdp 1,2    the same on one GPU and over two of a host
+    gdn bench figure3 --models gated-deltanet --decay on,off              and without the decay
     gdn figure figure3 --scale 1.3b                                       from the points there are
 
 A point is a training step as `gdn train` runs it (the jitted step with AdamW and clipping, the ID's precision and

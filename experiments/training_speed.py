@@ -30,7 +30,7 @@ KEPT = Path("runs")  # below it, <id>/<point>.json
 STARTING = 300  # seconds within which a process must find its device
 # fields of Run that decide a step's speed
 HOW = ("remat", "scan_layers", "micro_batches", "impl", "chunk", "residuals")
-OWN = {"devices": 1, "fsdp": 1}  # of an ID's own point
+OWN = {"devices": 1, "fsdp": 1, "decay": True}  # of an ID's own point
 NOT_RUN = "not run"
 
 Row = dict[str, Any]
@@ -49,6 +49,7 @@ class SpeedOptions:
     impl: Literal["auto", "chunked", "reference", "triton", "triton_interpret"] = "auto"
     devices: str = "1"  # of this host, over which a step is spread: some of 1,2,...; each has the setting's rows
     fsdp: str = "1"  # of these, how many share the parameters: 1,2 takes of each number of devices what divides it
+    decay: str = "on"  # off: without the decay of Gated DeltaNet's layers, the plain delta rule; on,off times both
     warm_up: int = 2  # steps before those that are timed
     repetitions: int = 7  # steps that are timed, each waited for; the median is reported
     step_profile: Switch = False  # also one step by kernel family, beside each family's floor
@@ -69,6 +70,7 @@ class Point(NamedTuple):
     step_profile: bool
     devices: int = 1
     fsdp: int = 1
+    decay: bool = True
     peer: str = ""  # another library, whose step is timed instead of ours
 
     @property
@@ -77,14 +79,22 @@ class Point(NamedTuple):
 
     @property
     def experiment(self) -> Experiment:
-        """What is timed; UserError for micro-batches that do not divide the rows of a device."""
+        """What is timed; UserError for micro-batches that do not divide the rows of a device, and where there is no
+        decay to switch off."""
         found = self.timing.experiment(self.setting)
         changed = {"micro_batches": self.micro_batches, "impl": self.impl}
         if self.remat != "id":
             changed["remat"] = self.remat
         found = dataclasses.replace(found, run=dataclasses.replace(found.run, **changed))
+        model = found.model
+        if not self.decay:
+            if model.gated_deltanet is None:
+                have = ", ".join(one for one in PAPER_MODELS if "gated-deltanet" in one)
+                raise UserError(f"decay names off, and {self.timing.model} has no gated_deltanet layer; {have} have.")
+            model = dataclasses.replace(model, gated_deltanet=dataclasses.replace(model.gated_deltanet, decay=False))
         return dataclasses.replace(
             found,
+            model=model,
             optim=dataclasses.replace(found.optim, batch_size=self.devices * found.optim.batch_size),
             run=dataclasses.replace(found.run, fsdp=self.fsdp),
         )
@@ -129,9 +139,10 @@ def points(options: SpeedOptions) -> list[Point]:
     found = [
         Point(
             f"figure3/{model}/{options.scale}", setting, options.remat, options.micro_batches, options.impl,
-            options.warm_up, options.repetitions, options.step_profile, devices, fsdp,
+            options.warm_up, options.repetitions, options.step_profile, devices, fsdp, decay == "on",
         )
         for model in models for setting in settings for devices, fsdp in _meshes(options)
+        for decay in _names("decay", options.decay, ["on", "off"])
     ]  # fmt: skip
     for point in found:
         _ = point.experiment  # its rules are checked before minutes of measuring
@@ -161,7 +172,10 @@ def _beside(options: SpeedOptions, ours: list[Point]) -> list[Point]:
         models = model_peers.PEERS[peer].models
         alone = [point for point in ours if all(getattr(point, field) == OWN[field] for field in OWN)]
         if not alone:
-            raise UserError(f"{peer} is timed on one device, and devices is {options.devices}; name 1 there too.")
+            raise UserError(
+                f"{peer} is timed beside an ID's own point, and devices is {options.devices}, decay {options.decay}; "
+                f"name 1 and on there too."
+            )
         theirs = [point._replace(peer=peer, step_profile=False) for point in alone if point.timing.model in models]
         if not theirs:
             raise UserError(f"{peer} has none of the models {options.models}; it has {', '.join(models)}.")

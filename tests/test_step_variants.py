@@ -1,4 +1,4 @@
-"""`gdn bench figure3` otherwise than its IDs say: over several devices. What is timed, kept, and said beside what."""
+"""`gdn bench figure3` otherwise than its IDs say: over several devices, without the decay; beside what that is said."""
 
 import json
 import os
@@ -120,6 +120,56 @@ def test_a_speed_is_said_as_a_multiple_of_one_devices():
     assert "Points that differ" not in drawn_figure3.markdown(drawn_figure3.collected("tiny", [one]))
 
 
+# --- without the decay ---
+
+
+def test_the_decay_is_switched_off_in_one_of_two_points(tmp_path):
+    done = gdn(tmp_path, "--decay", "on,off", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    on, off = found["rows"]
+    assert (on["changed"], off["changed"]) == ({}, {"decay": False})
+    # of each of two layers W_a [128, 3], A_log [3] and dt_bias [3] are gone
+    assert on["parameters"] - off["parameters"] == 2 * (128 * 3 + 3 + 3)
+    assert on["recipe8"] != off["recipe8"] and on["losses"] != off["losses"] and off["note"] == ""
+    assert off["impl"] == on["impl"] and off["batch_size"] == 8
+    (beside,) = found["compared"]["cpu"]
+    assert beside["ratio"] == off["tokens_per_s"] / on["tokens_per_s"] and beside["against"] == "decay"
+    assert beside["other"] == {"name": "64x8"} | {name: on[name] for name in ("tokens_per_s", "least", "most")}
+    names = {path.name for path in (tmp_path / "runs" / ID).iterdir()}
+    assert names == {"64x8.json", "64x8-decay-False.json"}
+    assert [claim["verdict"] for claim in found["claims"]["cpu"]] == ["not run"] * 8
+
+
+def test_the_difference_is_said_in_per_cent():
+    rows = [row(1000), row(1016, decay="off"), row(1950, devices="2"), row(1911, devices="2", decay="off")]
+    found = drawn_figure3.collected("tiny", rows)
+    assert [(one["against"], one["point"]["name"], one["other"]["name"]) for one in found["compared"]["cpu"]] == [
+        ("decay", "64x8-decay-False", "64x8"), ("one device", "64x8-devices-2", "64x8"),
+        ("one device", "64x8-devices-2-decay-False", "64x8-decay-False"),
+        ("decay", "64x8-devices-2-decay-False", "64x8-devices-2"),
+    ]  # fmt: skip
+    text = drawn_figure3.markdown(found)
+    assert (
+        "\n- gated-deltanet 64x8-decay-False 1,016 (1,006 to 1,026): +1.6% against 64x8 1,000 (990 to 1,010)\n" in text
+    )
+    assert "(1,901 to 1,921): -2.0% against 64x8-devices-2 1,950 (1,940 to 1,960)\n" in text
+    assert "1 micro-batch, decay False (not the ID's decay) | ok |" in text
+    assert "- Points: 1 of 40 have a number as their IDs say\n" in text
+
+
+def test_hybrids_have_a_decay_and_other_models_none():
+    h1 = point(models="gated-deltanet-h1", decay="off").experiment.model
+    assert h1.pattern == ("gated_deltanet", "swa") and not h1.gated_deltanet.decay
+    with pytest.raises(UserError, match=r"^decay names off, and mamba2 has no gated_deltanet layer; gated-deltanet, "):
+        points(SpeedOptions(models="gated-deltanet,mamba2", decay="on,off"))
+    with pytest.raises(UserError, match=r"^decay names 'of' .*; it must be all or some of on, off, separated by comm"):
+        point(decay="of")
+
+
+# --- numbers of several devices ---
+
+
 def test_mfu_is_one_devices(monkeypatch):
     from experiments import timed_step
 
@@ -167,5 +217,5 @@ def test_a_peer_is_timed_on_one_device(monkeypatch):
     options = {"scale": "tiny", "models": "gated-deltanet", "settings": "64x8", "peers": "jla"}
     found = points(SpeedOptions(**options, devices="1,2"))
     assert [(one.devices, one.peer) for one in found] == [(1, ""), (2, ""), (1, "jla")]
-    with pytest.raises(UserError, match=r"^jla is timed on one device, and devices is 2; name 1 there too\.$"):
+    with pytest.raises(UserError, match=r"^jla is timed beside an ID's own point, and devices is 2, decay on"):
         points(SpeedOptions(**options, devices="2"))

@@ -13,7 +13,7 @@ FLAGS = (
 )
 if version("jaxlib").startswith("0.10."):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"  # the last one counts: yours
 
 import jax  # noqa: E402  reads XLA_FLAGS when it is first used
 import pytest  # noqa: E402

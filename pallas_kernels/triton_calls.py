@@ -25,7 +25,6 @@ if AVAILABLE:
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
 
 CAPABILITY = "9.0"  # Hopper: what the kernels are tested on
-MOST_ELEMENTS = 1 << 31  # of an array: 32-bit indices
 
 BlockSpec = pl.BlockSpec
 ds = pl.ds
@@ -50,6 +49,10 @@ def call(
     None, so are the ref and the result. Grid axis 0 runs fastest: neighbours there share what they read in the L2
     cache. in_place: input -> the output, of the same shape and dtype, that takes its memory; XLA copies the input
     before where something else still needs it.
+
+    Arrays may have any size. In one of more than 2^32 bytes the lowering computes offsets in 64 bits, each index by
+    itself before it is multiplied; it takes an index, or the start of a slice, for unsigned then, so neither may be
+    negative. In a smaller array offsets have 32 bits, which is enough where an element has two bytes or more.
     """
     given, made = ({name: pair for name, pair in side.items() if pair[0] is not None} for side in (inputs, outputs))
 
@@ -206,12 +209,8 @@ def as_made(x: jax.Array, interpret: bool) -> jax.Array:
     return jax.lax.optimization_barrier(x) if interpret else x
 
 
-def why_not(elements: int, interpret: bool) -> str | None:
-    """The reason kernels cannot run whose largest array has so many elements, or None."""
-    if elements >= MOST_ELEMENTS:
-        return (
-            f"an array of {elements:,} elements is past the {MOST_ELEMENTS:,} that they are made for; split the batch"
-        )
+def why_not(interpret: bool) -> str | None:
+    """The reason kernels cannot run here, or None; the interpreter runs them anywhere."""
     return None if interpret else why_not_here()
 
 

@@ -18,6 +18,7 @@ from pallas_kernels.linear_attention import conformance as linear_attention_conf
 from pallas_kernels.linear_attention import linear_attention
 from pallas_kernels.selective_scan import conformance as selective_scan_conformance
 from pallas_kernels.selective_scan import selective_scan
+from pallas_kernels.short_conv import LEAST_TOKENS, short_conv
 
 
 def test_auto_takes_the_first_that_can_run_and_says_why_once(capsys, monkeypatch):
@@ -99,17 +100,16 @@ def test_a_fallback_is_one_line_on_stderr_of_a_process_that_has_a_gpu(backend):
     assert process.stderr.splitlines() == (said if backend == "gpu" else [])
 
 
-def test_the_choice_is_made_for_the_part_that_a_device_has(monkeypatch):
-    """Twice as many elements as the kernels can index, split over two devices."""
-    monkeypatch.setattr(triton_calls, "MOST_ELEMENTS", 2 * triton_op.largest_array(2, 128, 1, 64, 64))
-    q, g = jax.ShapeDtypeStruct((4, 128, 1, 64), jnp.bfloat16), jax.ShapeDtypeStruct((4, 128, 1), jnp.float32)
-    op = partial(gated_delta_rule, impl="triton_interpret")
-    with pytest.raises(dispatch.CannotRun, match="split the batch"):
-        jax.eval_shape(op, q, q, q, g, g)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    with jax.set_mesh(mesh), dispatch.record() as choices:
-        jax.eval_shape(op, q, q, q, g, g)
-    assert choices == [dispatch.Choice("gated_delta_rule", "triton_interpret")]
+def test_the_choice_is_made_for_the_part_that_a_device_has():
+    """As many tokens as the convolution's kernels need, split over two devices."""
+    x, weight = (jax.ShapeDtypeStruct((*sizes, 64), jnp.float32) for sizes in ((1, LEAST_TOKENS), (4,)))
+    op = partial(short_conv, impl="triton_interpret")
+    with dispatch.record() as choices:
+        jax.eval_shape(op, x, weight)
+    assert choices == [dispatch.Choice("short_conv", "triton_interpret")]
+    mesh = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Auto,))
+    with jax.set_mesh(mesh), pytest.raises(dispatch.CannotRun, match=f"T is {LEAST_TOKENS // 2}; the kernels read"):
+        jax.eval_shape(op, x, weight)
 
 
 def sharded_and_plain(axes, case, impl):

@@ -15,7 +15,6 @@ from pallas_kernels.gated_delta_rule import (
     conformance,
     gated_delta_rule,
     gated_delta_rule_step,
-    triton_op,
 )
 from pallas_kernels.gated_delta_rule.conformance import CASES, STEPS, Case
 
@@ -393,8 +392,3 @@ def test_a_step_refuses_what_the_whole_op_refuses():
     half = zeros(1, 1, 4, dtype=jnp.float16)
     with pytest.raises(ValueError, match="q is float16; it must be bfloat16, float32 or float64"):
         gated_delta_rule_step(half, half, half, zeros(1, 1), zeros(1, 1), zeros(1, 1, 4, 4))
-
-
-def test_the_largest_array_counts_the_tokens_that_a_row_is_filled_up_with():
-    """One token takes a block of 128 like 128 do: two states of 64 tokens each."""
-    assert triton_op.largest_array(1, 1, 1, 512, 512) == triton_op.largest_array(1, 128, 1, 512, 512) == 2 * 512 * 512

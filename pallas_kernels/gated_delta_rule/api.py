@@ -23,12 +23,10 @@ def resolve(
     key_dim: int,
     value_dim: int,
     chunk: int = 64,
-    elements: int = 0,
     dtype: Any = jnp.bfloat16,
 ) -> dispatch.Choice:
     """Which implementation `impl` means on this machine at these sizes, and why a faster one was refused.
 
-    elements: of the largest array that the kernels would make (triton_op.largest_array); 0 leaves that unasked
     dtype: the widest of q, k and v
 
     "auto" takes the kernels for bfloat16 alone, since they round wider inputs to it, and only where their configuration
@@ -36,7 +34,7 @@ def resolve(
     """
 
     def why_not(interpret):
-        return triton_op.why_not(key_dim, value_dim, chunk, elements=elements, interpret=interpret)
+        return triton_op.why_not(key_dim, value_dim, chunk, interpret=interpret)
 
     def admits():
         listed = configurations.admitted(key_dim, value_dim, *admission.here())
@@ -147,9 +145,7 @@ def _part(inputs, segment_ids, *, scale, impl, chunk, residuals, configuration):
 
 def _choice(impl, q, k, v, chunk):
     """`resolve` for these arrays."""
-    (batch, tokens, _, K), (Hv, V) = q.shape, v.shape[2:]
-    elements, dtype = triton_op.largest_array(batch, tokens, Hv, K, V), jnp.result_type(q, k, v)
-    return resolve(impl, key_dim=K, value_dim=V, chunk=chunk, elements=elements, dtype=dtype)
+    return resolve(impl, key_dim=q.shape[3], value_dim=v.shape[3], chunk=chunk, dtype=jnp.result_type(q, k, v))
 
 
 def _on_one_device(q, k, v, g, beta, initial_state, segment_ids, *, scale, impl, chunk, residuals, configuration):

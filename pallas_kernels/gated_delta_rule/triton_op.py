@@ -39,20 +39,14 @@ FEW_PROGRAMS, MANY_PROGRAMS = 32, 256
 SHORTEST_PIECE = 1024  # tokens
 
 
-def largest_array(batch: int, tokens: int, value_heads: int, key_dim: int, value_dim: int) -> int:
-    """Elements of the largest array that the kernels read or write: values, or states every 64 tokens."""
-    padded = -(-tokens // BLOCK) * BLOCK
-    return batch * value_heads * padded * max(key_dim, value_dim, key_dim * value_dim // CHUNK)
-
-
-def why_not(key_dim: int, value_dim: int, chunk: int, *, elements: int = 0, interpret: bool) -> str | None:
-    """The reason the kernels cannot run, or None; `elements` is that of `largest_array`."""
+def why_not(key_dim: int, value_dim: int, chunk: int, *, interpret: bool) -> str | None:
+    """The reason the kernels cannot run, or None."""
     if (key_dim, value_dim) not in SIZES:
         known = ", ".join(f"{k}x{v}" for k, v in SIZES)
         return f"there is no kernel for key x value dimensions {key_dim}x{value_dim} (there is for {known})"
     if chunk != CHUNK:
         return f"the kernels solve {CHUNK} tokens at once, not {chunk}"
-    return triton.why_not(elements, interpret)
+    return triton.why_not(interpret)
 
 
 def pieces(batch: int, tokens: int, value_heads: int, value_dim: int) -> int:

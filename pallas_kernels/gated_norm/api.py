@@ -39,7 +39,7 @@ def resolve(
         return dispatch.Choice(NAME, "chunked")
 
     def why_not(interpret):
-        return triton_norm.why_not(math.prod(shape[:-1]) * groups, shape[-1] // groups, interpret=interpret)
+        return triton_norm.why_not(shape[-1] // groups, interpret=interpret)
 
     admits = partial(admission.refusal, NAME, D=shape[-1], groups=groups)
     return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype)

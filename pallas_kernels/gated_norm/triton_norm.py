@@ -32,11 +32,11 @@ FORWARD = Config()
 BACKWARD = Config(repeats=32)
 
 
-def why_not(vectors: int, size: int, *, interpret: bool) -> str | None:
-    """The reason the kernels cannot run on so many vectors of this size, or None."""
+def why_not(size: int, *, interpret: bool) -> str | None:
+    """The reason the kernels cannot run on vectors of this size, or None."""
     if size > LARGEST:
         return f"a vector has {size} elements; the kernels hold at most {LARGEST}"
-    return triton.why_not(vectors * size, interpret)
+    return triton.why_not(interpret)
 
 
 class _Static(NamedTuple):

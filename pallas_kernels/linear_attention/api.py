@@ -35,7 +35,7 @@ def resolve(
     """
 
     def why_not(interpret):
-        return triton_head.why_not(shape, channels=channels, interpret=interpret)
+        return triton_head.why_not(*shape[3:], interpret=interpret)
 
     admits = partial(admission.refusal, NAME, K=shape[3], V=shape[4], channels=channels)
     return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype, rounds_to=jnp.bfloat16)

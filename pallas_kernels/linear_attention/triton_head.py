@@ -108,15 +108,12 @@ def configuration_for(K: int, V: int) -> Configuration:
     return Configuration(chunk=128, forward=carry, reverse=carry, read=read)
 
 
-def why_not(shape: tuple[int, int, int, int, int], *, channels: bool, interpret: bool) -> str | None:
-    """The reason the kernels cannot run on [B, T, Hv, K, V], or None; `channels`: those of triton_channel.py."""
-    B, T, Hv, K, V = shape
+def why_not(K: int, V: int, *, interpret: bool) -> str | None:
+    """The reason that these kernels, and those of triton_channel.py, cannot run at these dimensions, or None."""
     for name, size in (("K", K), ("V", V)):
         if not LEAST_DIM <= size <= MOST_DIM:
             return f"{name} is {size}; the kernels take {LEAST_DIM} to {MOST_DIM}"
-    chunk = BLOCK if channels or T <= BLOCK else configuration_for(K, V).chunk
-    chunks = -(-T // chunk)
-    return triton.why_not(B * Hv * max(chunks * chunk * max(K, V), (chunks + 1) * K * V), interpret)
+    return triton.why_not(interpret)
 
 
 class _Static(NamedTuple):

@@ -28,7 +28,7 @@ def resolve(
     """
 
     def why_not(interpret):
-        return triton_scan.why_not(shape, interpret=interpret)
+        return triton_scan.why_not(shape[3], interpret=interpret)
 
     return dispatch.choose(NAME, impl, why_not, partial(admission.refusal, NAME, N=shape[3]), dtype=dtype)
 

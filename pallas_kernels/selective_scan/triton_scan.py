@@ -60,14 +60,11 @@ class _Static(NamedTuple):
     config: Config
 
 
-def why_not(shape: tuple[int, int, int, int], *, interpret: bool) -> str | None:
-    """The reason the kernels cannot run on [B, T, D, N], or None."""
-    B, T, D, N = shape
+def why_not(N: int, *, interpret: bool) -> str | None:
+    """The reason the kernels cannot run on states of N numbers a channel, or None."""
     if N > MOST_STATE:
         return f"N is {N}; the kernels take at most {MOST_STATE}"
-    wide = power_of_two(max(N, 4))
-    elements = B * max(T, CONFIG.run) * max(D, LANES) * max(1, wide // CONFIG.run)
-    return triton.why_not(elements, interpret)
+    return triton.why_not(interpret)
 
 
 class _Tiling(NamedTuple):

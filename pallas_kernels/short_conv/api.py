@@ -38,7 +38,7 @@ def resolve(
         return dispatch.Choice(NAME, "chunked")
 
     def why_not(interpret):
-        return triton_conv.why_not(shape, width, l2norm, interpret=interpret)
+        return triton_conv.why_not(shape[1], width, l2norm, interpret=interpret)
 
     admits = partial(admission.refusal, NAME, W=width, l2norm=l2norm)
     return dispatch.choose(NAME, impl, why_not, admits, dtype=dtype)

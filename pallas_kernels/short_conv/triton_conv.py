@@ -41,16 +41,15 @@ FORWARD = Config(unroll=16)
 BACKWARD = Config()
 
 
-def why_not(shape: tuple[int, int, int], width: int, head: int | None, *, interpret: bool) -> str | None:
-    """The reason the kernels cannot run on x of this shape [B, T, C], or None."""
-    B, T, C = shape
-    if T < LEAST_TOKENS:
-        return f"T is {T}; the kernels read at least {LEAST_TOKENS} tokens"
+def why_not(tokens: int, width: int, head: int | None, *, interpret: bool) -> str | None:
+    """The reason the kernels cannot run on rows of so many tokens, or None."""
+    if tokens < LEAST_TOKENS:
+        return f"T is {tokens}; the kernels read at least {LEAST_TOKENS} tokens"
     if width > WIDEST:
         return f"the filter has {width} rows; the kernels hold at most {WIDEST}"
     if head is not None and head > LARGEST_HEAD:
         return f"l2norm is {head}; the kernels hold vectors of at most {LARGEST_HEAD}"
-    return triton.why_not(B * T * C, interpret)
+    return triton.why_not(interpret)
 
 
 class _Static(NamedTuple):

@@ -344,7 +344,7 @@ def test_blocks_are_one_product_where_decays_allow_it(g, log_block):
 @pytest.mark.parametrize("channels", [False, True])
 @pytest.mark.parametrize("impl", ["chunked", "triton_interpret"])
 def test_a_sum_of_the_output_in_the_same_program(channels, impl):
-    """jaxlib 0.10.2 on a CPU: a product with a constant state, summed in the same program, was wrong by any factor."""
+    """XLA on a CPU: a product with a constant state, summed in the same program, was wrong by any factor."""
     arrays = _inputs(T=64, H=1, Hv=1, K=64, V=64, channels=channels)[0][:4]
     got = jax.jit(lambda *arrays: linear_attention(*arrays, impl=impl)[0].sum())(*arrays)
     o = linear_attention(*arrays, impl="reference")[0]

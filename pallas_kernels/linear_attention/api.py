@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from beartype import beartype
 from jaxtyping import Array, Float, Int, jaxtyped
 
-from pallas_kernels import admission, context, dispatch, triton_step
+from pallas_kernels import admission, context, dispatch, placement, triton_step
 from pallas_kernels.arguments import check_chunk, check_dtypes, check_heads, check_sizes, check_tokens
 from pallas_kernels.chunkwise import confine
 from pallas_kernels.linear_attention import chunked, reference, triton_channel, triton_head
@@ -159,9 +159,9 @@ def _on_one_device(q, k, v, g, initial_state, segment_ids, *, impl, scale, chunk
 
 
 def _no_constant(state, q, v):
-    """`state`, which XLA cannot take for a constant. In jaxlib 0.10.2 a product with one on a CPU, reduced in the same
-    program, is wrong by any factor: where a row is one chunk, the sum of an output would be."""
-    if jax.__version_info__ >= (0, 11) or not q.size:
+    """`state`, which XLA cannot take for a constant. In jaxlib 0.10 to 0.12 a product with one on a CPU, reduced in the
+    same program, is wrong by any factor: where a row is one chunk, the sum of an output would be."""
+    if placement.on_gpu() or not q.size:
         return state
     q, v = (jax.lax.stop_gradient(x) for x in (q, v))
     never = q[:, 0].min(1)[:, None, :, None] + v[:, 0, :, None, :] < -jnp.inf

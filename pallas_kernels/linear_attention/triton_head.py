@@ -24,9 +24,13 @@ The log decay g_t scales every pair i >= t > j of the chunk and the state S' tha
 
     dg_t = sum over i >= t in the chunk of (q_i . dq_i - k_i . dk_i) + <S', dS'>
 
-for each value head, where q . dq = dO . o and k . dk = v . dv, since o is linear in q and in v. o and dv have been
-rounded to bf16 by then: where decays are strong, dg is what is left of two numbers that nearly cancel, and its error is
-1 to 2 % of dO . o.
+for each value head. Under strong decays dg is what is left of two numbers that nearly cancel, so `back` makes them in
+fp32: q . dq from dQ before it is rounded, or where a key head has several value heads, for each of these
+
+    q . dq = sum over its row of (scale D . dO V^T) . (Q K^T) + scale gamma dO . (Q S)
+
+and k . dk alike; a pair of tokens is in both and cancels. <S', dS'> is a sum in `back` too, whose programs are many: in
+the serial carry each chunk waited for S'.
 """
 
 from dataclasses import dataclass
@@ -176,15 +180,14 @@ class _Asked(NamedTuple):
 class _Carried(NamedTuple):
     states: jax.Array | None  # [B,Hv,N+1,K,V] bf16 that enter the chunks, and the last; in reverse N that leave them
     final: jax.Array  # [B,Hv,K,V] fp32
-    inner: jax.Array | None  # [tiles,B,Hv,N]
     out: jax.Array | None  # [B,T,Hv,V] bf16
 
 
-def _carry(z, y, write, decays, initial, other, asked, *, reverse, keep, config, chunk, interpret):
+def _carry(z, y, write, decays, initial, asked, *, reverse, keep, config, chunk, interpret):
     """S' = end S + Z^T (write Y), chunk after chunk; in reverse from the last to the first, for gradients dS'.
 
     z [B,T,H,K], y [B,T,Hv,V], write [B,Hv,T]; initial [B,Hv,K,V] fp32, or None for zeros. The states are
-    stored where `keep`. With the forward's as `other`, <S', dS'> of each chunk is made too, a part for each tile.
+    stored where `keep`.
     """
     (B, T, H, K), (Hv, V) = z.shape, y.shape[2:]
     N, group = T // chunk, Hv // H
@@ -220,12 +223,6 @@ def _carry(z, y, write, decays, initial, other, asked, *, reverse, keep, config,
                 n = N - 1 - i if reverse else i
                 if keep:
                     store(n, states)
-                if other is not None:
-                    inner = jnp.float32(0)
-                    for (place, mine), state in zip(places, states, strict=True):
-                        both = state * refs.other[n + 1, place, columns].astype(jnp.float32)
-                        inner += jnp.sum(both if mine is None else jnp.where(mine, both, 0.0))
-                    refs.inner[n] = inner
                 new = [refs.end[n] * state for state in states]
                 for piece in range(chunk // token_tile):
                     tokens = triton.ds(n * chunk + piece * token_tile, token_tile)
@@ -264,17 +261,13 @@ def _carry(z, y, write, decays, initial, other, asked, *, reverse, keep, config,
         lin_carry,
         {
             "z": (z, key), "y": (y, value), "write": (write, gate), "initial": (initial, state),
-            "end": (decays.end, BlockSpec((None, None, N), lambda i, h, b: (b, h, 0))), "other": (other, kept(N + 1)),
+            "end": (decays.end, BlockSpec((None, None, N), lambda i, h, b: (b, h, 0))),
             "x": (x, key), "read": (read, gate), "total": (None if asked is None else decays.total, gate),
             "numbers": (None if asked is None else decays.numbers, BlockSpec((None, T), lambda i, h, b: (b, 0))),
         },
         {
             "states": (shape(keep, B, Hv, count, K, V, dtype=jnp.bfloat16), kept(count)),
             "final": (shape(True, B, Hv, K, V, dtype=jnp.float32), state),
-            "inner": (
-                shape(other is not None, tiles, B, Hv, N, dtype=jnp.float32),
-                BlockSpec((None, None, None, N), lambda i, h, b: (i, b, h, 0)),
-            ),
             "out": (shape(asked is not None, B, T, Hv, V, dtype=jnp.bfloat16), value),
         },
         grid=(tiles, Hv, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
@@ -329,9 +322,11 @@ def _read(x, z, y, read, states, decays, *, late, scale, config, chunk, interpre
     )["out"]  # fmt: skip
 
 
-def _back(x, z, y, read, states, other, decays, *, late, scale, config, chunk, interpret):
-    """(dQ [B,T,H,K] bf16, summed over the value heads of a key head; dO . o [B,Hv,T] fp32, None without `other`) of
-    x, z, y, other = dO, v, k, o if `late`; else dK and v . dV of v, dO, q, dV, where states are the gradients."""
+def _back(x, z, y, own, read, states, other, decays, *, late, dg, scale, config, chunk, interpret):
+    """(dQ [B,T,H,K] bf16, summed over the value heads of a key head; q . dq [tiles,B,Hv,T]; None) of x, z, y, own =
+    dO, v, k, q if `late`; else (dK, k . dk, <S', dS'> [tiles,B,N,Hv]) of v, dO, q, k, where states are the gradients
+    and `other` the states. Sums are fp32, a part for each tile of keys, and None if not `dg`.
+    """
     (B, T, Hv, V), (H, K) = x.shape, y.shape[2:]
     members, tiles = Hv // H, Tiling(K, config.key_tile).number
 
@@ -342,32 +337,46 @@ def _back(x, z, y, read, states, other, decays, *, late, scale, config, chunk, i
 
         def body(tile):
             keys = tile.place32(origin)
+            apart = dg and members > 1  # each value head's q . dq, since dQ is summed over them
+            if apart:
+                own = tile.own(refs.own[rows, keys])
+                between = triton.dot(own, refs.y[rows, keys].T)
 
             def add_member(m, sums):
                 def add_values(sums, inner):
-                    pairs, out, met = sums
+                    pairs, out, met, product = sums
                     values = inner.place32(origin)
-                    others = None if other is None else refs.other[rows, m, values].astype(jnp.float32)
-                    mine = inner.own(refs.x[rows, m, values])
+                    other_state = None if other is None else refs.other[m, keys, values]
+                    mine, state = inner.own(refs.x[rows, m, values]), refs.states[m, keys, values]
                     pairs = pairs + triton.dot(mine, refs.z[rows, m, values].T)
                     reading = mine
                     if members > 1:
                         reading = (refs.read[m, rows][:, None] * mine.astype(jnp.float32)).astype(jnp.bfloat16)
-                    out = out + triton.dot(reading, refs.states[m, keys, values].T)
-                    if other is not None:  # x is not for products alone
-                        met = met + jnp.sum(mine.astype(jnp.float32) * others, axis=1)
+                    out = out + triton.dot(reading, state.T)
+                    if apart:
+                        through = triton.dot(own, state)
+                        met = met + jnp.sum(reading.astype(jnp.float32) * through, axis=1)
+                    if members > 1 or other is not None:  # x or the state is not for products alone
                         out = triton.finished(out, interpret)
-                    return pairs, out, met
+                    if other is not None:
+                        both = inner.own(state.astype(jnp.float32) * other_state.astype(jnp.float32))
+                        both = both if tile.is_own else jnp.where(tile.mask(both.shape, 0), both, 0.0)
+                        product = product + jnp.sum(both)
+                    return pairs, out, met, product
 
                 weights, out = sums
                 zero, none = jnp.zeros((chunk, chunk), jnp.float32), jnp.zeros((chunk,), jnp.float32)
-                pairs, out, met = Tiling(V, config.value_tile).over(add_values, (zero, out, none))
+                pairs, out, met, product = Tiling(V, config.value_tile).over(
+                    add_values, (zero, out, none, jnp.float32(0))
+                )
+                if other is not None:
+                    refs.inner[m] = product
                 if members == 1:
                     out = refs.read[m, rows][:, None] * out
-                if other is not None:
-                    refs.met[m, rows] = met
-                left = _left(refs.total[m, rows], numbers, late, interpret)
-                return weights + scale * left * pairs, out
+                pairs = scale * _left(refs.total[m, rows], numbers, late, interpret) * pairs
+                if apart:
+                    refs.met[m, rows] = met + jnp.sum(pairs * between, axis=1)
+                return weights + pairs, out
 
             sums = jnp.zeros((chunk, chunk), jnp.float32), jnp.zeros((chunk, keys.size), jnp.float32)
             if members == 1:
@@ -376,6 +385,8 @@ def _back(x, z, y, read, states, other, decays, *, late, scale, config, chunk, i
                 weights, out = jax.lax.fori_loop(jnp.int32(0), jnp.int32(members), add_member, sums)
             out += triton.dot(weights.astype(jnp.bfloat16), refs.y[rows, keys])
             tile.store_columns(refs.out, rows, out)
+            if dg and not apart:
+                refs.met[0, rows] = jnp.sum(tile.own(refs.own[rows, keys]).astype(jnp.float32) * out, axis=1)
 
         Tiling(K, config.key_tile).at(triton.remainder(triton.program_id(0), tiles), body)
 
@@ -383,27 +394,33 @@ def _back(x, z, y, read, states, other, decays, *, late, scale, config, chunk, i
     key = BlockSpec((None, chunk, None, K), lambda i, h, b: (b, of(i), h, 0))
     value = BlockSpec((None, chunk, members, V), lambda i, h, b: (b, of(i), h, 0))
     gate = BlockSpec((None, members, chunk), lambda i, h, b: (b, h, of(i)))
+    met = BlockSpec((None, None, members, chunk), lambda i, h, b: (triton.remainder(i, tiles), b, h, of(i)))
     made = triton.call(
         lin_back,
         {
-            "x": (x, value), "z": (z, value), "y": (y, key), "other": (other, value), "read": (read, gate),
+            "x": (x, value), "z": (z, value), "y": (y, key), "own": (own if dg else None, key), "read": (read, gate),
             "total": (decays.total, gate),
             "states": (states, BlockSpec((None, members, None, K, V), lambda i, h, b: (b, h, of(i), 0, 0))),
             "numbers": (decays.numbers, BlockSpec((None, chunk), lambda i, h, b: (b, of(i)))),
+            "other": (other, BlockSpec((None, members, None, K, V), lambda i, h, b: (b, h, of(i) + 1, 0, 0))),
         },
         {
+            "inner": (
+                None if other is None else jax.ShapeDtypeStruct((tiles, B, T // chunk, Hv), jnp.float32),
+                BlockSpec((None, None, None, members), lambda i, h, b: (triton.remainder(i, tiles), b, of(i), h)),
+            ),
             "out": (jax.ShapeDtypeStruct(y.shape, jnp.bfloat16), key),
-            "met": (None if other is None else jax.ShapeDtypeStruct((B, Hv, T), jnp.float32), gate),
+            "met": (jax.ShapeDtypeStruct((tiles, B, Hv, T), jnp.float32) if dg else None, met),
         },
         grid=(T // chunk * tiles, H, B), warps=config.warps, num_stages=config.num_stages, interpret=interpret,
     )  # fmt: skip
-    return made["out"], made["met"]
+    return made["out"], made["met"], made["inner"]
 
 
-def _carried(static, z, y, write, decays, initial, other, asked, *, reverse, keep):
+def _carried(static, z, y, write, decays, initial, asked, *, reverse, keep):
     config = static.configuration.reverse if reverse else static.configuration.forward
     return _carry(
-        z, y, write, decays, initial, other, asked if static.makes_outputs(config) else None,
+        z, y, write, decays, initial, asked if static.makes_outputs(config) else None,
         reverse=reverse, keep=keep, config=config, chunk=static.chunk, interpret=static.interpret,
     )  # fmt: skip
 
@@ -430,7 +447,7 @@ def _run(static, q, k, v, g, initial, numbers, *, keep):
     decays = _decays(g, numbers, static.chunk)
     read = static.scale * decays.gamma
     made = _carried(
-        static, k, v, decays.leaving, decays, initial, None, _Asked(q, read, static.scale),
+        static, k, v, decays.leaving, decays, initial, _Asked(q, read, static.scale),
         reverse=False, keep=keep or not static.makes_outputs(static.configuration.forward),
     )  # fmt: skip
     o = made.out
@@ -443,38 +460,32 @@ def _op_fwd(static, *primals):
     q, k, v, g, initial, numbers = (None if x is None else x.value for x in primals)
     keep = static.residuals == "saved"
     outputs, states = _run(static, q, k, v, g, initial, numbers, keep=keep)
-    wanted = _Wanted(primals[3].perturbed)
-    kept = (states, outputs[0] if wanted.dg else None) if keep else None
-    return outputs, (q, k, v, g, initial, numbers, kept, wanted)
+    return outputs, (q, k, v, g, initial, numbers, states if keep else None, _Wanted(primals[3].perturbed))
 
 
 def _op_bwd(static, residuals, cotangents):
-    q, k, v, g, initial, numbers, kept, wanted = residuals
+    q, k, v, g, initial, numbers, states, wanted = residuals
     do, d_final = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     do = jnp.zeros_like(v) if do is None else do
     chosen, constants = static.configuration, _constants(static)
-    decays, o = _decays(g, numbers, static.chunk), None
-    if kept is not None:
-        states, o = kept
-    elif wanted.dg:
-        (o, _), states = _run(static, q, k, v, g, initial, numbers, keep=True)
-    else:
-        states = _carried(static, k, v, decays.leaving, decays, initial, None, None, reverse=False, keep=True).states
+    decays = _decays(g, numbers, static.chunk)
     read, leaving = static.scale * decays.gamma, decays.leaving
+    if states is None:
+        states = _carried(static, k, v, leaving, decays, initial, None, reverse=False, keep=True).states
     made = _carried(
-        static, q, do, read, decays, d_final, states if wanted.dg else None, _Asked(k, leaving, static.scale),
+        static, q, do, read, decays, d_final, _Asked(k, leaving, static.scale),
         reverse=True, keep=True,
     )  # fmt: skip
     d_states, dv = made.states, made.out
     if dv is None:
         dv = _read(k, q, do, leaving, d_states, decays, late=False, config=chosen.read, **constants)
-    back, other = partial(_back, decays=decays, config=chosen.back, **constants), dv if wanted.dg else None
-    dq, of_queries = back(do, v, k, read, states, o, late=True)
-    dk, of_keys = back(v, do, q, leaving, d_states, other, late=False)
+    back = partial(_back, decays=decays, dg=wanted.dg, config=chosen.back, **constants)
+    dq, of_queries, _ = back(do, v, k, q, read, states, None, late=True)
+    dk, of_keys, inner = back(v, do, q, k, leaving, d_states, states if wanted.dg else None, late=False)
     dg = None
     if wanted.dg:
-        each = (of_queries - of_keys).reshape(*g.shape[:2], -1, static.chunk)
-        dg = jax.lax.cumsum(each, axis=3, reverse=True) + made.inner.sum(0)[..., None]
+        each = (of_queries - of_keys).sum(0).reshape(*g.shape[:2], -1, static.chunk)
+        dg = jax.lax.cumsum(each, axis=3, reverse=True) + jnp.swapaxes(inner.sum(0), 1, 2)[..., None]
         dg = dg.reshape(g.shape)
     return dq, dk, dv, dg, None if initial is None else made.final, None
 

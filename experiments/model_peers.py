@@ -3,8 +3,9 @@ ours that a library can build, at our sizes or the nearest that it has kernels f
 
 jla    jax-linear-attention (Python 3.12, jax 0.11.2): its own models, loss, AdamW, training step and generation. Of
        the ten it has the transformer, DeltaNet, Gated DeltaNet, Mamba2 and Mamba.
-
-flash-linear-attention's models, which run in torch, are not called.
+fla    flash-linear-attention (0.6, on torch): its own models at exactly our sizes, as `gdn convert export` describes
+       them, its fused loss and torch's fused AdamW on fp32 copies of bf16 parameters; training steps alone. Of the ten,
+       RetNet, HGRN2, DeltaNet and Gated DeltaNet; its other models want packages that PyPI has no build of.
 """
 
 import importlib.metadata
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gdn_jax.config import Experiment
+from gdn_jax.config import Experiment, Model
 from gdn_jax.errors import UserError, nearest
-from pallas_kernels.peers import JLA, Library
+from pallas_kernels.peers import FLA, JLA, Library
 
 JLA_KEYS = (64, 128, 256)  # of the heads that its delta rule's kernels take; below, its plain form runs
 
@@ -30,20 +31,22 @@ class Step(NamedTuple):
     state: Any  # parameters, optimizer state and what else a step hands on
     batch: Callable[[np.ndarray], Any]  # of tokens [B,1+T]
     compile: Callable[[Any, Any], Callable]  # (state, batch) -> a function of such: (state, batch) -> (state, loss)
+    memory: Callable[[], tuple[int | None, int | None]]  # bytes: the most that was in use, and what there is; or None
 
 
 class Peer(NamedTuple):
     """A library, and how it is asked.
 
     build     (experiment, one of `remat`) -> Step
-    generate  experiment -> (a function of prompts and how many tokens to write after each, which waits; words)
+    generate  experiment -> (a function of prompts and how many tokens to write after each, which waits; words), or
+              None where its generation is not timed
     """
 
     library: Library
     models: tuple[str, ...]  # of the ten, that it has
     remat: tuple[str, ...]  # what it can keep of a layer for the backward, most first
     build: Callable[[Experiment, str], Step]
-    generate: Callable[[Experiment], tuple[Callable[[list[list[int]], int], Any], str]]
+    generate: Callable[[Experiment], tuple[Callable[[list[list[int]], int], Any], str]] | None
 
 
 def version(peer: str) -> str:
@@ -54,11 +57,20 @@ def version(peer: str) -> str:
     return f"{peer} {importlib.metadata.version(library.distributions[0])}"
 
 
+def environment(peer: str) -> dict[str, str]:
+    """What must be set where it runs: jax, which describes the machine, leaves the device's memory to torch."""
+    library = PEERS[peer].library
+    return library.environment | ({"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if library.framework == "torch" else {})
+
+
 def check(peer: str, id: str) -> None:
     """UserError where `peer` is unknown, not installed, or lacks the model of an ID."""
     if peer not in PEERS:
         raise UserError(f"peers names {peer!r}{nearest(peer, PEERS)}; it must be {' or '.join(PEERS)}.")
     version(peer)
+    if PEERS[peer].generate is None:
+        can = " or ".join(name for name, one in PEERS.items() if one.generate)
+        raise UserError(f"{peer}'s generation is not timed; peers must be {can}.")
     model = id.split("/")[1] if "/" in id else id
     if model not in PEERS[peer].models:
         raise UserError(f"{peer} has no model {model}; it has {', '.join(PEERS[peer].models)}.")
@@ -142,7 +154,11 @@ def _jla_step(experiment: Experiment, remat: str) -> Step:
 
         return run
 
-    return Step(words, sum(leaf.size for leaf in jax.tree.leaves(params)), state, batch, compile)
+    def memory() -> tuple[int | None, int | None]:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use"), stats.get("bytes_limit")
+
+    return Step(words, sum(leaf.size for leaf in jax.tree.leaves(params)), state, batch, compile, memory)
 
 
 def _jla_generation(experiment: Experiment) -> tuple[Callable, str]:
@@ -159,5 +175,65 @@ def _jla_generation(experiment: Experiment) -> tuple[Callable, str]:
     return write, words
 
 
+def _fla_config(ours: Model) -> tuple[dict[str, Any], str]:
+    """(config.json of fla's model, where it differs from ours)."""
+    from gdn_jax.convert.fla import write_config
+
+    words = ""
+    if "gated_deltanet" in ours.pattern and ours.gated_deltanet.beta_bias:
+        ours, words = replace(ours, gated_deltanet=replace(ours.gated_deltanet, beta_bias=False)), "beta without a bias"
+    tree = write_config(ours, dtype="bfloat16", eos=0)[1]
+    return tree | {"fuse_linear_cross_entropy": True, "fuse_cross_entropy": False, "use_cache": False}, words
+
+
+def _fla_step(experiment: Experiment, remat: str) -> Step:
+    import fla.models  # noqa: F401  transformers then knows its models
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    recipe, device = experiment.optim, "cuda" if torch.cuda.is_available() else "cpu"
+    tree, words = _fla_config(experiment.model)
+    torch.manual_seed(experiment.run.seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree))
+    model.train()
+    if remat == "full":
+        model.gradient_checkpointing_enable()
+    masters = [parameter.detach().clone() for parameter in model.parameters()]
+    model.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(
+        masters, lr=recipe.lr, betas=(recipe.b1, recipe.b2), eps=recipe.eps, weight_decay=recipe.weight_decay,
+        fused=True,
+    )  # fmt: skip
+
+    def run(state: None, batch: Any) -> tuple[None, float]:
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        for master, parameter in zip(masters, model.parameters(), strict=True):
+            master.grad, parameter.grad = parameter.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, recipe.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_copy_(list(model.parameters()), masters)
+        return None, loss.item()
+
+    def compile(state: None, batch: Any) -> Callable:
+        run(state, batch)  # its kernels are compiled and tuned when they first run
+        return run
+
+    def batch(tokens: np.ndarray) -> Any:
+        return torch.from_numpy(tokens[:, :-1]).long().to(device)
+
+    def memory() -> tuple[int | None, int | None]:
+        return (torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]) if device == "cuda" else (None, None)
+
+    return Step(words, sum(master.numel() for master in masters), None, batch, compile, memory)
+
+
 JLA_MODELS = ("transformer", "deltanet", "gated-deltanet", "mamba2", "mamba")
-PEERS = {"jla": Peer(JLA, JLA_MODELS, ("dots_kernels", "dots", "full"), _jla_step, _jla_generation)}
+FLA_MODELS = ("retnet", "hgrn2", "deltanet", "gated-deltanet")
+PEERS = {
+    "jla": Peer(JLA, JLA_MODELS, ("dots_kernels", "dots", "full"), _jla_step, _jla_generation),
+    "fla": Peer(FLA, FLA_MODELS, ("none", "full"), _fla_step, None),
+}

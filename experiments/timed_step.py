@@ -22,10 +22,15 @@ Row = dict[str, Any]
 def failure(error: Exception, experiment: Experiment) -> str:
     """A runtime error in one sentence; where memory ran out, with what would need less."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not ran_out(error):
         return f"failed: {said}"
     run = experiment.run
     return f"{OUT_OF_MEMORY} with remat {run.remat} and {run.micro_batches} micro-batches a step: {said}"
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether it says, in jax's words or torch's, that a device's memory did not do."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error)
 
 
 def timed(
@@ -83,8 +88,6 @@ def timed(
 
 def timed_peer(peer: str, experiment: Experiment, *, warm_up: int, repetitions: int) -> Row:
     """Another library's training step on the same tokens, keeping as much for its backward as fits into memory."""
-    import jax
-
     batches = _tokens(experiment, warm_up + repetitions)
     of = model_peers.PEERS[peer]
     for remat in of.remat:
@@ -97,18 +100,18 @@ def timed_peer(peer: str, experiment: Experiment, *, warm_up: int, repetitions: 
             compile_seconds = time.perf_counter() - start
             seconds, losses = _clocked(step, built.state, given)[1:]
             break
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) or remat == of.remat[-1]:
+        except Exception as error:
+            if not ran_out(error) or remat == of.remat[-1]:
                 raise
-    stats = jax.local_devices()[0].memory_stats() or {}
+    peak, limit = built.memory()
     return {
         "parameters": built.parameters,
         "peer": {"library": model_peers.version(peer), "words": built.words, "remat": remat},
         **_speed(seconds[warm_up:], batches[0][:, 1:].size),
         "compile_seconds": compile_seconds,
         # of this attempt alone where it was the first
-        "peak_bytes": stats.get("peak_bytes_in_use") if remat == of.remat[0] else None,
-        "limit_bytes": stats.get("bytes_limit"),
+        "peak_bytes": peak if remat == of.remat[0] else None,
+        "limit_bytes": limit,
     } | _losses(losses)
 
 

@@ -43,7 +43,7 @@ class SpeedOptions:
     scale: Literal["tiny", "400m", "1.3b"] = "1.3b"
     models: str = "all"  # some of the ten, separated by commas
     settings: str = "all"  # some of 2Kx16,4Kx8,8Kx4,16Kx2: tokens of a row x rows (64x8,128x4,256x2,512x1 at tiny)
-    peers: str = ""  # other libraries' own steps beside ours, where they have the model: jla
+    peers: str = ""  # other libraries' own steps beside ours, where they have the model: jla, fla
     remat: Literal["id", "none", "products", "kernels", "products+kernels", "full"] = "id"  # id: the ID's own
     micro_batches: int = 1  # slices of a step's rows
     impl: Literal["auto", "chunked", "reference", "triton", "triton_interpret"] = "auto"
@@ -217,7 +217,9 @@ def measure(point: Point) -> Row:
         return row | timed(point.experiment, jax.devices()[: point.devices], step_profile=point.step_profile, **counts)
     except UserError as error:
         return row | {"note": f"refuses: {error}"}
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
+        if not point.peer and not isinstance(error, jax.errors.JaxRuntimeError):
+            raise
         return row | {"note": failure(error, point.experiment)}
 
 
@@ -286,7 +288,7 @@ def run(todo: Sequence[Point], timeout: int) -> dict[str, Any]:
 
 def _measured(point: Point, timeout: int, here: Row) -> Row:
     """The row of a worker, kept; how it failed is a note in it."""
-    row = workers.ask(MODULE, point._asdict(), timeout)
+    row = workers.ask(MODULE, point._asdict(), timeout, model_peers.environment(point.peer) if point.peer else None)
     if isinstance(row, str):
         row = _row(point) | here | {"note": row}
     point.path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,8 +40,8 @@ def test_a_peers_points_follow_ours_for_the_models_that_it_has(installed):
 
 
 def test_a_peer_that_cannot_be_asked_is_one_sentence(installed, monkeypatch):
-    with pytest.raises(UserError, match=r"^peers names 'fla' \(did you mean 'jla'\?\); it must be all or some of jla"):
-        points(SpeedOptions(peers="fla"))
+    with pytest.raises(UserError, match=r"^peers names 'jal' \(did you mean 'jla'\?\); it must be all or some of jla"):
+        points(SpeedOptions(peers="jal"))
     with pytest.raises(UserError, match=r"^jla has none of the models retnet,hgrn2; it has transformer, deltanet, "):
         points(SpeedOptions(models="retnet,hgrn2", peers="jla"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -77,7 +77,11 @@ def test_a_peers_row_is_named_and_counts_for_no_claim(installed):
     assert [line.get_label() for line in panel.lines] == ["gated-deltanet", "gated-deltanet-peer-jla"]
 
 
-def test_what_does_not_fit_is_tried_again_with_less_kept_and_frees_what_it_had(installed, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [(jax.errors.JaxRuntimeError, "RESOURCE_EXHAUSTED: Out of memory"), (RuntimeError, "CUDA out of memory.")],
+)
+def test_what_does_not_fit_is_tried_again_with_less_kept_and_frees_what_it_had(installed, monkeypatch, kind, said):
     """A library whose first form runs out of memory: at the second attempt nothing of the first is alive."""
     alive = weakref.WeakSet()
 
@@ -89,18 +93,19 @@ def test_what_does_not_fit_is_tried_again_with_less_kept_and_frees_what_it_had(i
     def build(experiment, remat):
         def run(state, batch):
             if remat == "much":
-                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+                raise kind(said)
             return state, jnp.float32(2.0)
 
-        return model_peers.Step("", 7, State(), lambda tokens: tokens, lambda state, batch: run)
+        return model_peers.Step("", 7, State(), lambda tokens: tokens, lambda state, batch: run, lambda: (5, 9))
 
     peer = model_peers.PEERS["jla"]._replace(remat=("much", "little"), build=build)
     monkeypatch.setitem(model_peers.PEERS, "jla", peer)
     small = experiments.TIMINGS["figure3/gated-deltanet/tiny"].experiment("64x8")
     row = timed_step.timed_peer("jla", small, warm_up=1, repetitions=2)
-    assert row["peer"]["remat"] == "little" and row["losses"] == [2.0, 2.0] and row["peak_bytes"] is None
+    assert row["peer"]["remat"] == "little" and row["losses"] == [2.0, 2.0]
+    assert row["peak_bytes"] is None and row["limit_bytes"] == 9
     monkeypatch.setitem(model_peers.PEERS, "jla", peer._replace(remat=("much",)))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    with pytest.raises(kind, match=said):
         timed_step.timed_peer("jla", small, warm_up=1, repetitions=2)
 
 
@@ -120,6 +125,31 @@ def test_jla_has_our_sizes_or_the_nearest_and_runs():
         row = timed_step.timed_peer("jla", small, warm_up=1, repetitions=2)
         assert row["losses"] == pytest.approx([math.log(small.model.vocab)] * 2, abs=0.1), "random tokens"
         assert row["note"] == "" and row["peer"]["remat"] == "dots_kernels" and row["tokens_per_s"] > 0
+
+
+def test_fla_has_our_sizes():
+    """With flash-linear-attention and torch installed: as many parameters as ours, but for the bias of beta."""
+    pytest.importorskip("fla.models")
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for model in model_peers.FLA_MODELS:
+        ours = experiments.get(f"table3/{model}/1.3b").model
+        tree, words = model_peers._fla_config(ours)
+        with torch.device("meta"):
+            built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree))
+        without = len(ours.pattern) * ours.repeats * ours.gated_deltanet.heads if words else 0
+        assert sum(one.numel() for one in built.parameters()) == count_parameters(ours) - without, model
+        assert words == ("beta without a bias" if model == "gated-deltanet" else "")
+
+
+def test_fla_is_asked_for_steps_alone_and_runs_beside_a_jax_that_takes_no_memory(installed):
+    options = SpeedOptions(models="hgrn2,transformer", settings="4Kx8", peers="fla")
+    assert [(point.timing.model, point.peer) for point in points(options)][2:] == [("hgrn2", "fla")]
+    assert model_peers.environment("fla") == {"FLA_FLASH_QLA": "0", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    assert model_peers.environment("jla") == {}
+    with pytest.raises(UserError, match=r"^fla's generation is not timed; peers must be jla\.$"):
+        model_peers.check("fla", "table3/hgrn2/tiny")
 
 
 def test_generation_beside_a_peer(installed, monkeypatch):

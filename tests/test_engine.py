@@ -101,7 +101,9 @@ def test_one_program_for_each_bucket_and_one_that_goes_on(name, monkeypatch):
     assert (begin._cache_size(), go_on._cache_size()) == (2, 1), "no program for a new length"
 
 
-@pytest.mark.parametrize("name", PAPER_MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in (*OFTEN, "mamba2") else pytest.mark.slow) for name in PAPER_MODELS]
+)
 def test_parameters_cast_once_give_the_same_bits(name):
     """Logits and cache of a bf16 model behind a piece and behind one token more."""
     compute = Compute(impl="reference")

@@ -60,6 +60,7 @@ def test_a_run_is_the_step_of_training_once_for_each_seed(small, references):
     assert outside(differences(again, references)) == []
 
 
+@pytest.mark.slow
 def test_bf16_is_within_and_a_mistake_is_not(small, references, monkeypatch):
     bf16 = in_bf16(small)
     apart, _ = furthest(bf16, references[0])

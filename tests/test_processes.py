@@ -248,7 +248,8 @@ def test_what_one_is_refused_while_it_trains_ends_both(alone, tmp_path, monkeypa
     check_equal(losses(run), wanted)
 
 
-@pytest.mark.parametrize("one", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("one", [0, 1])
 def test_where_one_cannot_write_its_part_of_a_checkpoint_both_end_in_time(alone, tmp_path, monkeypatch, one):
     """Its files may not grow beyond what is said, and what is noted of steps; the other's may."""
     monkeypatch.setenv(distributed.SILENCE_VARIABLE, "10")

@@ -13,7 +13,10 @@ from pallas_kernels.dispatch import Choice
 from pallas_kernels.short_conv import LEAST_TOKENS, conformance, resolve, short_conv
 from pallas_kernels.short_conv.conformance import CASES, Case
 
-KERNEL_CASES = [case for case in CASES if case.T >= LEAST_TOKENS]
+OFTEN = ("W=7", "documents", "heads to norm 1", "many small heads", "pieces of a row")  # of the others' kernels: slow
+KERNEL_CASES = [
+    pytest.param(case, marks=() if case.name in OFTEN else pytest.mark.slow) for case in CASES if case.T >= LEAST_TOKENS
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -1,12 +1,14 @@
 """The products of a bf16 training step have bf16 operands: read in the jaxpr of every model at its table's size."""
 
 from collections import Counter
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gdn_jax
 from experiments import get
 from experiments.models import PAPER_MODELS
 from gdn_jax.layers import Compute
@@ -15,6 +17,9 @@ from gdn_jax.model import abstract_model
 from gdn_jax.tree import named_leaves
 
 B, T = 1, 256
+# a checkout, with its environment, may lie in a folder that is called like a package
+ROOT = f"{Path(gdn_jax.__file__).parents[1]}/"
+OURS = f"{ROOT}gdn_jax/", f"{ROOT}pallas_kernels/"
 # Files whose products stand in for kernels: XLA's attention for cuDNN's, a chunked recurrence for ours. Their fp32
 # products (softmax weights; states, solves and gates) are not run where the kernels are.
 STAND_INS = ("pallas_kernels/", "attention.py")
@@ -31,8 +36,8 @@ def products(closed, times=1):
             flops = 2 * times * a.size * b.size / kept
             widest = max((a.dtype, b.dtype), key=lambda dtype: dtype.itemsize)
             frames = [frame.file_name for frame in equation.source_info.traceback.frames]
-            asked = next(name for name in frames if "/gdn_jax/" in name or "/pallas_kernels/" in name)
-            found[str(widest), asked] += float(flops)
+            asked = next(name for name in frames if name.startswith(OURS))
+            found[str(widest), asked.removeprefix(ROOT)] += float(flops)
             continue
         inner = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
         for value in equation.params.values():

@@ -279,6 +279,7 @@ def test_a_mistake_gets_one_sentence_and_exit_code_2(capsys, words, sentence):
     assert out == "" and err.count("\n") == 1 and sentence in err
 
 
+@pytest.mark.slow
 def test_starting_the_workers_takes_no_device_memory():
     code = (
         "import sys; from experiments.run import main; from pallas_kernels import bench, ops;"

@@ -194,7 +194,13 @@ def test_causality_by_gradient(name):
     assert np.all(size[:, : t + 1] > 1e-8)
 
 
-@pytest.mark.parametrize("name", TINY)
+ELSEWHERE = ("samba", "gated-deltanet-h1")  # whose layers other models train as well
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(*one.values, marks=[*one.marks, pytest.mark.slow]) if one.values[0] in ELSEWHERE else one
+             for one in TINY],
+)  # fmt: skip
 def test_three_training_steps_in_one_compilation(name, tmp_path):
     base = experiment(tmp_path)
     case = dataclasses.replace(base, model=model_config(name, "tiny"), optim=dataclasses.replace(base.optim, lr=1e-3))

@@ -89,7 +89,8 @@ def left(words_of_it):
     return any(all(part in words_of_it for part in parts) for parts in (gone, silent))
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 20])
 def test_random_kills_lose_no_step_and_repeat_no_window(alone, tmp_path, monkeypatch, kills):
     """Of either of two processes, at its start, after a step or two, or while a checkpoint is written. In the end each
     has half of the tokens of all rows."""

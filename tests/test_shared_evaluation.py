@@ -104,11 +104,12 @@ def kept(directory):
     return {row["key"]: row["answer"] for row in rows if "key" in row}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asked",
     [
         ("--tasks", "table3/arc_easy,table3/wikitext,table4/squad", "--task_data", str(ROWS)),
-        pytest.param(("--text", str(ROWS / "table3" / "piqa.jsonl"), __file__), marks=pytest.mark.slow),
+        ("--text", str(ROWS / "table3" / "piqa.jsonl"), __file__),
     ],
 )
 def test_a_command_has_the_numbers_of_one_process(run, tmp_path, asked):

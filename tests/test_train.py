@@ -152,7 +152,7 @@ def test_golden_training_step(plain):
     np.testing.assert_allclose(plain[[0, 2, 3]], GOLDEN, rtol=1e-4, err_msg=test_golden_training_step.__doc__)
 
 
-@pytest.mark.parametrize("scan_layers", [True, False])
+@pytest.mark.parametrize("scan_layers", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_fsdp_on_four_devices_gives_the_losses_of_one(home, plain, monkeypatch, scan_layers):
     """One compilation, every array where its rule says, losses equal to fp32 rounding."""
     monkeypatch.setattr(sharding, "SMALL", 512)

@@ -37,7 +37,10 @@ KERNELS = [case for case in CASES if case.chunk == 64]
 
 @pytest.mark.parametrize("case", KERNELS, ids=lambda case: case.name)
 def test_interpreted_kernels_match_float64(case):
-    assert conformance.failures(dataclasses.replace(case, B=1), "triton_interpret", seed=1) == []
+    """With one decay a head dg too is within 1 %, since what cancels in it was not rounded before."""
+    found = conformance.errors(dataclasses.replace(case, B=1), "triton_interpret", seed=1)
+    limits = conformance.limits(case, "triton_interpret") | ({} if case.channels else {"dg": 1e-2})
+    assert {name: error for name, error in found.items() if not error <= limits[name]} == {}
 
 
 @pytest.mark.parametrize("channels", [False, True])

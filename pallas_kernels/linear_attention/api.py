@@ -79,8 +79,8 @@ def linear_attention(
     Returns o [B, T, Hv, V] in v's dtype and the final state [B, Hv, K, V] in fp32 (float64 for float64 inputs).
     q, k, v are bfloat16 (bf16 operands at the dots, fp32 elsewhere), float32 or float64 (exact throughout, but
     the kernels round float32 to bf16 operands). g = -inf, a decay of 0, is allowed; no exponent is ever positive.
-    The kernels' dg is what is left of numbers as large as do . o, summed over a chunk: its error is up to 1 % of those
-    of its chunk (2.5 % with a decay a channel), also where they belong to another document.
+    The kernels' dg is what is left of numbers as large as do . o, summed over a chunk: its error is up to 2.5 % of
+    those of its chunk, also where they belong to another document.
     Raises ValueError for sizes, chunk or dtypes outside these rules, jaxtyping's TypeCheckError for other shapes and
     types, NotImplementedError for an impl that cannot run here. The numbers in the arrays are not looked at.
     Source: arXiv 2412.06464, section 2; per channel: HGRN2, arXiv 2404.07904.
